@@ -1,0 +1,104 @@
+"""The one decision at start: does `--video-pruning-rate` mean AOT here, vLLM's own pruning, or nothing at all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from vllm import envs
+from vllm.logger import init_logger
+
+from aot_vllm.adapters import compat
+from aot_vllm.adapters.registry import ARCHITECTURES, TESTED_VLLM_RELEASES, reduced_architecture
+from aot_vllm.adapters.settings import PPM, PluginSettings, Reduction
+from aot_vllm.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger("vllm.aot")
+
+WORKER_EXTENSION = "aot_vllm.adapters.telemetry.WorkerExtension"
+
+
+def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
+    """Turn AOT on in a new engine configuration if a rate asks for it; change nothing if none does.
+
+    `video_pruning_rate`: the fraction of video tokens to drop, in [0, 1); None or 0 is off.
+
+    Raises:
+        SettingError: a setting under `"aot"` is unknown or out of range.
+        UnsupportedError: the rate would be ignored, `"aot"` settings would be, or this vLLM was not tested.
+    """
+    settings = PluginSettings.from_additional_config(vllm_config.additional_config)
+    given = isinstance(vllm_config.additional_config, Mapping) and "aot" in vllm_config.additional_config
+    if not video_pruning_rate:
+        if given:
+            logger.warning("AOT is off: aot settings are given, but --video-pruning-rate is not set or 0.")
+        return
+
+    model_config = vllm_config.model_config
+    architectures = list(model_config.hf_config.architectures or [])
+    supported = [name for name in architectures if name in ARCHITECTURES]
+    if not settings.enabled or not supported:
+        _leave_to_stock(vllm_config, video_pruning_rate, architectures, settings=settings, given=given)
+        return
+
+    _require_tested_version(settings)
+    reduction = Reduction(retention=round((1 - video_pruning_rate) * PPM) / PPM, method=settings.method)
+    reduction.attach(model_config.hf_config)
+    model_config.hf_config.architectures = [reduced_architecture(supported[0])]
+    if not vllm_config.parallel_config.worker_extension_cls:
+        vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
+    else:
+        logger.warning(
+            "AOT: --worker-extension-cls is taken by %s, so aot_engine_reduction_seconds and its kin stay at 0.",
+            vllm_config.parallel_config.worker_extension_cls,
+        )
+    logger.info(
+        "AOT is active on %s: retention %g, settings %s.",
+        supported[0],
+        reduction.retention,
+        json.dumps(settings.method.settings()),
+    )
+    if "aot" not in (envs.VLLM_PLUGINS or ()):
+        logger.warning(
+            "AOT: VLLM_PLUGINS does not name aot, so responses carry no x-aot-* headers and /metrics no aot_engine_*; "
+            "set VLLM_PLUGINS=aot."
+        )
+
+
+def _leave_to_stock(
+    vllm_config: VllmConfig, rate: float, architectures: list[str], *, settings: PluginSettings, given: bool
+) -> None:
+    name = ", ".join(architectures) or vllm_config.model_config.model
+    methods = compat.stock_pruning_methods(vllm_config.model_config)
+    if not methods:
+        raise UnsupportedError(
+            f"--video-pruning-rate {rate} would be ignored: {name} has no video pruning in vLLM"
+            + ("" if settings.enabled else ' and {"aot": {"enabled": false}} switches AOT off')
+            + f". Drop the rate, or serve one of {sorted(ARCHITECTURES)} with AOT enabled."
+        )
+    if given and settings.enabled:
+        raise UnsupportedError(
+            f"aot settings were given, but AOT does not support {name}; it would be pruned by vLLM's own "
+            f"{' or '.join(methods)}. Drop the aot settings, or serve one of {sorted(ARCHITECTURES)}."
+        )
+    reason = "it is switched off" if not settings.enabled else f"it does not support {name}"
+    logger.warning("This is not AOT: %s, so vLLM's own video pruning takes the rate %g.", reason, rate)
+
+
+def _require_tested_version(settings: PluginSettings) -> None:
+    version = compat.vllm_version()
+    if ".".join(version.split(".")[:2]) in TESTED_VLLM_RELEASES:
+        return
+    tested = ", ".join(f"{release}.*" for release in TESTED_VLLM_RELEASES)
+    if not settings.allow_untested_vllm:
+        raise UnsupportedError(
+            f"AOT was tested with vLLM {tested}, this is {version}. Install a tested release, or start anyway with "
+            '--additional-config \'{"aot": {"allow_untested_vllm": true}}\'.'
+        )
+    logger.warning(
+        "AOT was tested with vLLM %s, this is %s; starting because allow_untested_vllm is set.", tested, version
+    )

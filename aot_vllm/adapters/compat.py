@@ -1,0 +1,96 @@
+"""Every touch of a vLLM symbol that isn't a documented plugin interface: one named, idempotent function each.
+
+Each docstring says what breaks without it, in which versions it holds, and when it can go. A symbol that is missing
+raises `UnsupportedError`: an engine that was asked to reduce must not start unreduced.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from aot_vllm.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+
+_MARK = "_aot_wrapped"
+
+
+def vllm_version() -> str:
+    """Return the version of the installed vLLM, without its local part (`0.32.0+cpu` -> `0.32.0`)."""
+    import vllm
+
+    return str(vllm.__version__).partition("+")[0]
+
+
+def after_engine_config(activate: Callable[[VllmConfig, float | None], None]) -> None:
+    """Call `activate(vllm_config, video_pruning_rate)` on each engine configuration before anything is started from it.
+
+    Without it a model that knows no pruning ignores `--video-pruning-rate` in silence: vLLM 0.32 checks the method only
+    on models that list some (`config/model.py`, the check after `MultiModalConfig(...)`), and a plugin gets no say
+    between the arguments and the engine. Holds for 0.32; can go when an engine-config hook exists for plugins.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    original = getattr(EngineArgs, "create_engine_config", None)
+    if original is None:
+        raise UnsupportedError(
+            f"vLLM {vllm_version()} has no EngineArgs.create_engine_config, on which aot-vllm builds; "
+            "install vllm 0.32.*, or uninstall aot-vllm to serve without it"
+        )
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def create_engine_config(self: Any, *args: Any, **kwargs: Any) -> VllmConfig:
+        vllm_config = original(self, *args, **kwargs)
+        activate(vllm_config, self.video_pruning_rate)
+        return vllm_config
+
+    setattr(create_engine_config, _MARK, True)
+    EngineArgs.create_engine_config = create_engine_config
+
+
+def stock_pruning_methods(model_config: ModelConfig) -> tuple[str, ...]:
+    """Return the pruning methods vLLM itself has for a model, empty if it would ignore the rate.
+
+    Without it AOT couldn't tell a model that stock pruning serves from one that drops the rate in silence. The answer
+    sits in the private `ModelConfig._model_info`, 0.32; can go when `ModelConfig` has a public property for it.
+    """
+    try:
+        return tuple(model_config._model_info.supported_video_pruning_methods)
+    except AttributeError as exc:
+        raise UnsupportedError(
+            f"vLLM {vllm_version()} does not say which video pruning methods a model supports "
+            "(ModelConfig._model_info.supported_video_pruning_methods); install vllm 0.32.*"
+        ) from exc
+
+
+def observe_rendered_chats(state: Any, observe: Callable[[Sequence[Any]], None]) -> None:
+    """Call `observe(engine_inputs)` whenever the server has turned a chat request into engine inputs.
+
+    Without it the number of video tokens before the reduction, which vLLM knows nowhere, can't be told for a request:
+    item hashes and placeholders of a chat are only seen together in `OnlineRenderer.render_chat`. 0.32; can go when
+    endpoint plugins are handed the rendered prompt.
+    """
+    renderer = getattr(state, "online_renderer", None)
+    original: Callable[..., Awaitable[Any]] | None = getattr(renderer, "render_chat", None)
+    if renderer is None or original is None:
+        raise UnsupportedError(
+            f"vLLM {vllm_version()} has no state.online_renderer.render_chat, from which aot-vllm reads what a request "
+            "saved; install vllm 0.32.*, or drop aot from VLLM_PLUGINS to serve without it"
+        )
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    async def render_chat(*args: Any, **kwargs: Any) -> Any:
+        rendered = await original(*args, **kwargs)
+        if isinstance(rendered, tuple):  # otherwise an ErrorResponse
+            observe(rendered[1])
+        return rendered
+
+    setattr(render_chat, _MARK, True)
+    renderer.render_chat = render_chat

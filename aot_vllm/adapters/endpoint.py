@@ -1,0 +1,134 @@
+"""The `vllm.endpoint_plugins` entry point: savings in response headers, counters on `/metrics`.
+
+Headers leave before the first byte of a body, so streams carry them too. A request's videos are known once its prompt
+is rendered, in a task of the handler's own: the middleware puts an object into a context variable, and the renderer's
+observer, which inherits the context, fills it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import Namespace
+from collections.abc import Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vllm.logger import init_logger
+
+from aot_vllm.adapters.activation import WORKER_EXTENSION
+from aot_vllm.adapters.compat import observe_rendered_chats
+from aot_vllm.adapters.telemetry import LEDGER, VideoSavings, WorkerTotals, count
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from starlette.datastructures import State
+    from starlette.types import ASGIApp, Message, Receive, Scope, Send
+    from vllm.engine.protocol import EngineClient
+
+logger = init_logger("vllm.aot")
+
+CHAT_PATH = "/v1/chat/completions"
+METRICS_PATH = "/metrics"
+STATISTICS_TIMEOUT_SECONDS = 2.0
+"""A busy engine answers between two steps; a scrape that waits longer shows what the last one showed."""
+
+
+@dataclass
+class _Request:
+    videos: list[VideoSavings] = field(default_factory=list)
+
+
+_current: ContextVar[_Request | None] = ContextVar("aot_request", default=None)
+
+
+def note_rendered(engine_inputs: Sequence[Any]) -> None:
+    """Write the videos of rendered engine inputs into the request that is being served, and count them."""
+    request = _current.get()
+    if request is None:
+        return
+    for engine_input in engine_inputs:
+        for mm_hash in (engine_input.get("mm_hashes") or {}).get("video", ()):
+            if savings := LEDGER.read(mm_hash):
+                request.videos.append(savings)
+                count(savings)
+
+
+class SavingsMiddleware:
+    """Pure ASGI: adds `x-aot-video-*` to chat completions with videos, and refreshes counters before a scrape."""
+
+    def __init__(self, app: ASGIApp, *, endpoint: AOTEndpoint) -> None:
+        """Wrap `app`."""
+        self.app = app
+        self.endpoint = endpoint
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        path = scope.get("path", "")
+        if scope["type"] != "http" or path not in (CHAT_PATH, METRICS_PATH):
+            await self.app(scope, receive, send)
+            return
+        if path == METRICS_PATH:
+            await self.endpoint.refresh_counters()
+            await self.app(scope, receive, send)
+            return
+
+        request = _Request()
+        token = _current.set(request)
+
+        async def send_with_savings(message: Message) -> None:
+            if message["type"] == "http.response.start" and (total := VideoSavings.total(request.videos)):
+                message["headers"] = [
+                    *message.get("headers", ()),
+                    (b"x-aot-video-tokens-before", str(total.before).encode()),
+                    (b"x-aot-video-tokens-after", str(total.after).encode()),
+                    (b"x-aot-video-retention", f"{total.retention:g}".encode()),
+                ]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_savings)
+        finally:
+            _current.reset(token)
+
+
+class AOTEndpoint:
+    """What vLLM's API server loads when `VLLM_PLUGINS` names `aot`."""
+
+    name = "aot"
+    required_tasks = ("generate",)
+
+    def __init__(self) -> None:
+        """No engine yet."""
+        self._engine: EngineClient | None = None
+        self._worker_totals = WorkerTotals()
+        self._refreshing = asyncio.Lock()
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the middleware; there are no routes of our own."""
+        app.add_middleware(SavingsMiddleware, endpoint=self)
+
+    async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
+        """Watch chats being rendered, and ask this server's workers for statistics if AOT's extension is theirs.
+
+        Of several API servers only the first asks: all of them would count the same reductions.
+        """
+        observe_rendered_chats(state, note_rendered)
+        if engine_client is None:
+            return
+        extended = engine_client.vllm_config.parallel_config.worker_extension_cls == WORKER_EXTENSION
+        if extended and getattr(args, "client_index", 0) == 0:
+            self._engine = engine_client
+
+    async def refresh_counters(self) -> None:
+        """Bring the counters of what workers did up to date, or leave them if the engine doesn't answer in time."""
+        if self._engine is None or self._refreshing.locked():
+            return
+        async with self._refreshing:
+            try:
+                async with asyncio.timeout(STATISTICS_TIMEOUT_SECONDS):
+                    statistics = await self._engine.collective_rpc("aot_reduction_statistics")
+            except Exception as exc:  # a scrape must answer also when the engine is dead
+                logger.warning_once("AOT: the engine did not report its reductions: %s", type(exc).__name__)
+                return
+            self._worker_totals.count(statistics[0])  # tensor-parallel ranks do the same work

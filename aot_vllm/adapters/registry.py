@@ -1,0 +1,25 @@
+"""Which architectures AOT serves, and the vLLM releases it was tested with. Strings only: nothing is imported."""
+
+TESTED_VLLM_RELEASES = ("0.32",)
+"""Release lines whose internals the adapters were tested against, as `major.minor`."""
+
+ARCHITECTURES = {
+    "LlavaOnevisionForConditionalGeneration": "aot_vllm.adapters.llava_onevision:AOTLlavaOnevision",
+}
+"""In-tree architecture -> the class that serves it with AOT."""
+
+
+def reduced_architecture(architecture: str) -> str:
+    """Return the name under which AOT's class for an in-tree `architecture` is registered."""
+    return f"AOT{architecture}"
+
+
+def register_models() -> None:
+    """Register AOT's classes beside vLLM's own, under names of their own, so that nothing in-tree is replaced."""
+    from vllm.model_executor.models import ModelRegistry
+
+    known = ModelRegistry.get_supported_archs()
+    for architecture, qualified_class in ARCHITECTURES.items():
+        name = reduced_architecture(architecture)
+        if name not in known:
+            ModelRegistry.register_model(name, qualified_class)

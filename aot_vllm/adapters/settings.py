@@ -1,0 +1,89 @@
+"""What an operator says under `--additional-config '{"aot": {...}}'`, and how it travels to every vLLM process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from aot_vllm.config import AOTConfig, check_retention
+from aot_vllm.errors import SettingError
+
+PPM = 1_000_000
+"""Retention is carried as whole millionths: an integer survives every cast between the processor and the worker."""
+
+_HF_CONFIG_KEY = "aot_video_reduction"
+
+
+def _flag(name: str, value: object) -> bool:
+    if not isinstance(value, bool):
+        raise SettingError(f"{name} must be true or false, got {value!r}")
+    return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginSettings:
+    """The `"aot"` part of `--additional-config`: two switches of the plugin, and the settings of the method."""
+
+    enabled: bool = True
+    """False leaves the rate to vLLM's own pruning, on a model that has some."""
+    allow_untested_vllm: bool = False
+    """True starts on a vLLM release the adapters were not tested with."""
+    method: AOTConfig = field(default_factory=AOTConfig)
+
+    @classmethod
+    def from_additional_config(cls, additional_config: object) -> PluginSettings:
+        """Return the settings in `additional_config["aot"]`, defaults where it has none.
+
+        Raises:
+            SettingError: not a mapping, an unknown key, or a value out of range.
+        """
+        given = additional_config.get("aot") if isinstance(additional_config, Mapping) else None
+        if given is None:
+            return cls()
+        if not isinstance(given, Mapping):
+            raise SettingError(f"additional_config['aot'] must be a JSON object, got {given!r}")
+        own = {f.name for f in fields(cls)} - {"method"}
+        switches = {name: _flag(name, value) for name, value in given.items() if name in own}
+        rest = {name: value for name, value in given.items() if name not in own}
+        allowed = own | {f.name for f in fields(AOTConfig)}
+        if unknown := sorted(str(name) for name in rest if name not in allowed):
+            raise SettingError(f"unknown aot settings {unknown}; allowed are {sorted(allowed)}")
+        return cls(**switches, method=AOTConfig.from_mapping(rest))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reduction:
+    """What an engine reduces to: the server-wide retention in (0, 1], and the settings of the method."""
+
+    retention: float
+    method: AOTConfig
+
+    def attach(self, hf_config: Any) -> None:
+        """Write this onto the model's configuration, which vLLM hands to every process."""
+        setattr(hf_config, _HF_CONFIG_KEY, {"retention": self.retention, "method": self.method.settings()})
+
+    @classmethod
+    def of(cls, hf_config: Any) -> Reduction:
+        """Return what `attach` wrote.
+
+        Raises:
+            SettingError: the engine was not activated for AOT.
+        """
+        carried = getattr(hf_config, _HF_CONFIG_KEY, None)
+        if carried is None:
+            raise SettingError("this model configuration carries no AOT settings; start vLLM with --video-pruning-rate")
+        return cls(
+            retention=check_retention(carried["retention"]),
+            method=AOTConfig.from_mapping(carried["method"]),
+        )
+
+
+def to_ppm(retention: float) -> int:
+    """Return a retention in (0, 1] as whole millionths, at least one."""
+    return max(1, round(check_retention(retention) * PPM))
+
+
+def from_ppm(millionths: int) -> float:
+    """Return the retention that `to_ppm` made `millionths` from."""
+    return check_retention(millionths / PPM)

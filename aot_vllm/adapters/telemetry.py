@@ -1,0 +1,168 @@
+"""What the reduction saved and what it cost, on its way from processor and worker to headers and `/metrics`.
+
+The processor writes each video's counts into a `SavingsLedger` under its hash; the endpoint reads them back for the
+request it serves. Workers measure reductions; the endpoint asks them when it is scraped.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from prometheus_client import Counter
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VideoSavings:
+    """Placeholder tokens of one video, or of all videos of a request: before, after, and the retention asked for."""
+
+    before: int
+    after: int
+    retention: float
+
+    @classmethod
+    def total(cls, savings: Iterable[VideoSavings]) -> VideoSavings | None:
+        """Return the sums over a request's videos, None for none; its videos share one retention."""
+        videos = list(savings)
+        if not videos:
+            return None
+        return cls(
+            before=sum(video.before for video in videos),
+            after=sum(video.after for video in videos),
+            retention=videos[0].retention,
+        )
+
+
+class SavingsLedger:
+    """The savings of recently seen videos by their multimodal hash, the oldest forgotten first. Thread-safe.
+
+    Every request writes its videos anew just before they are read, so the capacity only has to hold the videos of the
+    requests that are being rendered at once.
+    """
+
+    def __init__(self, *, capacity: int = 16384) -> None:
+        """Hold at most `capacity` videos."""
+        self._capacity = capacity
+        self._by_hash: OrderedDict[str, VideoSavings] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def write(self, mm_hash: str, savings: VideoSavings) -> None:
+        """Remember the savings of the video with this hash."""
+        with self._lock:
+            self._by_hash[mm_hash] = savings
+            self._by_hash.move_to_end(mm_hash)
+            while len(self._by_hash) > self._capacity:
+                self._by_hash.popitem(last=False)
+
+    def read(self, mm_hash: str) -> VideoSavings | None:
+        """Return the savings of the video with this hash, None if it was never seen or is forgotten."""
+        with self._lock:
+            return self._by_hash.get(mm_hash)
+
+
+LEDGER = SavingsLedger()
+"""Of this API server process, in which both the processor and the endpoint live."""
+
+VIDEO_TOKENS = Counter("aot_engine_video_tokens", "Video placeholder tokens of served requests.", ["stage"])
+VIDEOS_REDUCED = Counter("aot_engine_videos_reduced", "Videos of served requests that were shortened.")
+REDUCTIONS = Counter("aot_engine_reductions", "Videos reduced in the worker; videos found in a cache are not.")
+REDUCTION_SECONDS = Counter("aot_engine_reduction_seconds", "Time spent choosing and merging tokens in the worker.")
+UNCONVERGED = Counter("aot_engine_unconverged_solves", "Transport problems that ended at the iteration limit.")
+
+
+def count(savings: VideoSavings) -> None:
+    """Add one video of a served request to the counters of this process."""
+    VIDEO_TOKENS.labels("before").inc(savings.before)
+    VIDEO_TOKENS.labels("after").inc(savings.after)
+    if savings.after < savings.before:
+        VIDEOS_REDUCED.inc()
+
+
+class ReductionMeter:
+    """Counts and times reductions in a worker without making the host wait for the device.
+
+    On CUDA the time lies between two events, read when somebody asks; unconverged solves stay on the device until then.
+    """
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        self._reductions = 0
+        self._seconds = 0.0
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._unconverged: Tensor | None = None
+
+    @contextmanager
+    def timing(self, device: torch.device) -> Iterator[None]:
+        """Time the reduction of one video on `device`."""
+        if device.type == "cuda":
+            started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            started.record()
+            yield
+            ended.record()
+            self._events.append((started, ended))
+            if len(self._events) >= 1024:
+                self._collect(only_finished=True)
+        else:
+            start = time.perf_counter()
+            yield
+            self._seconds += time.perf_counter() - start
+        self._reductions += 1
+
+    def add_unconverged(self, solves: Tensor) -> None:
+        """Add a 0-d count of solves that hit the iteration limit."""
+        self._unconverged = solves if self._unconverged is None else self._unconverged + solves
+
+    def _collect(self, *, only_finished: bool) -> None:
+        waiting = []
+        for started, ended in self._events:
+            if only_finished and not ended.query():
+                waiting.append((started, ended))
+                continue
+            ended.synchronize()
+            self._seconds += started.elapsed_time(ended) / 1000
+        self._events = waiting
+
+    def statistics(self) -> dict[str, float]:
+        """Return the totals since the worker started, waiting for reductions still running on the device."""
+        self._collect(only_finished=False)
+        return {
+            "reductions": self._reductions,
+            "reduction_seconds": self._seconds,
+            "unconverged_solves": 0 if self._unconverged is None else int(self._unconverged),
+        }
+
+
+METER = ReductionMeter()
+"""Of this worker process."""
+
+
+class WorkerExtension:
+    """Methods the API server may call on every worker, by vLLM's `worker_extension_cls`."""
+
+    def aot_reduction_statistics(self) -> dict[str, float]:
+        """Return this worker's totals; see `ReductionMeter.statistics`."""
+        return METER.statistics()
+
+
+class WorkerTotals:
+    """Turns the totals that workers report into counter increments."""
+
+    def __init__(self) -> None:
+        """Nothing counted yet."""
+        self._counted: dict[str, float] = {}
+
+    def count(self, statistics: dict[str, float]) -> None:
+        """Add what has come since the last call to this process's counters."""
+        for name, counter in (
+            ("reductions", REDUCTIONS),
+            ("reduction_seconds", REDUCTION_SECONDS),
+            ("unconverged_solves", UNCONVERGED),
+        ):
+            counter.inc(max(0.0, statistics[name] - self._counted.get(name, 0.0)))
+            self._counted[name] = statistics[name]

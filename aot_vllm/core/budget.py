@@ -1,0 +1,128 @@
+"""How many tokens survive: the one place that decides it, from sizes and settings alone.
+
+An engine lays out placeholder tokens before the vision tower has run, so the counts can't depend on pixels.
+
+With T frames in C clips, a token count N is spent on three things (sections 3.2 and 3.3 of the paper):
+anchors A of each clip's key frame, `keep` tokens of each of the S = T - C later frames, and, when the released layout
+emits key frames twice, the originals of the M clips that have later frames. `keep` aims at kappa * A, which gives
+A = N / (C + M + S * kappa).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from aot_vllm.config import AOTConfig, check_retention
+from aot_vllm.core.grid import VideoGrid
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The tokens of one reduced video, in total and by where they come from.
+
+    `identity` says that every token survives and nothing is merged. Otherwise the other counts are consistent:
+    `total` is the sum of `per_frame`, of `anchors_per_clip`, `originals_per_clip` and `keep_per_frame`.
+    """
+
+    total: int
+    """Tokens of the reduced video."""
+    per_frame: tuple[int, ...]
+    """Tokens that come from each frame, at least 1; a key frame's count both its originals and its merged anchors."""
+    anchors: int
+    """Anchors of a frame; the first clips may have one more, see `anchors_per_clip`."""
+    keep: int
+    """Tokens kept of a later frame; some frames may keep one more, see `keep_per_frame`. 0 without later frames."""
+    clip_lengths: tuple[int, ...]
+    """Frames of each clip, longer clips first."""
+    anchors_per_clip: tuple[int, ...]
+    """Anchors of every frame of each clip: at most two values, consecutive, the larger first."""
+    keep_per_frame: tuple[int, ...]
+    """Tokens each frame keeps as they are; 0 at key frames."""
+    originals_per_clip: tuple[int, ...]
+    """Anchors of each key frame that are also emitted as they were before absorbing."""
+    identity: bool
+    """Whether all tokens survive unchanged."""
+
+
+def budget(grid: VideoGrid, *, retention: float, config: AOTConfig | None = None) -> Budget:
+    """Return the exact token counts for a video of this size.
+
+    `retention` in (0, 1] is the fraction kept: total = round(retention * T * P), but at least one token a frame.
+    Raises `SettingError` for a retention outside its range.
+    """
+    config = config or AOTConfig()
+    wanted = round(check_retention(retention) * grid.tokens)
+    total = max(grid.frames, min(grid.tokens, wanted))
+    return _allocate(grid.frames, grid.positions, total, config.clips, config.kappa, config.emit == "both")
+
+
+@lru_cache(maxsize=1024)
+def _allocate(frames: int, positions: int, total: int, clips: int, kappa: float, twice: bool) -> Budget:
+    """Return the allocation of `total` tokens, frames <= total <= frames * positions."""
+    num_clips = min(clips, frames)
+    clip_lengths = tuple(frames // num_clips + (clip < frames % num_clips) for clip in range(num_clips))
+    later_frames = frames - num_clips
+    doubled_clips = sum(length > 1 for length in clip_lengths) if twice else 0
+    identity = total == frames * positions
+    if identity:
+        anchors, keep, originals = num_clips * positions, later_frames * positions, 0
+    else:
+        anchors, keep, originals = _shares(total, positions, num_clips, later_frames, doubled_clips, kappa)
+
+    anchors_per_clip = tuple(sorted(_spread(anchors, num_clips), reverse=True))
+    kept, doubled = iter(_spread(keep, later_frames)), iter(_spread(originals, doubled_clips))
+    originals_per_clip = tuple(next(doubled) if doubled_clips and length > 1 else 0 for length in clip_lengths)
+    keep_per_frame = tuple(next(kept) if step else 0 for length in clip_lengths for step in range(length))
+    per_frame = list(keep_per_frame)
+    first = 0
+    for length, clip_anchors, clip_originals in zip(clip_lengths, anchors_per_clip, originals_per_clip, strict=True):
+        per_frame[first] = clip_anchors + clip_originals
+        first += length
+    return Budget(
+        total=total,
+        per_frame=tuple(per_frame),
+        anchors=min(anchors_per_clip),
+        keep=keep // later_frames if later_frames else 0,
+        clip_lengths=clip_lengths,
+        anchors_per_clip=anchors_per_clip,
+        keep_per_frame=keep_per_frame,
+        originals_per_clip=originals_per_clip,
+        identity=identity,
+    )
+
+
+def _shares(
+    total: int, positions: int, clips: int, later_frames: int, doubled_clips: int, kappa: float
+) -> tuple[int, int, int]:
+    """Return the tokens to spend on anchors, on kept tokens and on originals; they sum to `total`.
+
+    Where A = N / (C + M + S * kappa) is no integer, the rest goes out in rounds: one more token for each later frame,
+    then one more anchor for each clip, then one more original. Where `total` is too small for the ideal, originals give
+    way first; when A reaches `positions`, the kept tokens grow beyond kappa.
+    """
+    if later_frames == 0:
+        return total, 0, 0
+    ideal = int(total / (clips + doubled_clips + later_frames * kappa))
+    level_anchors = min(positions, max(1, ideal), (total - later_frames) // clips)
+    left = total - clips * level_anchors
+    level_originals = min(level_anchors, (left - later_frames) // doubled_clips) if doubled_clips else 0
+    left -= doubled_clips * level_originals
+    level_keep = min(level_anchors, left // later_frames)
+    left -= later_frames * level_keep
+
+    anchors, keep, originals = clips * level_anchors, later_frames * level_keep, doubled_clips * level_originals
+    while left:
+        if level_keep < level_anchors:
+            spent = min(left, later_frames)
+            keep, level_keep, left = keep + spent, level_keep + 1, left - spent
+        if level_anchors < positions:
+            spent = min(left, clips)
+            anchors, level_anchors, left = anchors + spent, level_anchors + 1, left - spent
+        if level_originals < level_anchors:
+            spent = min(left, doubled_clips)
+            originals, level_originals, left = originals + spent, level_originals + 1, left - spent
+    return anchors, keep, originals
+
+
+def _spread(tokens: int, places: int) -> tuple[int, ...]:
+    """Return `places` counts that sum to `tokens`, differ by at most 1, the larger ones evenly between the others."""
+    return tuple((place + 1) * tokens // places - place * tokens // places for place in range(places))

@@ -1,0 +1,32 @@
+"""The geometry of a video as the language model sees it."""
+
+from dataclasses import dataclass
+
+from aot_vllm.config import check_integer
+
+
+@dataclass(frozen=True)
+class VideoGrid:
+    """`frames` temporal units of `rows` x `cols` tokens each, after the model's own pooling or merging.
+
+    Raises `SettingError` unless all three are integers of at least 1.
+    """
+
+    frames: int
+    rows: int
+    cols: int
+
+    def __post_init__(self) -> None:
+        """Check the sizes."""
+        for name in ("frames", "rows", "cols"):
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), minimum=1))
+
+    @property
+    def positions(self) -> int:
+        """Tokens of one frame."""
+        return self.rows * self.cols
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole video, unreduced."""
+        return self.frames * self.positions

@@ -1,0 +1,155 @@
+"""The whole reduction of one video, as the method section tells it.
+
+Dimensions: T frames, P positions of a frame, A anchors of a frame, D width, K tokens that survive.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+
+import torch
+from torch import Tensor
+
+from aot_vllm.config import AOTConfig
+from aot_vllm.core.anchors import select_anchors
+from aot_vllm.core.budget import Budget, budget
+from aot_vllm.core.grid import VideoGrid
+from aot_vllm.core.transport import absorb_frames, merge_across_frames
+from aot_vllm.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class ReducedVideo:
+    """The tokens that survive, (K, D), and the frame, row and column each came from, all (K,).
+
+    `iterations` and `converged` have one entry for each transport problem solved, on the device of the tokens: reading
+    them is up to the caller, when it may wait for the device.
+    """
+
+    tokens: Tensor
+    frames: Tensor
+    rows: Tensor
+    cols: Tensor
+    budget: Budget
+    iterations: Tensor
+    converged: Tensor
+
+    @property
+    def unconverged(self) -> Tensor:
+        """How many solves ran out of iterations, a tensor of no dimensions: nothing is read from the device."""
+        return (~self.converged).sum()
+
+
+def reduce_video(
+    features: Tensor,
+    local_scores: Tensor,
+    global_scores: Tensor,
+    *,
+    grid: VideoGrid,
+    retention: float,
+    config: AOTConfig | None = None,
+) -> ReducedVideo:
+    """Return the reduced video: features (T, P, D), scores (T, P) -> exactly `budget(...).total` tokens.
+
+    `retention` in (0, 1] is the fraction of tokens kept; at 1 the input comes back unchanged. Tokens have the type of
+    `features`; everything is accumulated in float32. Nothing waits for the device. Raises `ShapeError` for tensors that
+    do not fit the grid and `SettingError` for a retention outside its range. Section 3 of the paper.
+    """
+    config = config or AOTConfig()
+    counts = budget(grid, retention=retention, config=config)
+    _check_shapes(features, local_scores, global_scores, grid)
+    if counts.identity:
+        return _unchanged(features, grid, counts)
+
+    parts = [
+        _reduce_part(features, local_scores, global_scores, part, counts=counts, grid=grid, config=config)
+        for part in _parts(counts)
+    ]
+    whole = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
+    tokens_KD, frames_K, cells_K, iterations, converged = whole
+    return ReducedVideo(tokens_KD, frames_K, cells_K // grid.cols, cells_K % grid.cols, counts, iterations, converged)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Neighbouring clips with the same number of anchors, which are reduced together."""
+
+    anchors: int
+    clips: slice
+    frames: slice
+
+
+def _parts(counts: Budget) -> Iterator[_Part]:
+    """Yield the one or two runs of clips with equally many anchors."""
+    first_frames = list(accumulate(counts.clip_lengths, initial=0))
+    first_clip = 0
+    for anchors, clips in groupby(counts.anchors_per_clip):
+        end_clip = first_clip + len(list(clips))
+        yield _Part(anchors, slice(first_clip, end_clip), slice(first_frames[first_clip], first_frames[end_clip]))
+        first_clip = end_clip
+
+
+def _reduce_part(
+    features: Tensor,
+    local_scores: Tensor,
+    global_scores: Tensor,
+    part: _Part,
+    *,
+    counts: Budget,
+    grid: VideoGrid,
+    config: AOTConfig,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return a part's tokens, their frames and positions, and the iterations and convergence of its solves."""
+    size = {"rows": grid.rows, "cols": grid.cols}
+    anchors_TA = select_anchors(
+        local_scores[part.frames],
+        global_scores[part.frames],
+        **size,
+        count=part.anchors,
+        global_ratio=config.global_ratio,
+        window=config.window,
+    )
+    within = absorb_frames(features[part.frames], anchors_TA, **size, config=config)
+    across = merge_across_frames(
+        within.tokens,
+        clip_lengths=counts.clip_lengths[part.clips],
+        keep=counts.keep_per_frame[part.frames],
+        config=config,
+        originals=counts.originals_per_clip[part.clips],
+    )
+    return (
+        across.tokens,
+        across.frames + part.frames.start,
+        anchors_TA[across.frames, across.slots],
+        torch.cat([within.iterations, across.iterations]),
+        torch.cat([within.converged, across.converged]),
+    )
+
+
+def _unchanged(features: Tensor, grid: VideoGrid, counts: Budget) -> ReducedVideo:
+    """Return the video with all its tokens, in the order of frames and positions."""
+    index_K = torch.arange(grid.tokens, device=features.device)
+    cells_K = index_K % grid.positions
+    return ReducedVideo(
+        tokens=features.reshape(grid.tokens, -1),
+        frames=index_K // grid.positions,
+        rows=cells_K // grid.cols,
+        cols=cells_K % grid.cols,
+        budget=counts,
+        iterations=index_K[:0],
+        converged=index_K[:0].bool(),
+    )
+
+
+def _check_shapes(features: Tensor, local_scores: Tensor, global_scores: Tensor, grid: VideoGrid) -> None:
+    """Raise `ShapeError` for the first tensor that does not fit the grid."""
+    expected = (grid.frames, grid.positions)
+    if features.dim() != 3 or features.shape[:2] != expected or features.shape[2] == 0:
+        raise ShapeError(
+            f"features must have shape ({grid.frames}, {grid.positions}, width), got {tuple(features.shape)}"
+        )
+    if not features.is_floating_point():
+        raise ShapeError(f"features must be of a floating-point type, got {features.dtype}")
+    for name, scores in (("local_scores", local_scores), ("global_scores", global_scores)):
+        if scores.shape != expected:
+            raise ShapeError(f"{name} must have shape {expected}, got {tuple(scores.shape)}")

@@ -1,0 +1,247 @@
+"""Transport applied: tokens absorbed into the anchors of their frame, then anchors into those of their clip.
+
+Dimensions: T frames, P positions of a frame, A anchors of a frame, D width, C clips (the longest first; n of them are
+still running at a step), K tokens that survive, k tokens kept of a frame.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aot_vllm.config import AOTConfig, check_integer
+from aot_vllm.core import cost
+from aot_vllm.core.layout import ClipLayout, Step, clip_layout
+from aot_vllm.core.sinkhorn import TransportPlan, sinkhorn
+from aot_vllm.errors import SettingError, ShapeError
+
+# A float32 copy of half-precision features is made for this many bytes at a time.
+BLOCK_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class FrameTokens:
+    """The anchors of every frame after absorbing the frame's other tokens, (T, A, D), and how the solve went."""
+
+    tokens: Tensor
+    iterations: Tensor
+    converged: Tensor
+
+
+@dataclass(frozen=True)
+class ClipTokens:
+    """The tokens that survive, in output order, where each came from, and how each solve went.
+
+    `tokens` (K, D); `frames` (K,) and `slots` (K,) index the input's first two dimensions; a merged anchor comes from
+    its key frame. `iterations` and `converged` have one entry for each later frame.
+    """
+
+    tokens: Tensor
+    frames: Tensor
+    slots: Tensor
+    iterations: Tensor
+    converged: Tensor
+
+
+def merge_within_frames(features: Tensor, anchors: Tensor, *, rows: int, cols: int, config: AOTConfig) -> Tensor:
+    """Return the anchors after absorbing the other tokens of their frame: (T, P, D), (T, A) -> (T, A, D).
+
+    Row j belongs to `anchors[:, j]`; anchors are distinct positions. Accumulates in float32 and returns the type of
+    `features`, whose entries must be below 1e18 / sqrt(D), where squares overflow. Raises `ShapeError`. Section 3.2.
+    """
+    return absorb_frames(features, anchors, rows=rows, cols=cols, config=config).tokens
+
+
+def absorb_frames(features: Tensor, anchors: Tensor, *, rows: int, cols: int, config: AOTConfig) -> FrameTokens:
+    """Return what `merge_within_frames` does, together with how the solve went."""
+    _check_within(features, anchors, positions=rows * cols)
+    anchors_TAD = _rows_at(features, anchors)
+    if anchors.shape[1] == rows * cols:
+        nothing = anchors[0, :0]
+        return FrameTokens(anchors_TAD, iterations=nothing, converged=nothing.bool())
+
+    anchors_TAD = anchors_TAD.float()
+
+    similarity_TPA = _similarity(features, anchors_TAD)
+    source_TP = torch.ones_like(similarity_TPA[:, :, 0]).scatter_(1, anchors, 0)
+    nearest_TP = similarity_TPA.argmax(dim=2)
+    cost_TPA = similarity_TPA.neg_().add_(1)
+    cost_TPA += cost.spatial_distance(anchors, rows=rows, cols=cols).mul_(config.spatial_weight)
+    solution = sinkhorn(
+        cost_TPA,
+        row_mass=source_TP / (rows * cols - anchors.shape[1]),
+        epsilon=config.epsilon,
+        iterations=config.iterations,
+        tolerance=config.tolerance,
+        joint=True,
+    )
+    weight_TPA, own_TA = _absorption(solution, nearest_TP, source_TP, nearest_weight=config.nearest_weight)
+    merged_TAD = anchors_TAD.mul_(own_TA.unsqueeze(2))
+    for block in _blocks(features):
+        merged_TAD[block].baddbmm_(weight_TPA[block].transpose(1, 2), features[block].float())
+    return FrameTokens(merged_TAD.to(features.dtype), solution.iterations, solution.converged)
+
+
+def _similarity(features_TPD: Tensor, anchors_TAD: Tensor) -> Tensor:
+    """Return the cosine of every token to every anchor of its frame, (T, P, A)."""
+    norms_TP, norms_TA = cost.norms(features_TPD), cost.norms(anchors_TAD)
+    blocks = [
+        cost.cosine(features_TPD[block].float(), anchors_TAD[block], norms_TP[block], norms_TA[block])
+        for block in _blocks(features_TPD)
+    ]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+
+
+def _absorption(
+    solution: TransportPlan, nearest_TP: Tensor, source_TP: Tensor, *, nearest_weight: float
+) -> tuple[Tensor, Tensor]:
+    """Return the weights of each frame's tokens in each merged anchor, (T, P, A), and of the anchor itself, (T, A).
+
+    An anchor is a blend of its mean with what the plan sends it and its plain mean with the tokens nearest to it; both
+    are linear in the tokens, so one matrix does both. Overwrites the plan.
+    """
+    carried_TA = 1 + solution.plan.sum(dim=1)
+    counted_TA = torch.ones_like(carried_TA).scatter_add_(1, nearest_TP, source_TP)
+    by_plan_TA, by_nearest_TA = (1 - nearest_weight) / carried_TA, nearest_weight / counted_TA
+    weight_TPA = solution.plan.mul_(by_plan_TA.unsqueeze(1))
+    weight_TP = by_nearest_TA.gather(1, nearest_TP) * source_TP
+    weight_TPA.scatter_add_(2, nearest_TP.unsqueeze(2), weight_TP.unsqueeze(2))
+    return weight_TPA, by_plan_TA + by_nearest_TA
+
+
+def _rows_at(features_TPD: Tensor, positions_TA: Tensor) -> Tensor:
+    """Return a copy of the features at some positions of each frame, (T, A, D).
+
+    Whole rows are copied: indexing both dimensions at once goes element by element on the CPU, ten times slower.
+    """
+    frames, positions, width = features_TPD.shape
+    starts_T1 = torch.arange(0, frames * positions, positions, device=positions_TA.device).unsqueeze(1)
+    rows = features_TPD.flatten(0, 1).index_select(0, (positions_TA + starts_T1).flatten())
+    return rows.view(frames, -1, width)
+
+
+def _blocks(features_TPD: Tensor) -> Iterator[slice]:
+    """Yield runs of frames whose float32 copy fits `BLOCK_BYTES`; float32 features are not copied, one run does."""
+    frames, positions, width = features_TPD.shape
+    step = frames if features_TPD.dtype == torch.float32 else max(1, BLOCK_BYTES // (4 * positions * width))
+    for start in range(0, frames, step):
+        yield slice(start, start + step)
+
+
+def merge_across_frames(
+    tokens: Tensor,
+    *,
+    clip_lengths: Sequence[int],
+    keep: int | Sequence[int],
+    config: AOTConfig,
+    originals: Sequence[int] | None = None,
+) -> ClipTokens:
+    """Return the tokens of all clips: (T, A, D) -> (K, D), clip by clip.
+
+    Of a clip come first its key frame's anchors as they were (`originals` of them, by default all when `config.emit` is
+    `both`, else none; where not all, those that absorbed most), then what each later frame keeps (`keep`, one count
+    or one a frame, those at key frames unused), then the key frame's anchors after absorbing the rest; ascending slots
+    in each. Raises `ShapeError` or `SettingError` for counts that do not fit. Section 3.3.
+    """
+    layout = _checked_layout(tokens, clip_lengths, keep, originals, config)
+    tokens_TAD = tokens.float()
+    norms_TA = cost.norms(tokens_TAD)
+    merged_CAD = tokens_TAD.index_select(0, layout.key_frames)
+    absorbed_CA = torch.zeros_like(merged_CAD[:, :, 0])
+    slots, solutions = [], []
+    for step in layout.steps:
+        x_nAD, y_nAD = tokens_TAD.index_select(0, step.frames), merged_CAD[: len(step.frames)]
+        discount = cost.temporal_discount(step.frames_apart, sigma=config.temporal_sigma)
+        solution = _match(x_nAD, y_nAD, norms_TA[step.frames], discount=discount, config=config)
+        share_nAA, kept_nk = _keep_or_absorb(solution.plan, step, layout.ranks)
+        mass_nA = share_nAA.sum(dim=1)
+        y_nAD.baddbmm_(share_nAA.transpose(1, 2), x_nAD).div_(1 + mass_nA.unsqueeze(2))
+        absorbed_CA[: len(step.frames)] += mass_nA
+        slots.append(kept_nk)
+        solutions.append(solution)
+
+    by_absorbed_CA = absorbed_CA.argsort(dim=1, descending=True, stable=True)
+    slots.insert(0, _first(by_absorbed_CA, layout.originals, most=layout.most_originals, ranks=layout.ranks))
+    return _line_up(tokens, merged_CAD, slots, solutions, layout)
+
+
+def _match(x_nAD: Tensor, y_nAD: Tensor, x_norms_nA: Tensor, *, discount: float, config: AOTConfig) -> TransportPlan:
+    """Return the transport of each frame's anchors onto those of its clip, every clip a problem of its own."""
+    cost_nAA = cost.cosine(x_nAD, y_nAD, x_norms_nA, cost.norms(y_nAD)).neg_().add_(1)
+    cost_nAA -= cost_nAA.amin(dim=(1, 2), keepdim=True)
+    return sinkhorn(
+        cost_nAA.mul_(discount),
+        row_mass=torch.full_like(x_norms_nA, 1 / x_norms_nA.shape[1]),
+        epsilon=config.epsilon,
+        iterations=config.iterations,
+        tolerance=config.tolerance,
+        joint=False,
+    )
+
+
+def _keep_or_absorb(plan_nAA: Tensor, step: Step, ranks_A: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what each token gives to each anchor, (n, A, A), zero where it is kept, and the slots kept, (n, k).
+
+    The tokens whose largest share is lowest are kept, exactly as many as the step says: they carry change.
+    """
+    share_nAA = plan_nAA / plan_nAA.sum(dim=2, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
+    order_nA = share_nAA.amax(dim=2).argsort(dim=1, stable=True)
+    is_absorbed_nA = torch.zeros_like(share_nAA[:, :, 0]).scatter_(1, order_nA, (ranks_A >= step.keep).float())
+    return share_nAA.mul_(is_absorbed_nA.unsqueeze(2)), _first(order_nA, step.keep, most=step.most_kept, ranks=ranks_A)
+
+
+def _first(order_nA: Tensor, count_n1: Tensor, *, most: int, ranks: Tensor) -> Tensor:
+    """Return the first `count` slots of each order, ascending, then filler up to `most`: (n, most)."""
+    return order_nA[:, :most].masked_fill(ranks[:most] >= count_n1, len(ranks)).sort(dim=1).values
+
+
+def _line_up(
+    tokens: Tensor, merged_CAD: Tensor, slots: list[Tensor], solutions: list[TransportPlan], layout: ClipLayout
+) -> ClipTokens:
+    """Return the surviving tokens in output order; `slots` are the candidates the layout speaks of, but the merged."""
+    slots_K = torch.cat([*(slots_nk.flatten() for slots_nk in slots), layout.ranks])[layout.candidates]
+    tokens_KD = tokens.flatten(0, 1).index_select(0, layout.frames * len(layout.ranks) + slots_K)
+    tokens_KD.index_copy_(0, layout.merged_rows, merged_CAD.flatten(0, 1).to(tokens.dtype))
+    nothing = layout.ranks[:0]
+    return ClipTokens(
+        tokens=tokens_KD,
+        frames=layout.frames,
+        slots=slots_K,
+        iterations=torch.cat([nothing, *(solution.iterations for solution in solutions)]),
+        converged=torch.cat([nothing.bool(), *(solution.converged for solution in solutions)]),
+    )
+
+
+def _checked_layout(
+    tokens: Tensor,
+    clip_lengths: Sequence[int],
+    keep: int | Sequence[int],
+    originals: Sequence[int] | None,
+    config: AOTConfig,
+) -> ClipLayout:
+    """Return the layout these arguments describe, or raise for the first that does not fit."""
+    if tokens.dim() != 3 or 0 in tokens.shape:
+        raise ShapeError(f"tokens must have shape (frames, anchors, width), none 0, got {tuple(tokens.shape)}")
+    frames, num_anchors, _ = tokens.shape
+    lengths = tuple(check_integer("a clip length", length, minimum=1) for length in clip_lengths)
+    if sum(lengths) != frames:
+        raise SettingError(f"clip_lengths must sum to {frames}, the frames of tokens, got {lengths}")
+    keep_per_frame = tuple(keep) if isinstance(keep, Sequence) else (keep,) * frames
+    if originals is None:
+        originals = (num_anchors if config.emit == "both" else 0,) * len(lengths)
+    for name, counts, expected in (("keep", keep_per_frame, frames), ("originals", originals, len(lengths))):
+        if len(counts) != expected:
+            raise SettingError(f"{name} must have {expected} counts, got {len(counts)}")
+        if max(check_integer(name, count, minimum=0) for count in counts) > num_anchors:
+            raise SettingError(f"{name} must be at most {num_anchors}, the anchors of a frame, got {max(counts)}")
+    return clip_layout(lengths, keep_per_frame, tuple(originals), num_anchors, tokens.device)
+
+
+def _check_within(features: Tensor, anchors: Tensor, *, positions: int) -> None:
+    """Raise `ShapeError` where features, anchors and grid do not fit each other."""
+    if features.dim() != 3 or features.shape[1] != positions or 0 in features.shape:
+        raise ShapeError(f"features must have shape (frames, {positions}, width), got {tuple(features.shape)}")
+    frames = features.shape[0]
+    if anchors.dim() != 2 or anchors.shape[0] != frames or not 1 <= anchors.shape[1] <= positions:
+        raise ShapeError(f"anchors must have shape ({frames}, 1 to {positions}), got {tuple(anchors.shape)}")

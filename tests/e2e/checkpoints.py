@@ -1,0 +1,107 @@
+"""Tiny checkpoints with random weights, made once and found again by the digest of what makes them."""
+
+import fcntl
+import hashlib
+import os
+from pathlib import Path
+
+import torch
+import transformers
+
+from demo import checkpoint as maker
+
+ROOT = Path(__file__).resolve().parents[2]
+CACHE = ROOT / ".cache" / "checkpoints"
+QWEN_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'video' %}<|vision_start|><|video_pad|><|vision_end|>"
+    "{% elif part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXT = {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def _tiny(directory):
+    maker.make_llava_onevision(directory, maker.PRESETS["tiny"])
+
+
+def _tiny_384(directory):
+    tiny = maker.PRESETS["tiny"]
+    maker.make_llava_onevision(directory, maker.Shape(384, tiny.tower, tiny.text))
+
+
+def _qwen2_5_vl(directory):
+    """A model that vLLM's own pruning serves and AOT does not."""
+    specials = (*maker.SPECIAL_TOKENS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+    tokenizer = maker.train_tokenizer(specials)
+    token_id = tokenizer.convert_tokens_to_ids
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=maker.text_config(
+            tokenizer,
+            **TEXT,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
+        ),
+        vision_config={
+            "depth": 2,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_heads": 2,
+            "patch_size": 14,
+            "spatial_merge_size": 2,
+            "temporal_patch_size": 2,
+            "tokens_per_second": 2,
+            "window_size": 112,
+            "out_hidden_size": 64,
+            "fullatt_block_indexes": [1],
+        },
+        tie_word_embeddings=False,
+        image_token_id=token_id("<|image_pad|>"),
+        video_token_id=token_id("<|video_pad|>"),
+        vision_start_token_id=token_id("<|vision_start|>"),
+        vision_end_token_id=token_id("<|vision_end|>"),
+    )
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    maker.randomise(model)
+    pixels = {"size": {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 64}, "patch_size": 14, "merge_size": 2}
+    processor = transformers.Qwen2_5_VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(temporal_patch_size=2, **pixels),
+        video_processor=transformers.Qwen2VLVideoProcessor(temporal_patch_size=2, **pixels),
+        tokenizer=tokenizer,
+        chat_template=QWEN_TEMPLATE,
+    )
+    maker.save(model, processor, tokenizer, directory, dtype=torch.float32)
+
+
+def _qwen2(directory):
+    """A model without any video."""
+    tokenizer = maker.train_tokenizer(maker.SPECIAL_TOKENS)
+    config = transformers.Qwen2Config(**maker.text_config(tokenizer, **TEXT), tie_word_embeddings=False)
+    model = transformers.Qwen2ForCausalLM(config)
+    maker.randomise(model)
+    maker.save(model, tokenizer, tokenizer, directory, dtype=torch.float32)
+
+
+MAKERS = {"tiny": _tiny, "tiny-384": _tiny_384, "qwen2.5-vl": _qwen2_5_vl, "qwen2": _qwen2}
+
+
+def checkpoint(name):
+    """Return the directory of a tiny checkpoint, made now if it isn't there; safe across processes."""
+    sources = Path(maker.__file__).read_bytes() + Path(__file__).read_bytes()
+    digest = hashlib.sha256(sources + transformers.__version__.encode()).hexdigest()[:12]
+    directory = CACHE / digest / name
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with (directory.parent / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not directory.exists():
+            unfinished = directory.with_name(f".{name}.{os.getpid()}")
+            MAKERS[name](unfinished)
+            unfinished.rename(directory)
+    return directory

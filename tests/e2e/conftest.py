@@ -1,0 +1,49 @@
+"""Engines are started one at a time in this process; a test that asks for another one closes the last."""
+
+import gc
+import json
+
+import pytest
+
+from tests.e2e.checkpoints import checkpoint
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "e2e" in item.path.parts:
+            item.add_marker(pytest.mark.engine)
+            # vLLM and transformers warn about their own insides
+            item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+class EngineHolder:
+    def __init__(self):
+        self.key, self.engine = None, None
+
+    def get(self, name, **arguments):
+        from tests.e2e.engines import Engine
+
+        key = json.dumps([name, arguments], sort_keys=True)
+        if key != self.key:
+            self.close()
+            self.engine, self.key = Engine(checkpoint(name), **arguments), key
+        return self.engine
+
+    def close(self):
+        if self.engine is not None:
+            self.engine.close()
+        self.key, self.engine = None, None
+        gc.collect()
+
+
+@pytest.fixture(scope="session")
+def engine_holder():
+    holder = EngineHolder()
+    yield holder
+    holder.close()
+
+
+@pytest.fixture
+def start_engine(engine_holder):
+    """Return the engine with a checkpoint and arguments, the running one if it is the same."""
+    return engine_holder.get

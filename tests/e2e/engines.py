@@ -1,0 +1,154 @@
+"""Real vLLM engines for tests: one in this process, others as servers of their own."""
+
+import contextlib
+import gc
+import os
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+KV_BYTES = 64 * 2**20
+COMMON = {
+    "enforce_eager": True,
+    "max_model_len": 8192,
+    "dtype": "float32",
+    "kv_cache_memory_bytes": KV_BYTES,
+    "max_num_batched_tokens": 8192,
+}
+
+
+def video(frames, *, side=84, seed=0):
+    """Return (frames, side, side, 3) uint8: a bright block moving over a still, noisy background."""
+    rng = np.random.default_rng(seed)
+    background = rng.integers(0, 160, (side, side, 3))
+    clip = np.repeat(background[None], frames, axis=0)
+    size = side // 4
+    for index in range(frames):
+        left = (index * 5 + seed * 11) % (side - size)
+        clip[index, left : left + size, size : 2 * size] = 230
+    return (clip + rng.integers(0, 20, clip.shape)).astype(np.uint8)
+
+
+def image(*, side=84, seed=0):
+    """Return one frame of another clip as an image."""
+    return video(1, side=side, seed=seed + 100)[0]
+
+
+def prompt(*media, question="What happens?"):
+    """Return a chat prompt with placeholders for `media`, each "video" or "image", in that order."""
+    placeholders = "".join(f"<{kind}>" for kind in media)
+    return f"<|im_start|>user {placeholders}\n{question}<|im_end|><|im_start|>assistant\n"
+
+
+@dataclass(frozen=True)
+class Answer:
+    prompt_tokens: int
+    tokens: tuple
+    logprobs: tuple
+
+
+class Engine:
+    """One `vllm.LLM` in this process."""
+
+    def __init__(self, model, **arguments):
+        from vllm import LLM
+
+        limits = {"limit_mm_per_prompt": {"image": 2, "video": 3}}
+        self.llm = LLM(model=str(model), **{**COMMON, **limits, "seed": 0, "disable_log_stats": True, **arguments})
+
+    def ask(self, *requests, max_tokens=4):
+        """Answer requests made by `request`, all handed over at once."""
+        from vllm import SamplingParams
+
+        outputs = self.llm.generate(
+            list(requests), SamplingParams(temperature=0, max_tokens=max_tokens, logprobs=0), use_tqdm=False
+        )
+        return [
+            Answer(
+                prompt_tokens=len(output.prompt_token_ids),
+                tokens=tuple(output.outputs[0].token_ids),
+                logprobs=tuple(next(iter(step.values())).logprob for step in output.outputs[0].logprobs),
+            )
+            for output in outputs
+        ]
+
+    def close(self):
+        from vllm.distributed import cleanup_dist_env_and_memory
+
+        self.llm.llm_engine.engine_core.shutdown()
+        del self.llm
+        gc.collect()
+        with contextlib.suppress(AssertionError):
+            cleanup_dist_env_and_memory()
+
+
+def request(*media, retention=None, question="What happens?"):
+    """Return a request about media given as arrays: 4-d for a video, 3-d for an image."""
+    kinds = ["video" if array.ndim == 4 else "image" for array in media]
+    data = {}
+    for kind, array in zip(kinds, media, strict=True):
+        data.setdefault(kind, []).append(array)
+    asked = {"prompt": prompt(*kinds, question=question), "multi_modal_data": data}
+    if retention is not None:
+        asked["mm_processor_kwargs"] = {"aot_retention": retention}
+    return asked
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def process(command, *, health, log: Path, environment=None, timeout_seconds=150):
+    """Run a server until the block ends; `health` is the URL that answers 200 once it is up."""
+    with log.open("w") as output:
+        started = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+        )
+        try:
+            deadline = time.monotonic() + timeout_seconds
+            while True:
+                if started.poll() is not None:
+                    raise AssertionError(f"{command[:4]} ended with {started.returncode}:\n{log.read_text()[-3000:]}")
+                with contextlib.suppress(httpx.TransportError):
+                    if httpx.get(health, timeout=2).status_code == 200:
+                        break
+                if time.monotonic() > deadline:
+                    raise AssertionError(f"{command[:4]} was not up in time:\n{log.read_text()[-3000:]}")
+                time.sleep(0.3)
+            yield started
+        finally:
+            started.terminate()
+            try:
+                started.wait(20)
+            except subprocess.TimeoutExpired:
+                started.kill()
+                started.wait(10)
+
+
+def serve_command(model, port, *arguments):
+    """Return the command line of a vLLM server on loopback."""
+    return [
+        str(Path(sys.executable).with_name("vllm")),
+        "serve",
+        str(model),
+        "--host=127.0.0.1",
+        f"--port={port}",
+        "--enforce-eager",
+        "--max-model-len=8192",
+        "--max-num-batched-tokens=8192",
+        "--dtype=float32",
+        f"--kv-cache-memory-bytes={KV_BYTES}",
+        '--limit-mm-per-prompt={"image":1,"video":3}',
+        "--enable-prompt-tokens-details",
+        "--trust-request-mm-kwargs",
+        *arguments,
+    ]

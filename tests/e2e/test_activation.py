@@ -1,0 +1,160 @@
+"""What `--video-pruning-rate` does at start: AOT, vLLM's own pruning, or a refusal that says why and what to do."""
+
+import logging
+
+import pytest
+
+from aot_vllm.adapters import compat
+from aot_vllm.adapters.settings import Reduction
+from aot_vllm.config import AOTConfig
+from aot_vllm.errors import SettingError, UnsupportedError
+from tests.e2e.checkpoints import checkpoint
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """Return the lines the plugin logs, as they come."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("vllm.aot")
+    logger.addHandler(handler)
+    monkeypatch.setattr(logger, "level", logging.INFO)
+    yield said
+    logger.removeHandler(handler)
+
+
+def configure(name="tiny", **arguments):
+    """Return the engine configuration for a checkpoint and arguments; nothing is started from it."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        model=str(checkpoint(name)), enforce_eager=True, dtype="float32", max_model_len=2048, **arguments
+    ).create_engine_config()
+
+
+def test_without_a_rate_the_configuration_is_untouched_and_nothing_is_said(lines):
+    for rate in (None, 0.0):
+        config = configure(video_pruning_rate=rate)
+        assert config.model_config.hf_config.architectures == ["LlavaOnevisionForConditionalGeneration"]
+        assert not config.parallel_config.worker_extension_cls
+        with pytest.raises(SettingError, match="carries no AOT settings"):
+            Reduction.of(config.model_config.hf_config)
+        assert lines == []
+
+
+def test_settings_without_a_rate_are_checked_and_said_to_do_nothing(lines):
+    configure(additional_config={"aot": {"clips": 4}})
+    assert lines == ["AOT is off: aot settings are given, but --video-pruning-rate is not set or 0."]
+    with pytest.raises(SettingError, match="clips must be an integer of at least 1, got 0"):
+        configure(additional_config={"aot": {"clips": 0}})
+
+
+def test_with_a_rate_one_line_says_what_is_active(lines):
+    config = configure(video_pruning_rate=0.9, additional_config={"aot": {"clips": 4, "emit": "compact"}})
+    reduction = Reduction.of(config.model_config.hf_config)
+    assert reduction == Reduction(retention=0.1, method=AOTConfig(clips=4, emit="compact"))
+    (line,) = lines
+    for said in ("LlavaOnevisionForConditionalGeneration", "retention 0.1", '"clips": 4', '"local_layer": null'):
+        assert said in line
+
+
+def test_a_server_without_the_endpoint_plugin_is_told_what_it_misses(lines, monkeypatch):
+    monkeypatch.delenv("VLLM_PLUGINS")
+    configure(video_pruning_rate=0.9)
+    assert lines[-1].endswith("set VLLM_PLUGINS=aot.")
+
+
+@pytest.mark.parametrize("rate", [0.125, 0.3, 0.75, 0.9, 0.95, 0.999])
+def test_retention_is_one_minus_the_rate_without_float_dust(rate):
+    config = configure(video_pruning_rate=rate)
+    assert Reduction.of(config.model_config.hf_config).retention == round(1 - rate, 6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epsilon": -1}, r"epsilon must be a finite number above 0, got -1"),
+        ({"epsilon": "0.1"}, r"epsilon must be a finite number above 0, got '0.1'"),
+        ({"kappa": 1.5}, r"kappa must be in \[0, 1\], got 1.5"),
+        ({"window": 0}, r"window must be an integer of at least 1, got 0"),
+        ({"clips": True}, r"clips must be an integer of at least 1, got True"),
+        ({"emit": "all"}, r"emit must be 'both' or 'compact', got 'all'"),
+        ({"enabled": "no"}, r"enabled must be true or false, got 'no'"),
+        ({"kapa": 0.3}, r"unknown aot settings \['kapa'\]; allowed are .*'kappa'"),
+        ([], r"additional_config\['aot'\] must be a JSON object, got \[\]"),
+    ],
+)
+def test_bad_settings_do_not_start_and_name_setting_value_and_range(settings, message):
+    with pytest.raises(SettingError, match=message):
+        configure(video_pruning_rate=0.9, additional_config={"aot": settings})
+
+
+def test_a_scoring_layer_the_tower_lacks_does_not_start(start_engine):
+    with pytest.raises(SettingError, match=r"global_layer must be in \[-2, 1\].* executes 2 layers, got 7"):
+        start_engine("tiny", video_pruning_rate=0.9, additional_config={"aot": {"global_layer": 7}})
+
+
+def test_a_model_only_stock_pruning_knows_keeps_it_and_a_line_says_that_it_is_not_aot(lines):
+    config = configure("qwen2.5-vl", video_pruning_rate=0.5)
+    assert config.model_config.hf_config.architectures == ["Qwen2_5_VLForConditionalGeneration"]
+    (line,) = lines
+    assert line.startswith("This is not AOT: it does not support Qwen2_5_VLForConditionalGeneration")
+
+
+def test_settings_for_aot_on_a_model_it_does_not_support_do_not_start():
+    with pytest.raises(UnsupportedError, match=r"AOT does not support Qwen2_5_VL.*Drop the aot settings"):
+        configure("qwen2.5-vl", video_pruning_rate=0.5, additional_config={"aot": {"clips": 4}})
+
+
+def test_aot_switched_off_leaves_the_rate_to_stock_pruning(lines):
+    config = configure("qwen2.5-vl", video_pruning_rate=0.5, additional_config={"aot": {"enabled": False}})
+    assert config.model_config.multimodal_config.get_video_pruning_spec() == ("evs", 0.5)
+    assert lines == ["This is not AOT: it is switched off, so vLLM's own video pruning takes the rate 0.5."]
+
+
+@pytest.mark.parametrize(
+    ("name", "additional"), [("qwen2", {}), ("tiny", {"aot": {"enabled": False}})], ids=["no video", "switched off"]
+)
+def test_a_model_that_would_ignore_the_rate_in_silence_does_not_start(name, additional):
+    with pytest.raises(UnsupportedError, match=r"--video-pruning-rate 0.5 would be ignored.*Drop the rate"):
+        configure(name, video_pruning_rate=0.5, additional_config=additional)
+
+
+def test_an_untested_vllm_does_not_start_unless_told_to(lines, monkeypatch):
+    monkeypatch.setattr(compat, "vllm_version", lambda: "0.33.1")
+    with pytest.raises(UnsupportedError, match=r"tested with vLLM 0.32.\*, this is 0.33.1.*allow_untested_vllm"):
+        configure(video_pruning_rate=0.9)
+    configure(video_pruning_rate=0.9, additional_config={"aot": {"allow_untested_vllm": True}})
+    assert "this is 0.33.1; starting because allow_untested_vllm is set" in lines[0]
+    configure()  # without a rate any version starts
+
+
+def test_registering_twice_changes_nothing():
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models import ModelRegistry
+
+    from aot_vllm.plugin import register
+
+    register()
+    models, hooked = dict(ModelRegistry.models), EngineArgs.create_engine_config
+    register()
+    assert ModelRegistry.models == models
+    assert EngineArgs.create_engine_config is hooked
+
+
+@pytest.mark.parametrize("owner", ["vllm.engine.arg_utils.EngineArgs.create_engine_config"])
+def test_a_vllm_without_what_the_plugin_builds_on_is_refused_at_registration(monkeypatch, owner):
+    monkeypatch.delattr(owner)
+    with pytest.raises(UnsupportedError, match=r"has no EngineArgs\.create_engine_config"):
+        compat.after_engine_config(lambda *_: None)
+
+
+def test_a_vllm_that_does_not_tell_its_pruning_methods_is_refused():
+    with pytest.raises(UnsupportedError, match=r"_model_info\.supported_video_pruning_methods"):
+        compat.stock_pruning_methods(object())
+
+
+def test_a_vllm_without_a_chat_renderer_is_refused():
+    with pytest.raises(UnsupportedError, match=r"online_renderer\.render_chat"):
+        compat.observe_rendered_chats(object(), lambda _: None)
