@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,6 +22,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from aot_vllm import AOTConfig, VideoGrid, budget, reduce_video
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from bench.machine import describe
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 
@@ -186,17 +189,6 @@ def measure(grid: VideoGrid, width: int, retention: float, repeats: int, threads
     return results
 
 
-def machine(threads: int) -> str:
-    """The machine and the versions, in one line."""
-    cpuinfo = Path("/proc/cpuinfo").read_text().splitlines()
-    models = [line.split(":")[1].strip() for line in cpuinfo if line.startswith("model name")]
-    git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True).stdout.strip()
-    changed = " with local changes" if changes else ""
-    return f"{models[0]}, {len(models)} cores, {threads} threads, torch {torch.__version__}, commit {commit}{changed}"
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -227,12 +219,13 @@ def main() -> None:
             f"| {name} | {median:.0f} ms | {fastest:.0f} to {slowest:.0f} ms | {median / 1e3 / floor:.2f}x "
             f"| {numbers['peak_extra_bytes'] / 2**20:.0f} MiB |"
         )
-    text = "\n".join([*table, "", f"Measured on: {machine(options.threads)}.", ""])
+    where = describe(f"torch {torch.__version__}, {options.threads} threads")
+    text = "\n".join([*table, "", where, ""])
     print(text)
     if options.out:
         options.out.write_text(text)
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine(options.threads), "results": results}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"machine": where, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from aot_vllm.adapters.activation import WORKER_EXTENSION
-from aot_vllm.adapters.compat import observe_rendered_chats
+from aot_vllm.adapters.compat import is_first_api_server, observe_rendered_chats
 from aot_vllm.adapters.telemetry import LEDGER, VideoSavings, WorkerTotals, count
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class AOTEndpoint:
         if engine_client is None:
             return
         extended = engine_client.vllm_config.parallel_config.worker_extension_cls == WORKER_EXTENSION
-        if extended and getattr(args, "client_index", 0) == 0:
+        if extended and is_first_api_server(engine_client.vllm_config):
             self._engine = engine_client
 
     async def refresh_counters(self) -> None:

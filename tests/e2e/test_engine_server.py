@@ -40,7 +40,11 @@ def server(tmp_path_factory):
     )
     log = tmp_path_factory.mktemp("engine") / "log"
     address = f"http://127.0.0.1:{port}"
-    with process(command, health=f"{address}/health", log=log), httpx.Client(base_url=address, timeout=60) as client:
+    apart = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}  # the engine in a process of its own, as in production
+    with (
+        process(command, health=f"{address}/health", log=log, environment=apart),
+        httpx.Client(base_url=address, timeout=60) as client,
+    ):
         yield client
 
 

@@ -1,0 +1,179 @@
+"""The whole way: OpenAI's SDK, the gateway's process, a vLLM server with the plugin, an H.264 file."""
+
+import base64
+import json
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from demo.clip import write_clip
+from tests.e2e.checkpoints import checkpoint
+from tests.e2e.engines import free_port, process, serve_command
+
+BEFORE = 32 * 9 + 1
+
+
+def after(retention):
+    return max(32, round(288 * retention)) + 1
+
+
+@pytest.fixture(scope="module")
+def clip_url(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    write_clip(path, frames=40, height=120, width=160)
+    return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory):
+    """The address of an engine at rate 0.75, whose name for the model is `tiny`."""
+    port = free_port()
+    serve = serve_command(checkpoint("tiny"), port, "--video-pruning-rate=0.75", "--served-model-name=tiny")
+    address, log = f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("engine") / "log"
+    with process(serve, health=f"{address}/health", log=log):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory, engine):
+    """The gateway's address, in front of that engine."""
+    folder, port = tmp_path_factory.mktemp("gateway"), free_port()
+    config = folder / "gateway.yaml"
+    models = {
+        "whole": {"engine_model": "tiny", "retention": 1.0},
+        "fast": {"engine_model": "tiny", "retention": 0.15, "min_retention": 0.1, "max_retention": 0.5},
+        "engine-default": {"engine_model": "tiny"},
+    }
+    config.write_text(json.dumps({"models": models}))
+    environment = {
+        "AOT_GATEWAY_PORT": str(port),
+        "AOT_GATEWAY_ENGINES": engine,
+        "AOT_GATEWAY_CONFIG": str(config),
+    }
+    command, address = [sys.executable, "-m", "server"], f"http://127.0.0.1:{port}"
+    with process(command, health=f"{address}/health/ready", log=folder / "log", environment=environment):
+        yield address
+
+
+@pytest.fixture
+def client(gateway):
+    with openai.OpenAI(base_url=f"{gateway}/v1", api_key="unused", max_retries=0, timeout=60) as client:
+        yield client
+
+
+def chat(*urls, **fields):
+    videos = [{"type": "video_url", "video_url": {"url": url}} for url in urls]
+    content = [*videos, {"type": "text", "text": "What happens?"}]
+    return {"messages": [{"role": "user", "content": content}], "max_tokens": 4, "temperature": 0, **fields}
+
+
+def wait_until(true, *, seconds=5):
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def metric(address, name, **labels):
+    families = text_string_to_metric_families(httpx.get(f"{address}/metrics").text)
+    return sum(
+        sample.value
+        for family in families
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
+
+
+@pytest.mark.parametrize(("model", "retention"), [("whole", 1.0), ("fast", 0.15), ("engine-default", 0.25)])
+def test_an_alias_decides_how_much_of_a_video_is_kept(client, gateway, clip_url, model, retention):
+    before = metric(gateway, "aot_gateway_video_tokens_total", model=model, stage="before")
+    answer = client.chat.completions.with_raw_response.create(model=model, **chat(clip_url))
+    usage = answer.http_response.json()["usage"]
+    assert usage["video_tokens"] == {"before": BEFORE, "after": after(retention), "retention": retention}
+    assert usage["prompt_tokens_details"]["multimodal_tokens"]["video"] == after(retention)
+    assert int(answer.headers["x-aot-video-tokens-before"]) == BEFORE
+    assert int(answer.headers["x-aot-video-tokens-after"]) == after(retention)
+    assert float(answer.headers["x-aot-gateway-overhead-ms"]) > 0
+    assert metric(gateway, "aot_gateway_video_tokens_total", model=model, stage="before") - before == BEFORE
+
+
+def test_a_request_chooses_its_retention_inside_the_bounds_of_its_alias(client, clip_url):
+    extra = {"aot": {"retention": 0.4}}
+    usage = client.chat.completions.create(model="fast", **chat(clip_url), extra_body=extra).usage
+    assert usage.video_tokens["after"] == after(0.4)
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="fast", **chat(clip_url), extra_body={"aot": {"retention": 0.9}})
+    assert refused.value.param == "aot.retention"
+
+
+def test_a_stream_says_the_same_as_a_whole_answer(client, clip_url):
+    whole = client.chat.completions.create(model="fast", **chat(clip_url, clip_url))
+    with client.chat.completions.create(
+        model="fast", **chat(clip_url, clip_url), stream=True, stream_options={"include_usage": True}
+    ) as stream:
+        chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert chunks[-1].usage.video_tokens == whole.usage.video_tokens
+    assert whole.usage.video_tokens["before"] == 2 * BEFORE
+
+
+def test_a_stream_that_did_not_ask_for_usage_gets_none_but_is_counted(client, gateway, clip_url):
+    counted = metric(gateway, "aot_gateway_video_tokens_total", model="fast", stage="after")
+    with client.chat.completions.create(model="fast", **chat(clip_url), stream=True) as stream:
+        assert all(chunk.choices and chunk.usage is None for chunk in stream)
+    assert metric(gateway, "aot_gateway_video_tokens_total", model="fast", stage="after") - counted == after(0.15)
+
+
+def test_text_alone_goes_through_without_savings(client):
+    answer = client.chat.completions.create(model="fast", **chat())
+    assert answer.choices[0].message.content
+    assert not hasattr(answer.usage, "video_tokens")
+
+
+def test_the_engines_own_errors_come_in_openais_shape(client, clip_url):
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.chat.completions.create(model="fast", **chat(clip_url, clip_url, clip_url, clip_url))
+    assert refused.value.body["type"] == "invalid_request_error"
+    assert refused.value.code is None or isinstance(refused.value.code, str)
+    with pytest.raises(openai.NotFoundError) as unknown:
+        client.chat.completions.create(model="other", **chat())
+    assert unknown.value.code == "model_not_found"
+
+
+def test_a_client_that_leaves_frees_the_engine(client, engine, clip_url):
+    def running():
+        return metric(engine, "vllm:num_requests_running")
+
+    endless = chat(clip_url, max_tokens=7000) | {"stream": True}
+    stream = client.chat.completions.create(model="fast", **endless, extra_body={"ignore_eos": True})
+    next(iter(stream))
+    wait_until(lambda: running() == 1)
+    finished = metric(engine, "vllm:request_success_total", finished_reason="length")
+    stream.close()
+    wait_until(lambda: running() == 0)
+    assert metric(engine, "vllm:request_success_total", finished_reason="length") == finished
+    answer = client.chat.completions.create(model="fast", **chat(clip_url))  # and the next one is served
+    assert answer.usage.video_tokens["after"] == after(0.15)
+
+
+def test_requests_side_by_side_each_get_their_own_count(client, clip_url):
+    retentions = [0.1, 0.2, 0.3, 0.5] * 3
+
+    def ask(retention):
+        extra = {"aot": {"retention": retention}}
+        return client.chat.completions.create(model="fast", **chat(clip_url), extra_body=extra).usage.video_tokens
+
+    with ThreadPoolExecutor(6) as pool:
+        counted = list(pool.map(ask, retentions))
+    assert [tokens["after"] for tokens in counted] == [after(retention) for retention in retentions]
+
+
+def test_the_first_token_and_the_gaps_are_timed(gateway):
+    for name in ("time_to_first_token_seconds", "inter_token_latency_seconds", "request_duration_seconds"):
+        assert metric(gateway, f"aot_gateway_{name}_count") > 0

@@ -1,0 +1,139 @@
+"""A small HTTP server that speaks vLLM's wire format and does as it is told: slow, failing, dying in a stream."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+SAVED = {
+    "x-aot-video-tokens-before": "6272",
+    "x-aot-video-tokens-after": "627",
+    "x-aot-video-retention": "0.1",
+}
+COMPLETION = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion",
+    "created": 1790000000,
+    "model": "llava",
+    "choices": [
+        {
+            "index": 0,
+            "message": {"role": "assistant", "content": "Ein Hund läuft, „schnell“ 🐕", "tool_calls": []},
+            "logprobs": {"content": [{"token": "Ein", "logprob": -0.30000001192092896}]},
+            "finish_reason": "stop",
+            "stop_reason": None,
+        }
+    ],
+    "usage": {
+        "prompt_tokens": 640,
+        "total_tokens": 652,
+        "completion_tokens": 12,
+        "prompt_tokens_details": {"multimodal_tokens": {"video": 627}},
+    },
+    "prompt_logprobs": None,
+}
+
+
+def chunk(**fields: Any) -> bytes:
+    """Return one event as vLLM writes it."""
+    base = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1790000000, "model": "llava"}
+    return b"data: " + json.dumps({**base, **fields}, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def delta(text: str, *, finish: str | None = None) -> bytes:
+    """Return an event with a piece of text."""
+    choice = {"index": 0, "delta": {"content": text}, "logprobs": None, "finish_reason": finish}
+    return chunk(choices=[choice])
+
+
+ROLE = chunk(choices=[{"index": 0, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+TEXT = [delta("Ein "), delta('Hund "usage" läuft 🐕'), delta("\n\n"), delta(".", finish="stop")]
+USAGE = chunk(choices=[], usage={"prompt_tokens": 640, "total_tokens": 652, "completion_tokens": 12})
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass
+class EngineDouble:
+    """The double. Tests set what it does and read what it was sent."""
+
+    models: list[str] = field(default_factory=lambda: ["llava"])
+    healthy: bool = True
+    headers: dict[str, str] = field(default_factory=lambda: dict(SAVED))
+    completion: bytes = field(default_factory=lambda: json.dumps(COMPLETION, ensure_ascii=False).encode())
+    pieces: list[bytes] = field(default_factory=lambda: [ROLE, *TEXT, USAGE, DONE])
+    error: tuple[int, bytes, str] | None = None
+    delay_seconds: float = 0.0
+    gap_seconds: float = 0.0
+    dies_after: int | None = None
+    hold: asyncio.Event | None = None
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    request_headers: list[dict[str, str]] = field(default_factory=list)
+    aborted: asyncio.Event = field(default_factory=asyncio.Event)
+    running: int = 0
+    most_running: int = 0
+    url: str = ""
+    runner: web.AppRunner | None = None
+
+    @contextlib.asynccontextmanager
+    async def serving(self, port: int = 0) -> AsyncIterator["EngineDouble"]:
+        app = web.Application(client_max_size=2**30)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        self.runner = runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.2)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", port).start()
+        self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response(status=200 if self.healthy else 503)
+
+    async def _models(self, request: web.Request) -> web.Response:
+        cards = [{"id": m, "object": "model", "root": "/secret/path", "max_model_len": 4096} for m in self.models]
+        return web.json_response({"object": "list", "data": cards})
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            self.request_headers.append({name.lower(): value for name, value in request.headers.items()})
+            self.requests.append(json.loads(await request.read()))
+            await asyncio.sleep(self.delay_seconds)
+            if self.hold is not None and not self.requests[-1].get("stream"):
+                await self.hold.wait()
+            if self.error is not None:
+                status, body, content_type = self.error
+                return web.Response(status=status, body=body, content_type=content_type)
+            if self.requests[-1].get("stream"):
+                return await self._stream(request)
+            if self.dies_after is not None:
+                request.transport.abort()
+            return web.Response(body=self.completion, content_type="application/json", headers=self.headers)
+        except asyncio.CancelledError:
+            self.aborted.set()
+            raise
+        finally:
+            self.running -= 1
+
+    async def _stream(self, request: web.Request) -> web.StreamResponse:
+        answer = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8", **self.headers})
+        await answer.prepare(request)
+        for i, piece in enumerate(self.pieces):
+            if i == self.dies_after:
+                await asyncio.sleep(0.05)
+                request.transport.abort()
+                return answer
+            await answer.write(piece)
+            await asyncio.sleep(self.gap_seconds)
+            if self.hold is not None and i == 1:
+                await self.hold.wait()
+        await answer.write_eof()
+        return answer

@@ -1,0 +1,249 @@
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from server.aliases import Alias
+from server.errors import ForbiddenField, InvalidRequest, RetentionRefused
+from server.schemas import parse_chat_request
+from tests.server.clips import data_url
+from tests.server.harness import ask, ask_about
+
+VIDEO = data_url(b"not looked at here")
+
+
+def parse(fields):
+    return parse_chat_request(json.dumps(fields).encode(), chat_template_kwargs={"enable_thinking"})
+
+
+def sent(fields, alias=None):
+    chat = parse(fields)
+    chat.address_to(alias or Alias("llava", "llava"))
+    return json.loads(chat.serialise())
+
+
+text = st.text(st.characters(codec="utf-8"), max_size=8)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | text,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
+    max_leaves=8,
+)
+READ = {"model", "messages", "stream", "stream_options", "aot", "chat_template_kwargs"}
+
+
+@given(st.dictionaries(text.filter(lambda name: name not in READ), json_values, max_size=5))
+def test_unknown_fields_pass_untouched(extra):
+    assert sent(ask(**extra)) == ask(**extra)
+
+
+def test_a_lone_surrogate_is_refused():
+    with pytest.raises(InvalidRequest, match="character"):
+        sent(ask(user="\ud800"))
+
+
+def test_the_alias_becomes_the_engines_model_and_aot_disappears():
+    parsed = sent(ask(aot={"retention": 0.2}), Alias("fast", "llava-7b"))
+    assert parsed["model"] == "llava-7b"
+    assert "aot" not in parsed
+    assert "mm_processor_kwargs" not in parsed
+
+
+@pytest.mark.parametrize(
+    ("asked", "default", "given_"),
+    [(None, None, None), (None, 0.1, 0.1), (0.2, None, 0.2), (0.2, 0.1, 0.2), (0.123, None, 0.12), (1, None, 1.0)],
+)
+def test_the_retention_reaches_the_engine_if_anybody_named_one(asked, default, given_):
+    fields = ask_about(VIDEO) if asked is None else ask_about(VIDEO, aot={"retention": asked})
+    parsed = sent(fields, Alias("a", "llava", default))
+    if given_ is None:
+        assert "mm_processor_kwargs" not in parsed
+    else:
+        assert parsed["mm_processor_kwargs"] == {"aot_retention": given_}
+
+
+numbers = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-3, 3)
+not_numbers = st.booleans() | st.text() | st.lists(st.floats(), max_size=2) | st.dictionaries(st.text(), numbers)
+
+
+@given(numbers | not_numbers)
+def test_a_retention_is_a_number_above_0_up_to_1_or_refused(value):
+    body = json.dumps(ask_about(VIDEO, aot={"retention": value})).encode()
+    is_good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+    if is_good:
+        chat = parse_chat_request(body, chat_template_kwargs=())
+        assert chat.retention == value
+    else:
+        with pytest.raises(RetentionRefused) as caught:
+            parse_chat_request(body, chat_template_kwargs=())
+        assert caught.value.param == "aot.retention"
+
+
+@pytest.mark.parametrize(
+    "text", ["NaN", "Infinity", "-Infinity", "1e999", "true", '"0.1"', "[0.1]", "{}", "0", "1.01", "-1", "9" * 400]
+)
+def test_each_wrong_spelling_of_a_retention_names_the_parameter(text):
+    body = b'{"model":"m","messages":[],"aot":{"retention":%s}}' % text.encode()
+    with pytest.raises(RetentionRefused) as caught:
+        parse_chat_request(body, chat_template_kwargs=())
+    assert caught.value.param == "aot.retention"
+
+
+def test_an_unknown_key_beside_the_retention_is_refused():
+    with pytest.raises(RetentionRefused, match="'epsilon'") as caught:
+        parse(ask(aot={"retention": 0.1, "epsilon": 1}))
+    assert caught.value.param == "aot.retention"
+
+
+@pytest.mark.parametrize("value", ["fast", 0.1, [], True])
+def test_aot_is_an_object(value):
+    with pytest.raises(RetentionRefused, match="must be an object"):
+        parse(ask(aot=value))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mm_processor_kwargs": {"aot_retention": 1.0}},
+        {"media_io_kwargs": {"video": {"num_frames": 9999}}},
+        {"chat_template": "{{ 1 }}"},
+        {"prompt_embeds": "AAAA"},
+    ],
+)
+def test_what_only_the_operator_sets_is_refused_by_name(fields):
+    with pytest.raises(ForbiddenField) as caught:
+        parse(ask(**fields))
+    assert caught.value.param == next(iter(fields))
+    assert next(iter(fields)) in caught.value.message
+
+
+def test_template_switches_outside_the_list_are_refused_and_those_on_it_pass():
+    with pytest.raises(ForbiddenField) as caught:
+        parse(ask(chat_template_kwargs={"enable_thinking": False, "tools": []}))
+    assert caught.value.param == "chat_template_kwargs.tools"
+    assert sent(ask(chat_template_kwargs={"enable_thinking": False}))["chat_template_kwargs"] == {
+        "enable_thinking": False
+    }
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video_embeds", "video_embeds": "AAAA"},
+        {"type": "image_embeds", "image_embeds": None},
+        {"type": "prompt_embeds", "data": "AAAA"},
+        {"image_embeds": "AAAA"},
+        {"type": "video_url", "video_url": {"url": VIDEO}, "uuid": "another-tenants"},
+        {"type": "video_url", "video_url": {"url": VIDEO, "uuid": "another-tenants"}},
+        {"type": "video_url", "video_url": None, "uuid": "another-tenants"},
+    ],
+)
+@pytest.mark.parametrize("role", ["user", "tool", "system"])
+def test_embeddings_and_cache_keys_in_parts_are_refused(part, role):
+    with pytest.raises(ForbiddenField) as caught:
+        parse({"model": "m", "messages": [{"role": role, "content": [part]}]})
+    assert caught.value.param.startswith("messages[0].content[0]")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "video_url", "video_url": {"url": VIDEO}},
+        {"type": "video_url", "video_url": VIDEO},
+        {"video_url": VIDEO},
+        {"video_url": {"url": VIDEO}},
+    ],
+)
+def test_media_is_found_in_every_form_an_engine_takes(part):
+    chat = parse({"model": "m", "messages": [{"role": "user", "content": [part]}]})
+    assert [media.url for media in chat.media] == [VIDEO]
+    chat.media[0].replace("data:video/mp4;base64,AAAA")
+    assert VIDEO not in json.dumps(json.loads(chat.serialise()))
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"messages": []}, "model"),
+        ({"model": "", "messages": []}, "model"),
+        ({"model": 3, "messages": []}, "model"),
+        ({"model": "m"}, "messages"),
+        ({"model": "m", "messages": "hi"}, "messages"),
+        (ask(stream="yes"), "stream"),
+        (ask(stream=1), "stream"),
+        (ask(stream_options=[]), "stream_options"),
+        (ask(chat_template_kwargs=3), "chat_template_kwargs"),
+        (ask_about(7), "messages[0].content[0].video_url.url"),
+    ],
+)
+def test_a_malformed_field_is_refused_by_name(fields, param):
+    with pytest.raises(InvalidRequest) as caught:
+        parse(fields)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"text"',
+        b"\xff\xfe{}",
+        b"\xef\xbb\xbf{}",
+        b'{"model":"m","messages":[],"temperature":NaN}',
+        b'{"model":"m","messages":[],"seed":-Infinity}',
+        b'{"n":' + b"9" * 5000 + b"}",
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+    ],
+)
+def test_what_is_no_json_object_is_refused(body):
+    with pytest.raises(InvalidRequest, match="request body"):
+        parse_chat_request(body, chat_template_kwargs=())
+
+
+def test_a_number_too_large_for_json_is_refused():
+    chat = parse_chat_request(b'{"model":"m","messages":[],"temperature":1e999}', chat_template_kwargs=())
+    with pytest.raises(InvalidRequest):
+        chat.serialise()
+
+
+def test_of_a_key_given_twice_the_engine_sees_the_one_that_was_checked():
+    body = b'{"model":"m","messages":[],"mm_processor_kwargs":{"aot_retention":1},"mm_processor_kwargs":null}'
+    chat = parse_chat_request(body, chat_template_kwargs=())
+    chat.address_to(Alias("m", "m"))
+    assert b"mm_processor_kwargs" not in chat.serialise()
+
+
+@pytest.mark.parametrize(
+    ("options", "upstream"),
+    [
+        (None, {"include_usage": True}),
+        (
+            {"include_usage": True, "continuous_usage_stats": True},
+            {"include_usage": True, "continuous_usage_stats": True},
+        ),
+        ({"include_usage": False, "continuous_usage_stats": True}, {"include_usage": True}),
+        ({"include_obfuscation": False}, {"include_usage": True, "include_obfuscation": False}),
+    ],
+)
+def test_streams_always_ask_for_usage_and_keep_the_other_options(options, upstream):
+    assert sent(ask(stream=True, stream_options=options))["stream_options"] == upstream
+
+
+def test_without_streaming_the_options_are_left_alone():
+    assert "stream_options" not in sent(ask())
+    assert sent(ask(stream_options={"include_usage": True}))["stream_options"] == {"include_usage": True}
+
+
+@given(st.integers(65_536, 70_000), st.booleans())
+def test_large_urls_are_joined_in_exactly_as_they_came(size, plain):
+    url = "data:video/mp4;base64," + "QUJD" * (size // 4)
+    chat = parse(ask_about(url, note='ünïcode "quoted"', temperature=math.pi))
+    chat.media[0].is_plain = plain
+    chat.fields["messages"].append({"role": "user", "content": "later"})
+    assert json.loads(chat.serialise()) == chat.fields
+    assert chat.media[0].holder["url"] == url
