@@ -99,7 +99,7 @@ def observe_rendered_chats(state: Any, observe: Callable[[Sequence[Any]], None])
 def is_first_api_server(vllm_config: VllmConfig) -> bool:
     """Return whether this process is the only API server of its engine, or the first of several.
 
-    Without it each of several API servers (`--api-server-count`) would count what the workers did, and their metrics are
+    Without it each of several API servers (`--api-server-count`) would count what the workers did, and metrics are
     summed. The rank sits in the private `ParallelConfig._api_process_rank`, 0.32; can go when it is public.
     """
     return int(getattr(vllm_config.parallel_config, "_api_process_rank", 0)) <= 0

@@ -1,0 +1,79 @@
+"""`python -m server`: the gateway under uvicorn, one worker."""
+
+import importlib.util
+import logging
+import sys
+from types import FrameType
+
+import uvicorn
+
+from server import logs
+from server.app import create_app
+from server.errors import ConfigurationError
+from server.lifecycle import Lifecycle
+from server.settings import Settings
+
+logger = logging.getLogger("server")
+
+BAD_SETTINGS = 2
+LAST_WORDS_SECONDS = 2  # after the drain: for cut streams to get their closing event
+KEEPALIVE_SECONDS = 75  # above what clients keep idle connections for, so that they close them, not the gateway
+
+
+class DrainingServer(uvicorn.Server):
+    """Goes on listening while it drains, so that probes and new requests are told; uvicorn would close its sockets."""
+
+    def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle) -> None:
+        """Serve `config`, and end as `lifecycle` says."""
+        super().__init__(config)
+        self._lifecycle = lifecycle
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Drain at the first signal; stop at once at the second."""
+        if self._lifecycle.draining:
+            super().handle_exit(sig, frame)
+        else:
+            logger.info("draining")
+            self._lifecycle.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether to stop."""
+        if self._lifecycle.finished():
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+
+def main() -> int:
+    """Run until told to stop; return the exit code."""
+    try:
+        settings = Settings.from_environment()
+        lifecycle = Lifecycle(settings.drain_seconds)
+        app = create_app(settings, lifecycle=lifecycle)
+    except ConfigurationError as exc:
+        sys.stderr.write(f"The gateway can't start:\n{exc}\n")
+        return BAD_SETTINGS
+    logs.configure(settings.log_level)
+    if not settings.is_loopback:
+        logger.warning("THE GATEWAY IS OPEN TO EVERYONE WHO CAN REACH IT: no API keys are configured")
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        loop="uvloop" if importlib.util.find_spec("uvloop") else "asyncio",
+        http="httptools" if importlib.util.find_spec("httptools") else "h11",
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        log_config=None,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEPALIVE_SECONDS,
+        timeout_graceful_shutdown=LAST_WORDS_SECONDS,
+    )
+    server = DrainingServer(config, lifecycle)
+    server.run()
+    return 0 if server.started else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""The models clients may name: the operator's aliases, or what the engines serve."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from server.aliases import Alias, pass_through
+from server.engines import EnginePool
+from server.errors import EngineUnavailable, UnknownModel
+
+
+class Catalogue:
+    """Looks models up. Engines' models are remembered while the engines are down."""
+
+    def __init__(self, *, aliases: Mapping[str, Alias] | None, pool: EnginePool) -> None:
+        """Offer `aliases`, or every model of the pool's engines under its own name."""
+        self._aliases = aliases
+        self._pool = pool
+        self._created = int(time.time())
+
+    def resolve(self, name: str) -> Alias:
+        """Return the alias called `name`; raise UnknownModel, or EngineUnavailable if no engine has been seen yet."""
+        offered = self._offered()
+        if name in offered:
+            return offered[name]
+        if not offered:
+            raise EngineUnavailable("no engine is available, try again later")
+        raise UnknownModel(f"the model {name[:200]!r} does not exist", param="model")
+
+    def cards(self) -> list[dict[str, Any]]:
+        """Return OpenAI's model objects, each with the retention its alias gives and allows."""
+        return [self._card(alias) for alias in self._offered().values()]
+
+    def card(self, name: str) -> dict[str, Any]:
+        """Return one model object; raises as `resolve` does."""
+        return self._card(self.resolve(name))
+
+    def _offered(self) -> Mapping[str, Alias]:
+        return pass_through(self._pool.models) if self._aliases is None else self._aliases
+
+    def _card(self, alias: Alias) -> dict[str, Any]:
+        card: dict[str, Any] = {
+            "id": alias.name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "aot-gateway",
+            "aot": {
+                "retention": alias.retention,
+                "min_retention": alias.min_retention,
+                "max_retention": alias.max_retention,
+            },
+        }
+        length = self._pool.models.get(alias.engine_model, {}).get("max_model_len")
+        if isinstance(length, int):
+            card["max_model_len"] = length
+        return card

@@ -1,0 +1,261 @@
+"""Everything that can go wrong, and the one table that says what a client sees of it.
+
+ConfigurationError            the start fails, with a message for the operator
+
+GatewayError
+├── InvalidRequest            the client can mend the request
+│   ├── ForbiddenField        a field that only the operator may set
+│   ├── RetentionRefused      `aot.retention` is no number inside the alias's bounds
+│   └── MediaRefused          a video, image or audio clip that is not allowed, not fetched or not readable
+├── RouteNotFound, MethodNotAllowed
+├── UnknownModel
+├── BodyTooLarge, BodyTimeout
+├── Overloaded                queue or media store full
+├── Draining                  the gateway is shutting down
+├── EngineUnavailable         no engine took the request: nothing was spent
+├── EngineFailed              an engine took the request and broke
+├── EngineTimeout             an engine took the request and went silent
+├── EngineRefused             an engine answered with an error of its own
+└── ClientGone                nobody is left to answer; for metrics and logs only
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+MESSAGE_LIMIT = 800
+
+
+class ConfigurationError(Exception):
+    """A setting or the configuration file is wrong; the message names where, what and what is allowed."""
+
+
+class GatewayError(Exception):
+    """Base of all errors that end a request. `param` and `code` go to the client as OpenAI's fields of those names."""
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        """Keep the message; it must be fit for the client's eyes."""
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code
+
+
+class InvalidRequest(GatewayError):  # noqa: N818
+    """The request is malformed."""
+
+
+class ForbiddenField(InvalidRequest):
+    """The request sets a field that only the operator may set."""
+
+
+class RetentionRefused(InvalidRequest):
+    """The request's retention is not a number inside the bounds of its model."""
+
+
+class MediaRefused(InvalidRequest):
+    """A media part can't be taken."""
+
+
+class RouteNotFound(GatewayError):  # noqa: N818
+    """No such route."""
+
+
+class MethodNotAllowed(GatewayError):  # noqa: N818
+    """The route exists, the method doesn't."""
+
+    def __init__(self, message: str, *, allowed: str) -> None:
+        """Keep the methods that are allowed, as the `allow` header lists them."""
+        super().__init__(message)
+        self.allowed = allowed
+
+
+class UnknownModel(GatewayError):  # noqa: N818
+    """The model is neither an alias nor served by an engine."""
+
+
+class BodyTooLarge(GatewayError):  # noqa: N818
+    """The body passed its size limit."""
+
+
+class BodyTimeout(GatewayError):  # noqa: N818
+    """The body did not arrive in time."""
+
+
+class Overloaded(GatewayError):  # noqa: N818
+    """Queue or store is full."""
+
+
+class Draining(GatewayError):  # noqa: N818
+    """The gateway is shutting down."""
+
+
+class EngineUnavailable(GatewayError):  # noqa: N818
+    """No engine could be reached; none has spent anything on the request."""
+
+
+class EngineFailed(GatewayError):  # noqa: N818
+    """The engine broke after it had taken the request."""
+
+
+class EngineTimeout(GatewayError):  # noqa: N818
+    """The engine fell silent after it had taken the request."""
+
+
+class ClientGone(GatewayError):  # noqa: N818
+    """The client closed the connection."""
+
+
+class EngineRefused(GatewayError):  # noqa: N818
+    """The engine's own error, already in the client's terms."""
+
+    def __init__(self, message: str, *, status: int, param: str | None = None, code: str | None = None) -> None:
+        """Keep the status that the client gets."""
+        super().__init__(message, param=param, code=code)
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a class of errors becomes: status, OpenAI's type and code, the metric's reason, whether to retry."""
+
+    status: int
+    type: str
+    reason: str
+    code: str | None = None
+    retry_after_seconds: int | None = None
+    retry_is_waste: bool = False
+
+
+VERDICTS: dict[type[GatewayError], Verdict] = {
+    InvalidRequest: Verdict(400, "invalid_request_error", "invalid_request"),
+    ForbiddenField: Verdict(400, "invalid_request_error", "forbidden_field", code="forbidden_field"),
+    RetentionRefused: Verdict(400, "invalid_request_error", "retention", code="invalid_retention"),
+    MediaRefused: Verdict(400, "invalid_request_error", "media", code="invalid_media"),
+    RouteNotFound: Verdict(404, "invalid_request_error", "not_found", code="not_found"),
+    MethodNotAllowed: Verdict(405, "invalid_request_error", "not_found", code="method_not_allowed"),
+    UnknownModel: Verdict(404, "invalid_request_error", "unknown_model", code="model_not_found"),
+    BodyTimeout: Verdict(408, "invalid_request_error", "body_timeout", code="request_timeout"),
+    BodyTooLarge: Verdict(413, "invalid_request_error", "body_too_large", code="request_too_large"),
+    Overloaded: Verdict(429, "rate_limit_error", "queue_full", code="rate_limit_exceeded", retry_after_seconds=1),
+    Draining: Verdict(503, "server_error", "draining", code="draining", retry_after_seconds=2),
+    EngineUnavailable: Verdict(503, "server_error", "no_engine", code="engine_unavailable", retry_after_seconds=2),
+    EngineFailed: Verdict(502, "server_error", "engine_failed", code="engine_failed", retry_is_waste=True),
+    EngineTimeout: Verdict(504, "server_error", "engine_timeout", code="engine_timeout", retry_is_waste=True),
+    ClientGone: Verdict(499, "invalid_request_error", "client_gone", code="client_closed_request"),
+}
+ENGINE_VERDICTS: dict[int, Verdict] = {
+    400: Verdict(400, "invalid_request_error", "engine_refused"),
+    404: Verdict(404, "invalid_request_error", "engine_refused", code="model_not_found"),
+    413: Verdict(413, "invalid_request_error", "engine_refused", code="request_too_large"),
+    429: Verdict(429, "rate_limit_error", "engine_refused", code="rate_limit_exceeded", retry_after_seconds=1),
+    503: Verdict(503, "server_error", "engine_refused", code="engine_unavailable", retry_after_seconds=2),
+}
+INTERNAL = Verdict(500, "server_error", "internal", code="internal_error", retry_is_waste=True)
+REASONS = sorted({v.reason for v in (*VERDICTS.values(), *ENGINE_VERDICTS.values(), INTERNAL)})
+
+
+@dataclass(frozen=True)
+class ErrorAnswer:
+    """An error as it leaves the gateway."""
+
+    status: int
+    reason: str
+    content: dict[str, Any]
+    headers: dict[str, str]
+
+    def body(self) -> bytes:
+        """Return OpenAI's error object as JSON."""
+        return json.dumps(self.content, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+
+    def event(self) -> bytes:
+        """Return the same as the last event of a stream."""
+        return b"data: " + self.body() + b"\n\n"
+
+
+def answer_to(exc: BaseException) -> ErrorAnswer:
+    """Return what a client is told about `exc`. Anything but a GatewayError is an internal error without details."""
+    if not isinstance(exc, GatewayError):
+        return _answer(INTERNAL, GatewayError("the gateway failed on this request"))
+    verdict = ENGINE_VERDICTS[exc.status] if isinstance(exc, EngineRefused) else VERDICTS[type(exc)]
+    return _answer(verdict, exc)
+
+
+def _answer(verdict: Verdict, exc: GatewayError) -> ErrorAnswer:
+    headers = {}
+    if verdict.retry_after_seconds is not None:
+        headers["retry-after"] = str(verdict.retry_after_seconds)
+    if verdict.retry_is_waste:
+        headers["x-should-retry"] = "false"
+    if isinstance(exc, MethodNotAllowed):
+        headers["allow"] = exc.allowed
+    error = {
+        "message": exc.message,
+        "type": verdict.type,
+        "param": exc.param,
+        "code": exc.code or verdict.code,
+    }
+    return ErrorAnswer(verdict.status, verdict.reason, {"error": error}, headers)
+
+
+def engine_error(status: int, body: bytes) -> GatewayError:
+    """Translate an engine's error answer: JSON in any of vLLM's shapes, or whatever a proxy between put there.
+
+    What the client can mend (4xx) keeps its scrubbed message. The engine's 401 and 403 are about the gateway's own
+    access, and 5xx texts about its insides, so both become a plain failure.
+    """
+    if status == 503:
+        return EngineRefused("the engine is not taking requests, try again later", status=503)
+    if status in (408, 504):
+        return EngineTimeout("the engine did not answer in time")
+    if status not in (400, 404, 413, 415, 422, 429):
+        return EngineFailed("the engine failed on this request")
+    message, param = _message_of(body)
+    text = scrub(message) if message else "the engine refused the request"
+    if status == 404 and "does not exist" not in text:  # its route is missing, not its model
+        return EngineFailed("the engine does not serve this kind of request")
+    code = "context_length_exceeded" if "maximum context length" in text or "max_model_len" in text else None
+    return EngineRefused(text, status=400 if status in (415, 422) else status, param=param, code=code)
+
+
+def _message_of(body: bytes) -> tuple[str | None, str | None]:
+    try:
+        parsed = json.loads(body)
+    except ValueError:
+        return None, None
+    if not isinstance(parsed, dict):
+        return None, None
+    error = parsed.get("error", parsed)
+    if isinstance(error, str):
+        return error, None
+    if not isinstance(error, dict):
+        return None, None
+    message, param = error.get("message", error.get("detail")), error.get("param")
+    if isinstance(message, list):  # FastAPI's validation errors
+        first = message[0] if message and isinstance(message[0], dict) else {}
+        message = first.get("msg")
+        where = [str(step) for step in first.get("loc", []) if step != "body"]
+        param = ".".join(where) or None
+    param = param if isinstance(param, str) and re.fullmatch(r"[\w.\[\]-]{1,120}", param) else None
+    return (message if isinstance(message, str) else None), param
+
+
+_SECRETS = (
+    (re.compile(r"\b(?:sk-|hf_)[\w-]{6,}|\bBearer\s+\S+", re.IGNORECASE), "[key]"),
+    (re.compile(r"\bdata:[\w/+.-]*;base64,\S*"), "[data]"),
+    (re.compile(r"\b[a-z][a-z0-9+.-]*://[^\s'\")]+", re.IGNORECASE), "[url]"),
+    (re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?::\d+)?"), "[address]"),
+    (re.compile(r"\[[0-9a-f:]*:[0-9a-f:]*:[0-9a-f:.]*\](?::\d+)?", re.IGNORECASE), "[address]"),
+    (re.compile(r"(?<![\w:])(?:[0-9a-f]{0,4}:){2,7}[0-9a-f]{1,4}(?![\w:])", re.IGNORECASE), "[address]"),
+    (re.compile(r"\b(?=[\w.-]*[a-z])[\w-]+(?:\.[\w-]+)*:\d{2,5}\b", re.IGNORECASE), "[address]"),
+    (re.compile(r"(?<![\w.~])~?/(?:[\w.@+-]+/)+[\w.@+-]*"), "[path]"),
+)
+
+
+def scrub(text: str) -> str:
+    """Return `text` without keys, URLs, addresses and paths, shortened to MESSAGE_LIMIT characters."""
+    text = text[: 4 * MESSAGE_LIMIT]
+    for pattern, stand_in in _SECRETS:
+        text = pattern.sub(stand_in, text)
+    return text if len(text) <= MESSAGE_LIMIT else text[: MESSAGE_LIMIT - 1] + "…"

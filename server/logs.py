@@ -1,0 +1,42 @@
+"""Log records as JSON lines: what happened and to which request, never a body, a message or a key."""
+
+import json
+import logging
+import sys
+import time
+import traceback
+from typing import TextIO
+
+_STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "color_message", "taskName"}
+
+
+class JSONLines(logging.Formatter):
+    """One JSON object a line; whatever is passed as `extra` becomes fields."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record as JSON. Of exceptions only type and frames: their texts may quote a request."""
+        line: dict[str, object] = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "event": record.getMessage(),
+        }
+        line.update({key: value for key, value in record.__dict__.items() if key not in _STANDARD})
+        if record.exc_info and record.exc_info[0] is not None:
+            line["exception"] = record.exc_info[0].__name__
+            line["frames"] = [
+                f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(record.exc_info[2])
+            ]
+        return json.dumps(line, ensure_ascii=False, default=str)
+
+
+def configure(level: str, stream: TextIO | None = None) -> None:
+    """Send the gateway's and uvicorn's records to `stream` (stdout) as JSON lines."""
+    handler = logging.StreamHandler(sys.stdout if stream is None else stream)
+    handler.setFormatter(JSONLines())
+    for name in ("server", "uvicorn"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+        logger.setLevel(level.upper())
+    logging.getLogger("asyncio").handlers = [handler]

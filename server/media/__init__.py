@@ -1,0 +1,1 @@
+"""The way of a media URL: fetched, identified, probed, handed to the engine."""

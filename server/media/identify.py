@@ -1,0 +1,80 @@
+"""What a file is, by its first bytes; never by what its sender calls it."""
+
+from dataclasses import dataclass
+
+from server.schemas import Kind
+
+HEAD_BYTES = 512
+
+
+@dataclass(frozen=True)
+class FileType:
+    """A type an engine may be given: its MIME type, its suffix, and the demuxer that reads it (videos)."""
+
+    mime: str
+    suffix: str
+    demuxer: str = ""
+
+
+MP4 = FileType("video/mp4", ".mp4", "mp4")
+QUICKTIME = FileType("video/quicktime", ".mov", "mov")
+WEBM = FileType("video/webm", ".webm", "webm")
+MATROSKA = FileType("video/x-matroska", ".mkv", "matroska")
+TRANSPORT_STREAM = FileType("video/mp2t", ".ts", "mpegts")
+
+_STARTS: dict[Kind, tuple[tuple[bytes, FileType], ...]] = {
+    "video": (
+        (b"FLV\x01", FileType("video/x-flv", ".flv", "flv")),
+        (b"\x00\x00\x01\xba", FileType("video/mpeg", ".mpg", "mpeg")),
+        (b"OggS", FileType("video/ogg", ".ogv", "ogg")),
+    ),
+    "image": (
+        (b"\x89PNG\r\n\x1a\n", FileType("image/png", ".png")),
+        (b"\xff\xd8\xff", FileType("image/jpeg", ".jpg")),
+        (b"GIF87a", FileType("image/gif", ".gif")),
+        (b"GIF89a", FileType("image/gif", ".gif")),
+        (b"BM", FileType("image/bmp", ".bmp")),
+    ),
+    "audio": (
+        (b"ID3", FileType("audio/mpeg", ".mp3")),
+        (b"\xff\xfb", FileType("audio/mpeg", ".mp3")),
+        (b"\xff\xf3", FileType("audio/mpeg", ".mp3")),
+        (b"OggS", FileType("audio/ogg", ".ogg")),
+        (b"fLaC", FileType("audio/flac", ".flac")),
+    ),
+}
+_RIFF: dict[tuple[Kind, bytes], FileType] = {
+    ("video", b"AVI "): FileType("video/x-msvideo", ".avi", "avi"),
+    ("image", b"WEBP"): FileType("image/webp", ".webp"),
+    ("audio", b"WAVE"): FileType("audio/wav", ".wav"),
+}
+_STILL_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"avif", b"avis")
+_SOUND_BRANDS = (b"M4A ", b"M4B ")
+
+
+def identify(head: bytes, kind: Kind) -> FileType | None:
+    """Return the type of the file that begins with `head` if an engine may be given it as `kind`."""
+    if head[:4] == b"RIFF":
+        return _RIFF.get((kind, head[8:12]))
+    if kind == "video":
+        box = _video_container(head)
+        if box is not None:
+            return box
+    if kind == "audio" and head[4:8] == b"ftyp" and head[8:12] in _SOUND_BRANDS:
+        return FileType("audio/mp4", ".m4a")
+    return next((found for start, found in _STARTS[kind] if head.startswith(start)), None)
+
+
+def _video_container(head: bytes) -> FileType | None:
+    if head[4:8] == b"ftyp":
+        brand = head[8:12]
+        if brand in _STILL_BRANDS or brand in _SOUND_BRANDS:
+            return None
+        return QUICKTIME if brand == b"qt  " else MP4
+    if head[4:8] in (b"moov", b"mdat", b"wide"):  # QuickTime from before there was a ftyp box
+        return QUICKTIME
+    if head[:4] == b"\x1a\x45\xdf\xa3":
+        return WEBM if b"webm" in head[:64] else MATROSKA
+    if head[:1] == b"\x47" and head[188:189] == b"\x47" and head[376:377] == b"\x47":
+        return TRANSPORT_STREAM
+    return None

@@ -1,0 +1,54 @@
+"""What one request has been through, for its headers, its metrics and its line in the log."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Final, Literal
+
+from server.metrics import NO_MODEL
+
+STATE_KEY: Final = "aot_record"
+
+Phase = Literal["parse", "fetch", "probe", "queue", "connect"]
+
+
+@dataclass
+class RequestRecord:
+    """The life of one request. Times are perf_counter seconds."""
+
+    request_id: str
+    received: float = field(default_factory=perf_counter)
+    route: str = "other"
+    model: str = NO_MODEL
+    stream: bool = False
+    status: int = 500
+    body_complete: float | None = None
+    headers_from_engine: float | None = None
+    engine_seconds: float = 0.0
+    phases: dict[Phase, float] = field(default_factory=dict)
+    reason: str | None = None
+    video_tokens: tuple[int, int] | None = None
+
+    @contextmanager
+    def phase(self, name: Phase) -> Iterator[None]:
+        """Add the time inside the block to a phase."""
+        begin = perf_counter()
+        try:
+            yield
+        finally:
+            self.add(name, perf_counter() - begin)
+
+    def add(self, name: Phase, seconds: float) -> None:
+        """Add `seconds` to a phase."""
+        self.phases[name] = self.phases.get(name, 0.0) + seconds
+
+    def overhead_ms(self) -> float:
+        """Return the gateway's own share of the time so far, in milliseconds.
+
+        The clock starts when the body is complete (a slow upload is not the gateway's) and stops when the engine's
+        headers arrive; the wait for them is taken off. Without an engine it stops now.
+        """
+        begin = self.received if self.body_complete is None else self.body_complete
+        end = perf_counter() if self.headers_from_engine is None else self.headers_from_engine
+        return max(0.0, end - begin - self.engine_seconds) * 1e3

@@ -1,0 +1,153 @@
+"""The operator's settings: parsed once from AOT_GATEWAY_* variables into a frozen object."""
+
+import difflib
+import ipaddress
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yarl
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from server.errors import ConfigurationError
+
+PREFIX = "AOT_GATEWAY_"
+MIB = 2**20
+
+
+def _split(value: object) -> object:
+    if isinstance(value, str):
+        return tuple(item.strip() for item in value.split(",") if item.strip())
+    return value
+
+
+def _check_engines(urls: tuple[str, ...]) -> tuple[str, ...]:
+    if not urls:
+        raise ValueError("must name at least one engine, like http://127.0.0.1:8000")
+    if len(set(urls)) != len(urls):
+        raise ValueError("must not name an engine twice")
+    for url in urls:
+        try:
+            parsed = yarl.URL(url)
+        except ValueError:
+            parsed = yarl.URL()
+        if parsed.scheme not in ("http", "https") or not parsed.host or parsed.user or parsed.query_string:
+            raise ValueError("must be base URLs like http://127.0.0.1:8000")
+        if parsed.path.rstrip("/").endswith("/v1"):
+            raise ValueError("must be base URLs without the /v1")
+    return tuple(url.rstrip("/") for url in urls)
+
+
+def _check_allowed_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
+    for host in hosts:
+        try:
+            parsed = yarl.URL(f"http://{host}")
+            fits = parsed.raw_authority == host.lower() and bool(parsed.host) and not parsed.user
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError("must be a list of host or host:port, without scheme and path")
+    return tuple(host.lower() for host in hosts)
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+
+
+class Settings(BaseSettings):
+    """Everything an operator can turn. Each field is read from AOT_GATEWAY_<NAME>."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=1, le=65535)
+    engines: Annotated[Names, AfterValidator(_check_engines)] = ("http://127.0.0.1:8000",)
+    config: Path | None = None
+
+    max_body_bytes: int = Field(default=96 * MIB, ge=1024)
+    body_seconds: float = Field(default=120, gt=0)
+    max_concurrency: int = Field(default=128, ge=1)
+    max_queue: int = Field(default=256, ge=0)
+    drain_seconds: float = Field(default=30, ge=0)
+    chat_template_kwargs: Names = ("enable_thinking",)
+
+    engine_connect_seconds: float = Field(default=5, gt=0)
+    engine_read_seconds: float = Field(default=600, gt=0)
+    engine_health_seconds: float = Field(default=5, gt=0)
+
+    media_handoff: Literal["inline", "file"] = "inline"
+    media_dir: Path | None = None
+    media_allow_hosts: Annotated[Names, AfterValidator(_check_allowed_hosts)] = ()
+    media_allow_http: bool = False
+    media_max_bytes: int = Field(default=64 * MIB, ge=1024)
+    media_max_seconds: float = Field(default=600, gt=0)
+    media_fetch_seconds: float = Field(default=30, gt=0)
+    media_probe_seconds: float = Field(default=10, gt=0)
+    media_store_bytes: int = Field(default=10_240 * MIB, ge=1024)
+    media_store_seconds: float = Field(default=3600, gt=0)
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _check_store(self) -> Self:
+        if self.media_handoff == "file":
+            if self.media_dir is None:
+                raise ValueError(f"{PREFIX}MEDIA_DIR must be set when {PREFIX}MEDIA_HANDOFF is 'file'")
+            if (
+                not self.media_dir.is_absolute()
+                or not self.media_dir.is_dir()
+                or not os.access(self.media_dir, os.W_OK)
+            ):
+                raise ValueError(
+                    f"{PREFIX}MEDIA_DIR must be the absolute path of a writable directory, got '{self.media_dir}'"
+                )
+            if self.media_store_bytes < self.media_max_bytes:
+                raise ValueError(
+                    f"{PREFIX}MEDIA_STORE_BYTES must be at least {PREFIX}MEDIA_MAX_BYTES ({self.media_max_bytes}), "
+                    f"got {self.media_store_bytes}"
+                )
+        return self
+
+    @classmethod
+    def from_environment(cls) -> Self:
+        """Return the settings in the process's environment; raise ConfigurationError with a line for each bad one."""
+        refuse_unknown_names(os.environ)
+        try:
+            return cls()
+        except ValidationError as exc:
+            raise ConfigurationError("\n".join(_explain(error) for error in exc.errors())) from exc
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach the gateway."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def refuse_unknown_names(environ: Mapping[str, str]) -> None:
+    """Raise ConfigurationError if a name in `environ` looks like a setting and is none."""
+    short = [name.upper() for name in Settings.model_fields]
+    known = [PREFIX + name for name in short]
+    complaints = []
+    for name in sorted(environ):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            near = difflib.get_close_matches(name.upper().removeprefix(PREFIX), short, n=3, cutoff=0.5)
+            hint = f"did you mean {' or '.join(PREFIX + n for n in near)}?" if near else f"it has {', '.join(known)}"
+            complaints.append(f"{name} is not a setting of the gateway; {hint}")
+    if complaints:
+        raise ConfigurationError("\n".join(complaints))
+
+
+def _explain(error: Any) -> str:
+    if not error["loc"]:
+        return str(error["msg"]).removeprefix("Value error, ")
+    name = PREFIX + str(error["loc"][0]).upper()
+    rule = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should ")
+    rule = rule if rule.startswith("must ") else f"must {rule}"
+    value = error["input"] if isinstance(error["input"], str) else ",".join(map(str, error["input"]))
+    return f"{name} {rule}, got '{value}'"

@@ -1,0 +1,105 @@
+"""A chat stream on its way through: forwarded as bytes, read only where the gateway has to know or to add."""
+
+import json
+import re
+from typing import Any
+
+from server.errors import EngineFailed, GatewayError, engine_error
+from server.savings import Savings
+
+LONGEST_EVENT_BYTES = 16 * 2**20
+_EVENT = re.compile(rb".*?(?:\r\n\r\n|\n\n)", re.DOTALL)
+_EMPTY_CHOICES = re.compile(rb'"choices":\s*\[\s*\]')
+_TOKEN_FIELDS = ("content", "reasoning", "reasoning_content", "tool_calls", "refusal")
+
+
+class ChatStream:
+    """Takes an engine's stream in pieces of any size and returns the bytes for the client.
+
+    After each `feed`: `tokens` counts the chunks that carried output, `failure` is set if the engine reported an
+    error in the stream, and `done` if the stream came to its proper end.
+    """
+
+    def __init__(self, *, savings: Savings | None, usage_wanted: bool) -> None:
+        """Report `savings` in the usage chunk, or hide that chunk from a client that did not ask for it."""
+        self._savings = savings
+        self._usage_wanted = usage_wanted
+        self._tail = b""
+        self.tokens = 0
+        self.done = False
+        self.failure: GatewayError | None = None
+
+    def feed(self, piece: bytes) -> bytes:
+        """Return what may go to the client now: all whole events so far, as they came but for the usage chunk."""
+        data = self._tail + piece if self._tail else piece
+        lf, crlf = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
+        cut = max(lf + 2 if lf >= 0 else 0, crlf + 4 if crlf >= 0 else 0)
+        whole, self._tail = data[:cut], data[cut:]
+        if len(self._tail) > LONGEST_EVENT_BYTES:
+            self.failure = EngineFailed("the engine's stream could not be read")
+            return whole
+        if not whole:
+            return b""
+        if self.tokens and b'"usage"' not in whole and b'"error"' not in whole and b"[DONE]" not in whole:
+            self.tokens += whole.count(b"\ndata:") + whole.startswith(b"data:")
+            return whole
+        passed = []
+        for event in _EVENT.findall(whole):
+            passed.append(self._pass(event))
+            if self.failure:
+                break
+        return b"".join(passed)
+
+    def end(self) -> None:
+        """Note that the engine closed the stream; without its closing event that is a failure."""
+        if not self.done and self.failure is None:
+            self.failure = EngineFailed("the engine's stream ended early")
+
+    def _pass(self, event: bytes) -> bytes:
+        payload = b"\n".join(line[5:].strip() for line in event.splitlines() if line.startswith(b"data:"))
+        if payload == b"[DONE]":
+            self.done = True
+            return event
+        has_usage = b'"usage"' in payload and _EMPTY_CHOICES.search(payload) is not None
+        if self.tokens and not has_usage and b'"error"' not in payload:
+            self.tokens += bool(payload)
+            return event
+        chunk = _object(payload)
+        if "error" in chunk and "choices" not in chunk:
+            self.failure = _stream_error(chunk)
+            return b""
+        if has_usage and chunk.get("choices") == [] and isinstance(chunk.get("usage"), dict):
+            return self._usage(event, chunk)
+        if self.tokens or _carries_output(chunk):
+            self.tokens += 1
+        return event
+
+    def _usage(self, event: bytes, chunk: dict[str, Any]) -> bytes:
+        if not self._usage_wanted:
+            return b""
+        if self._savings is None:
+            return event
+        chunk["usage"]["video_tokens"] = self._savings.as_usage()
+        return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def _object(payload: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(payload)
+    except ValueError:
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _carries_output(chunk: dict[str, Any]) -> bool:
+    choices = chunk.get("choices")
+    if not isinstance(choices, list):
+        return False
+    deltas = [choice.get("delta") for choice in choices if isinstance(choice, dict)]
+    return any(isinstance(delta, dict) and any(delta.get(name) for name in _TOKEN_FIELDS) for delta in deltas)
+
+
+def _stream_error(chunk: dict[str, Any]) -> GatewayError:
+    error = chunk["error"]
+    status = error.get("code") if isinstance(error, dict) else None
+    return engine_error(status if isinstance(status, int) else 500, json.dumps(chunk).encode())

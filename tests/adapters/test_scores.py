@@ -1,0 +1,128 @@
+"""Attention received: exact, in bounded memory, the same on every rank."""
+
+import pytest
+import torch
+from torch import nn
+
+from aot_vllm import AOTConfig
+from aot_vllm.adapters import scores
+from aot_vllm.adapters.scores import AttentionScores, attention_received, scoring_layers
+from aot_vllm.errors import SettingError
+
+FRAMES, TOKENS, HEADS, SIZE = 7, 9, 4, 8
+
+
+class Attention(nn.Module):
+    """As the module of a vision tower: q, k and v of this rank's heads."""
+
+    def __init__(self, num_heads=HEADS):
+        super().__init__()
+        self.num_heads, self.scale = num_heads, SIZE**-0.5
+
+    def forward(self, query, key, value):
+        return value
+
+
+def queries_and_keys(heads=HEADS, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(2, FRAMES, TOKENS, heads * SIZE, generator=generator)
+
+
+def received_in_loops(query, key, heads):
+    received = torch.zeros(FRAMES, TOKENS, dtype=torch.float64)
+    for frame in range(FRAMES):
+        for head in range(heads):
+            part = slice(head * SIZE, (head + 1) * SIZE)
+            logits = query[frame, :, part].double() @ key[frame, :, part].double().T * SIZE**-0.5
+            received[frame] += logits.softmax(-1).sum(0)
+    return received
+
+
+def test_attention_received_is_the_column_sum_of_the_maps():
+    query, key = queries_and_keys()
+    received = attention_received(query, key, num_heads=HEADS, scale=SIZE**-0.5)
+    torch.testing.assert_close(received.double(), received_in_loops(query, key, HEADS), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(received.sum(1), torch.full((FRAMES,), float(HEADS * TOKENS)))
+
+
+@pytest.mark.parametrize("map_bytes", [0, 1, HEADS * TOKENS * TOKENS * 4 * 3, 2**40])
+def test_the_memory_bound_changes_nothing_but_the_block(monkeypatch, map_bytes):
+    query, key = queries_and_keys()
+    whole = attention_received(query, key, num_heads=HEADS, scale=0.3)
+    monkeypatch.setattr(scores, "MAP_BYTES", map_bytes)
+    torch.testing.assert_close(attention_received(query, key, num_heads=HEADS, scale=0.3), whole)
+
+
+def test_no_more_maps_exist_at_a_time_than_the_bound_allows(monkeypatch):
+    monkeypatch.setattr(scores, "MAP_BYTES", 2 * HEADS * TOKENS * TOKENS * 4)
+    largest = []
+    original = torch.matmul
+    monkeypatch.setattr(torch, "matmul", lambda a, b: largest.append(original(a, b).numel()) or original(a, b))
+    attention_received(*queries_and_keys(), num_heads=HEADS, scale=0.3)
+    assert max(largest) == 2 * HEADS * TOKENS * TOKENS
+
+
+def test_half_precision_is_summed_in_float32():
+    query, key = queries_and_keys()
+    received = attention_received(query.bfloat16(), key.bfloat16(), num_heads=HEADS, scale=SIZE**-0.5)
+    assert received.dtype == torch.float32
+    assert (received - received_in_loops(query, key, HEADS).float()).abs().max() < 0.1
+
+
+def test_nothing_is_recorded_but_while_recording():
+    layers = Attention(), Attention()
+    recorder = AttentionScores(layers, total_heads=HEADS, sum_over_ranks=lambda received: received)
+    query, key = queries_and_keys()
+    layers[0](query, key, key)
+    with recorder.recording() as recorded:
+        for frames in (slice(0, 3), slice(3, 7)):  # the tower works through a video in blocks
+            layers[0](query[frames], key[frames], key[frames])
+            layers[1](key[frames], query[frames], key[frames])
+    layers[1](query, key, key)
+    local, global_ = recorded()
+    torch.testing.assert_close(local.double(), received_in_loops(query, key, HEADS) / HEADS, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(global_.double(), received_in_loops(key, query, HEADS) / HEADS, rtol=1e-5, atol=1e-6)
+
+
+def test_a_failure_while_recording_ends_it():
+    layer = Attention()
+    recorder = AttentionScores((layer, layer), total_heads=HEADS, sum_over_ranks=lambda received: received)
+    with pytest.raises(RuntimeError, match="tower"), recorder.recording():
+        raise RuntimeError("tower")
+    layer(*queries_and_keys(), None)
+    with recorder.recording() as recorded:
+        layer(*queries_and_keys(), None)
+    assert recorded()[0].shape == (FRAMES, TOKENS)
+
+
+def test_ranks_with_half_of_the_heads_add_up_to_all_of_them():
+    query, key = queries_and_keys()
+    halves = [
+        attention_received(query[..., part], key[..., part], num_heads=HEADS // 2, scale=SIZE**-0.5)
+        for part in (slice(0, 2 * SIZE), slice(2 * SIZE, 4 * SIZE))
+    ]
+    layers = Attention(HEADS // 2), Attention(HEADS // 2)
+    recorder = AttentionScores(layers, total_heads=HEADS, sum_over_ranks=lambda received: received + halves[1])
+    part = slice(0, 2 * SIZE)
+    with recorder.recording() as recorded:
+        for layer in layers:
+            layer(query[..., part], key[..., part], None)
+    torch.testing.assert_close(
+        recorded()[0].double(), received_in_loops(query, key, HEADS) / HEADS, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "expected"), [(26, (5, 24)), (27, (5, 25)), (12, (2, 10)), (8, (2, 6)), (2, (0, 0)), (1, (0, 0))]
+)
+def test_by_default_the_layers_are_as_deep_as_in_the_released_code(num_layers, expected):
+    assert scoring_layers(AOTConfig(), num_layers=num_layers) == expected
+
+
+def test_named_layers_count_from_either_end_and_must_exist():
+    config = AOTConfig(local_layer=-12, global_layer=11)
+    assert scoring_layers(config, num_layers=12) == (0, 11)
+    with pytest.raises(SettingError, match=r"local_layer must be in \[-11, 10\].*executes 11 layers, got -12"):
+        scoring_layers(config, num_layers=11)
+    with pytest.raises(SettingError, match="local_layer must be in"):
+        scoring_layers(AOTConfig.paper(), num_layers=2)
