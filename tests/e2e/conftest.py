@@ -8,7 +8,11 @@ import pytest
 from tests.e2e.checkpoints import checkpoint
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--runner") == "v2":
+        again = [item for item in items if item.get_closest_marker("any_runner")]
+        config.hook.pytest_deselected(items=again)
+        items[:] = [item for item in items if item not in again]
     for item in items:
         if "e2e" in item.path.parts:
             item.add_marker(pytest.mark.engine)

@@ -10,6 +10,8 @@ from aot_vllm.config import AOTConfig
 from aot_vllm.errors import SettingError, UnsupportedError
 from tests.e2e.checkpoints import checkpoint
 
+pytestmark = pytest.mark.any_runner
+
 
 @pytest.fixture
 def lines(monkeypatch):

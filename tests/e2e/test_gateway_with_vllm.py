@@ -15,6 +15,8 @@ from demo.clip import write_clip
 from tests.e2e.checkpoints import checkpoint
 from tests.e2e.engines import free_port, process, serve_command
 
+pytestmark = pytest.mark.any_runner
+
 BEFORE = 32 * 9 + 1
 
 
