@@ -298,7 +298,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.video is not None and not arguments.video.is_file():
         parser.error(f"VIDEO must be a file, got {arguments.video}")
-    signal.signal(signal.SIGTERM, _terminate)
+    for sign in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell starts what it runs in the background without
+        signal.signal(sign, _terminate)
     try:
         demo(model=arguments.model, video=arguments.video, retention=arguments.retention)
     except DemoError as exc:
