@@ -26,6 +26,7 @@ class Engine:
     healthy: bool = False
     inflight: int = 0
     silent_checks: int = 0
+    reports_savings: bool = True
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 

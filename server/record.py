@@ -22,6 +22,7 @@ class RequestRecord:
     route: str = "other"
     model: str = NO_MODEL
     stream: bool = False
+    has_video: bool = False
     status: int = 500
     body_complete: float | None = None
     headers_from_engine: float | None = None

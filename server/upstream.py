@@ -100,7 +100,10 @@ class Upstream:
         try:
             if response.status != 200:
                 raise await self._refusal(engine, response, record)
-            yield Exchange(response)
+            exchange = Exchange(response)
+            if record.has_video:
+                _note_savings(engine, exchange.savings, record)
+            yield exchange
         finally:
             engine.inflight -= 1
             if response.content.at_eof():
@@ -149,6 +152,17 @@ class Upstream:
             extra={"request_id": record.request_id, "engine": engine.name, "engine_status": response.status},
         )
         return engine_error(response.status, body)
+
+
+def _note_savings(engine: Engine, savings: Savings | None, record: RequestRecord) -> None:
+    """Say so once when an engine stops reporting what its videos cost: it then serves them whole, or does not tell."""
+    if savings is None and engine.reports_savings:
+        logger.warning(
+            "engine reports no video tokens: it runs without --video-pruning-rate, or its VLLM_PLUGINS does not name "
+            "aot; retentions may have no effect there",
+            extra={"request_id": record.request_id, "engine": engine.name},
+        )
+    engine.reports_savings = savings is not None
 
 
 def _broken(exc: Exception) -> GatewayError:

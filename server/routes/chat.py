@@ -97,6 +97,7 @@ class ChatCompletions:
         with record.phase("parse"):
             chat = parse_chat_request(body, chat_template_kwargs=self.chat_template_kwargs)
         record.stream = chat.stream
+        record.has_video = chat.has_video
         try:
             alias = self.catalogue.resolve(chat.model)
         except UnknownModel:

@@ -529,3 +529,22 @@ async def test_several_usage_like_chunks_in_one_read_are_told_apart(engine):
         answer = await client.post(CHAT, json=ask(stream=True))
     assert answer.content == ROLE + TEXT[0] + DONE
     assert USAGE not in answer.content
+
+
+async def test_an_engine_that_does_not_report_a_videos_tokens_is_named_in_the_log_once_until_it_does(engine, caplog):
+    def said():
+        return [record for record in caplog.records if "reports no video tokens" in record.message]
+
+    reported = dict(engine.headers)
+    async with gateway(engine) as client:
+        for headers, lines in (({}, 1), ({}, 1), (reported, 1), ({}, 2)):
+            engine.headers = dict(headers)
+            answer = await client.post(CHAT, json=ask_about(VIDEO, aot={"retention": 0.1}))
+            assert answer.status_code == 200
+            assert len(said()) == lines
+        engine.headers = dict(reported)
+        await client.post(CHAT, json=ask_about(VIDEO))
+        engine.headers = {}
+        await client.post(CHAT, json=ask())  # about text there is nothing to report
+        assert len(said()) == 2
+    assert said()[0].engine == "engine-0"
