@@ -5,7 +5,7 @@ VIDEO ?=
 RETENTION ?= 0.10
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo test test-fast test-engine check format
+.PHONY: help install install-test demo test test-fast check format
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,10 +19,13 @@ install-test:
 demo: install  ## ask a real engine about a real video, whole and reduced; MODEL=… VIDEO=… RETENTION=…
 	@$(VENV)/python demo/run.py $(if $(MODEL),--model "$(MODEL)") $(if $(VIDEO),--video "$(VIDEO)") --retention "$(RETENTION)"
 
-test: install-test  ## all tests, with real engines on both of vLLM's model runners
-	@$(VENV)/python -m pytest tests -n 2 -m "not engine"
-	@$(VENV)/python -m pytest tests/e2e --runner v1
-	@$(VENV)/python -m pytest tests/e2e --runner v2
+test: test-fast  ## all tests, with real engines on both of vLLM's model runners
+	@echo "Real engines, on both model runners side by side; the second one's tests are shown when they are done."
+	@mkdir -p .cache; $(VENV)/python -m pytest tests/e2e --runner v2 > .cache/test-v2.log 2>&1 & second=$$!; \
+	trap 'kill $$second' INT TERM; \
+	$(VENV)/python -m pytest tests/e2e --runner v1; first_status=$$?; \
+	wait $$second; second_status=$$?; cat .cache/test-v2.log; \
+	[ $$first_status -eq 0 ] && [ $$second_status -eq 0 ]
 
 test-fast: install-test  ## the tests that need no engine
 	@$(VENV)/python -m pytest tests -n 2 -m "not engine"
