@@ -201,3 +201,20 @@ def test_the_tower_sees_a_long_video_in_blocks_of_frames_and_makes_the_same_of_i
     for one, other in zip(whole, parts, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
     assert profiled >= 64
+
+
+def test_embeddings_that_a_client_made_are_reduced_without_a_tower(start_engine):
+    """Qwen2.5-VL; no layer scores them, so they score each other."""
+    engine = start_engine("qwen2.5-vl", video_pruning_rate=RATE, enable_mm_embeds=True)
+    embeddings = torch.randn(4 * 4 * 6, 64, generator=torch.Generator().manual_seed(3))
+
+    def asked(retention):
+        request = qwen_request(wide(8, 41), "?", retention=retention)
+        data = {"video_embeds": embeddings, "video_grid_thw": torch.tensor([[4, 8, 12]])}
+        return {**request, "multi_modal_data": {"video": data}}
+
+    pad = engine.llm.llm_engine.model_config.hf_config.video_token_id
+    for retention, kept in ((1.0, 96), (0.5, 48), (None, 24)):
+        answers = [engine.ask(asked(retention))[0] for _ in range(2)]
+        assert answers[0].prompt.count(pad) == kept
+        assert answers[0].logprobs == pytest.approx(answers[1].logprobs, **CLOSE)
