@@ -7,6 +7,7 @@ raises `UnsupportedError`: an engine that was asked to reduce must not start unr
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -103,3 +104,27 @@ def is_first_api_server(vllm_config: VllmConfig) -> bool:
     summed. The rank sits in the private `ParallelConfig._api_process_rank`, 0.32; can go when it is public.
     """
     return int(getattr(vllm_config.parallel_config, "_api_process_rank", 0)) <= 0
+
+
+def let_cpu_runner_recompute_positions() -> None:
+    """Make Model Runner V1 on a CPU run its hook for pruning models, as it does on a GPU.
+
+    Without it the coordinates behind a video's embeddings stay there, and the first video ends the engine:
+    `CPUModelRunner.load_model` doesn't set `is_multimodal_pruning_enabled`, which `GPUModelRunner.load_model` does.
+    0.32; can go when it is set there. Called by models that are reduced, so nothing changes where none is.
+    """
+    runner = sys.modules.get("vllm.v1.worker.cpu_model_runner")
+    if runner is None:  # a GPU, or Model Runner V2, which has no such flag
+        return
+    try:
+        cpu_runner = runner.CPUModelRunner
+    except AttributeError as exc:
+        raise UnsupportedError(
+            f"vLLM {vllm_version()} has no CPUModelRunner, whose hook for pruning models aot-vllm needs; "
+            "install vllm 0.32.*"
+        ) from exc
+    flag = "is_multimodal_pruning_enabled"
+    if not isinstance(vars(cpu_runner).get(flag), property):
+        # the runner's own value, set to False before the model is there, is of no interest
+        model_has_it = property(lambda self: getattr(getattr(self, "model", None), flag, False), lambda *_: None)
+        setattr(cpu_runner, flag, model_has_it)

@@ -20,8 +20,8 @@ from vllm.model_executor.models.llava_onevision import (
 )
 from vllm.model_executor.models.siglip import SiglipVisionModel
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.inputs import MultiModalKwargsItems
-from vllm.multimodal.parse import MultiModalDataItems, VideoProcessorItems
+from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems
+from vllm.multimodal.parse import ModalityDataItems, MultiModalDataItems, VideoProcessorItems
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 from vllm.utils.tensor_schema import TensorShape
 
@@ -69,8 +69,12 @@ class AOTLlavaOnevisionProcessor(ReducedVideoProcessor, LlavaOnevisionMultiModal
 
     extra_video_tokens = 1  # image_newline, one for a video
 
-    def video_grid(self, videos: VideoProcessorItems, item_idx: int) -> VideoGrid:
-        """Return frames x pooled side x pooled side."""
+    def video_grid(
+        self, videos: ModalityDataItems[Any, Any], item_idx: int, processed: MultiModalKwargsItem | None
+    ) -> VideoGrid | None:
+        """Return frames x pooled side x pooled side, None for a video known by its uuid alone."""
+        if not isinstance(videos, VideoProcessorItems) or videos.get(item_idx) is None:
+            return None
         side = self.info.pooled_side()
         return VideoGrid(frames=videos.get_num_frames(item_idx), rows=side, cols=side)
 
@@ -84,7 +88,9 @@ class AOTLlavaOnevisionProcessor(ReducedVideoProcessor, LlavaOnevisionMultiModal
         video_token = self.info.get_hf_config().video_token_index
 
         def replacement(item_idx: int) -> list[int]:
-            grid = self.video_grid(mm_items.get_items("video", VideoProcessorItems), item_idx)
+            grid = self.video_grid(mm_items["video"], item_idx, out_mm_kwargs["video"][item_idx])
+            if grid is None:
+                raise ValueError("LLaVA-OneVision takes videos as frames")
             retention = self.carried_retention(out_mm_kwargs, item_idx)
             return [video_token] * self.kept_video_tokens(grid, retention)
 

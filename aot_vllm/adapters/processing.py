@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import BatchFeature
 from vllm.multimodal.hasher import MultiModalHasher
-from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-from vllm.multimodal.parse import MultiModalDataItems, VideoProcessorItems
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem, MultiModalKwargsItems
+from vllm.multimodal.parse import ModalityDataItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
@@ -42,8 +42,13 @@ class ReducedVideoProcessor(BaseMultiModalProcessor[Any]):
 
     extra_video_tokens = 0
 
-    def video_grid(self, videos: VideoProcessorItems, item_idx: int) -> VideoGrid:
-        """Return the grid of tokens of one video before the reduction."""
+    def video_grid(
+        self, videos: ModalityDataItems[Any, Any], item_idx: int, processed: MultiModalKwargsItem | None
+    ) -> VideoGrid | None:
+        """Return the grid of tokens of one video before the reduction, None where its size can't be told.
+
+        `processed` is the video as it goes to the worker, None where the worker has it already.
+        """
         raise NotImplementedError(type(self).__name__)
 
     def reduction(self) -> Reduction:
@@ -78,6 +83,14 @@ class ReducedVideoProcessor(BaseMultiModalProcessor[Any]):
         fields = super()._get_mm_fields_config(hf_inputs, without_retention(hf_processor_mm_kwargs))
         return {**fields, RETENTION: MultiModalFieldConfig.batched("video", keep_on_cpu=True)}
 
+    def _get_cache_missing_processor_kwargs(
+        self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]
+    ) -> Mapping[str, object]:
+        asked = inputs.hf_processor_mm_kwargs
+        plain = replace(inputs, hf_processor_mm_kwargs=without_retention(asked))
+        own = {name: asked[name] for name in (RETENTION,) if name in asked}
+        return {**super()._get_cache_missing_processor_kwargs(plain, mm_is_cached), **own}
+
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Mapping[str, list[str]]:
         plain = replace(inputs, hf_processor_mm_kwargs=without_retention(inputs.hf_processor_mm_kwargs))
         hashes = dict(super()._get_mm_hashes(plain))
@@ -93,18 +106,27 @@ class ReducedVideoProcessor(BaseMultiModalProcessor[Any]):
         return hashes
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
-        """Process a prompt as the model's processor does, and write down what each of its videos saves."""
+        """Process a prompt as the model's processor does, and write down what each of its videos saves.
+
+        Counted are the tokens that stand for the video's content, as in vLLM's `prompt_tokens_details`: timestamps and
+        markers, which some models put between frames, are text and in neither count.
+        """
         rendered = super().apply(inputs, timing_ctx)
-        videos = inputs.mm_data_items.get("video")
-        if isinstance(videos, VideoProcessorItems):
+        if videos := inputs.mm_data_items.get("video"):
             retention = self.retention_of(inputs.hf_processor_mm_kwargs)
-            for item_idx, (mm_hash, placeholder) in enumerate(
-                zip(rendered["mm_hashes"]["video"], rendered["mm_placeholders"]["video"], strict=True)
+            for item_idx, (mm_hash, placeholder, processed) in enumerate(
+                zip(
+                    rendered["mm_hashes"]["video"],
+                    rendered["mm_placeholders"]["video"],
+                    rendered["mm_kwargs"]["video"],
+                    strict=True,
+                )
             ):
-                if videos.get(item_idx) is None:
-                    continue  # known by its uuid alone; written down when its frames were here
-                before = self.video_grid(videos, item_idx).tokens + self.extra_video_tokens
-                LEDGER.write(mm_hash, VideoSavings(before, placeholder.get_num_embeds(), retention))
+                if grid := self.video_grid(videos, item_idx, processed):
+                    before = grid.tokens + self.extra_video_tokens
+                    LEDGER.write(mm_hash, VideoSavings(before, placeholder.get_num_embeds(), retention))
+                elif known := LEDGER.read(mm_hash):
+                    LEDGER.write(mm_hash, known)  # written down when its size was here; now the latest again
         return rendered
 
     @staticmethod

@@ -5,6 +5,8 @@ TESTED_VLLM_RELEASES = ("0.32",)
 
 ARCHITECTURES = {
     "LlavaOnevisionForConditionalGeneration": "aot_vllm.adapters.llava_onevision:AOTLlavaOnevision",
+    "Qwen2_5_VLForConditionalGeneration": "aot_vllm.adapters.qwen2_5_vl:AOTQwen2_5_VL",
+    "Qwen3VLForConditionalGeneration": "aot_vllm.adapters.qwen3_vl:AOTQwen3VL",
 }
 """In-tree architecture -> the class that serves it with AOT."""
 

@@ -6,7 +6,7 @@ queries and keys the layer hands to its attention module, a few frames at a time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,10 +24,12 @@ PAPER_LOCAL_DEPTH = 5 / 26
 """The released code scores locally in layer 5 of the 26 that LLaVA-OneVision executes."""
 
 
-def scoring_layers(config: AOTConfig, *, num_layers: int) -> tuple[int, int]:
+def scoring_layers(config: AOTConfig, *, num_layers: int, whole_frame: Sequence[int] | None = None) -> tuple[int, int]:
     """Return the indices of the local and the global scoring layer in a tower that executes `num_layers`.
 
-    A `local_layer` of None is the layer as deep, relative to the tower, as the released code's.
+    A `local_layer` of None is the layer as deep, relative to the tower, as the released code's. In a tower where only
+    some layers attend to the `whole_frame`, the nearest of these (of two, the deeper): attention inside a window says
+    nothing about which of a frame's tokens matter.
 
     Raises:
         SettingError: a layer named in the settings does not exist.
@@ -42,32 +44,43 @@ def scoring_layers(config: AOTConfig, *, num_layers: int) -> tuple[int, int]:
                 f"{name} must be in [{-num_layers}, {num_layers - 1}], for this vision tower executes {num_layers} "
                 f"layers, got {layer}"
             )
-    return local % num_layers, global_ % num_layers
+    local, global_ = local % num_layers, global_ % num_layers
+    if whole_frame is None:
+        return local, global_
+    return _nearest(whole_frame, local), _nearest(whole_frame, global_)
+
+
+def _nearest(layers: Sequence[int], layer: int) -> int:
+    """Return the one of `layers` that is nearest to `layer`, the deeper one of two."""
+    return min(layers, key=lambda candidate: (abs(candidate - layer), -candidate))
 
 
 def attention_received(query: Tensor, key: Tensor, *, num_heads: int, scale: float) -> Tensor:
     """Return the attention each token receives, summed over queries and heads: (frames, tokens), float32.
 
     `query`, `key`: (frames, tokens, num_heads * head_size), as they enter the attention module. Attention is within a
-    frame. At most `MAP_BYTES` of maps exist at a time, and never less than one frame's.
+    frame. At most `MAP_BYTES` of maps exist at a time, but never less than those of one query.
     """
     frames, tokens, _ = query.shape
     map_bytes = MAP_BYTES.get(query.device.type, MAP_BYTES["cuda"])
-    block = max(1, map_bytes // (num_heads * tokens * tokens * 4))
-    received = torch.empty(frames, tokens, dtype=torch.float32, device=query.device)
-    for start in range(0, frames, block):
-        queries, keys = (
-            part[start : start + block].unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key)
-        )
-        logits = torch.matmul(queries * scale, keys.transpose(-1, -2))
-        received[start : start + block] = logits.softmax(dim=-1, dtype=torch.float32).sum(dim=(1, 2))
+    query_bytes = num_heads * tokens * 4
+    frames_at_once = max(1, map_bytes // (query_bytes * tokens))
+    queries_at_once = min(tokens, max(1, map_bytes // query_bytes))
+    received = torch.zeros(frames, tokens, dtype=torch.float32, device=query.device)
+    for frame in range(0, frames, frames_at_once):
+        block = slice(frame, frame + frames_at_once)
+        queries, keys = (part[block].unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key))
+        for some in queries.split(queries_at_once, dim=2):
+            logits = torch.matmul(some * scale, keys.transpose(-1, -2))
+            received[block] += logits.softmax(dim=-1, dtype=torch.float32).sum(dim=(1, 2))
     return received
 
 
 class AttentionScores:
     """Records the attention received in two layers of a vision tower, block of frames by block of frames.
 
-    `modules`: the two attention modules, each with `num_heads` (of this rank) and `scale`, called with q, k, v.
+    `modules`: the two attention modules, each with `num_heads` (of this rank) and `scale`, called with query, key and
+    value: (frames, tokens, heads * size), or all frames one after the other, (1, frames * tokens, heads, size).
     `total_heads`: heads of a layer on all ranks; where this rank has fewer, `sum_over_ranks` adds the others', so that
     every rank ranks the tokens alike.
     """
@@ -79,14 +92,17 @@ class AttentionScores:
         self._total_heads = total_heads
         self._sum_over_ranks = sum_over_ranks
         self._blocks: dict[int, list[Tensor]] | None = None
+        self._tokens_per_frame: int | None = None
         for slot, module in enumerate(modules):
-            module.register_forward_pre_hook(self._hook(slot))
+            module.register_forward_pre_hook(self._hook(slot), with_kwargs=True)
 
-    def _hook(self, slot: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def record(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _hook(self, slot: int) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def record(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             if self._blocks is None:
                 return
-            query, key = inputs[0], inputs[1]
+            query, key = inputs[:2] if inputs else (named["query"], named["key"])
+            if self._tokens_per_frame is not None:
+                query, key = (part.reshape(-1, self._tokens_per_frame, part[0, 0].numel()) for part in (query, key))
             received = attention_received(query, key, num_heads=module.num_heads, scale=module.scale)
             if module.num_heads < self._total_heads:
                 received = self._sum_over_ranks(received)
@@ -95,10 +111,13 @@ class AttentionScores:
         return record
 
     @contextmanager
-    def recording(self) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
-        """Record while the tower runs; the value, called afterwards, returns local and global (frames, tokens)."""
+    def recording(self, *, tokens_per_frame: int | None = None) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+        """Record while the tower runs; the value, called afterwards, returns local and global (frames, tokens).
+
+        `tokens_per_frame`: where to cut the sequence of a tower that lays frames one after the other.
+        """
         blocks: dict[int, list[Tensor]] = {0: [], 1: []}
-        self._blocks = blocks
+        self._blocks, self._tokens_per_frame = blocks, tokens_per_frame
         try:
             yield lambda: (torch.cat(blocks[0]), torch.cat(blocks[1]))
         finally:

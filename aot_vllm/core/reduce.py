@@ -48,21 +48,28 @@ def reduce_video(
     grid: VideoGrid,
     retention: float,
     config: AOTConfig | None = None,
+    compared: int | None = None,
 ) -> ReducedVideo:
     """Return the reduced video: features (T, P, D), scores (T, P) -> exactly `budget(...).total` tokens.
 
     `retention` in (0, 1] is the fraction of tokens kept; at 1 the input comes back unchanged. Tokens have the type of
-    `features`; everything is accumulated in float32. Nothing waits for the device. Raises `ShapeError` for tensors that
-    do not fit the grid and `SettingError` for a retention outside its range. Section 3 of the paper.
+    `features`; everything is accumulated in float32. Nothing waits for the device. Where a model hands its language
+    model several features of a token side by side, `compared` is the width of the first: the plan follows from it
+    alone, and the same plan merges the others. Raises `ShapeError` for tensors that do not fit the grid and
+    `SettingError` for a retention outside its range. Section 3 of the paper.
     """
     config = config or AOTConfig()
     counts = budget(grid, retention=retention, config=config)
     _check_shapes(features, local_scores, global_scores, grid)
+    if compared is not None and not 1 <= compared <= features.shape[2]:
+        raise ShapeError(f"compared must be in [1, {features.shape[2]}], the width of features, got {compared}")
     if counts.identity:
         return _unchanged(features, grid, counts)
 
     parts = [
-        _reduce_part(features, local_scores, global_scores, part, counts=counts, grid=grid, config=config)
+        _reduce_part(
+            features, local_scores, global_scores, part, counts=counts, grid=grid, config=config, compared=compared
+        )
         for part in _parts(counts)
     ]
     whole = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
@@ -98,6 +105,7 @@ def _reduce_part(
     counts: Budget,
     grid: VideoGrid,
     config: AOTConfig,
+    compared: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return a part's tokens, their frames and positions, and the iterations and convergence of its solves."""
     size = {"rows": grid.rows, "cols": grid.cols}
@@ -109,13 +117,14 @@ def _reduce_part(
         global_ratio=config.global_ratio,
         window=config.window,
     )
-    within = absorb_frames(features[part.frames], anchors_TA, **size, config=config)
+    within = absorb_frames(features[part.frames], anchors_TA, **size, config=config, compared=compared)
     across = merge_across_frames(
         within.tokens,
         clip_lengths=counts.clip_lengths[part.clips],
         keep=counts.keep_per_frame[part.frames],
         config=config,
         originals=counts.originals_per_clip[part.clips],
+        compared=compared,
     )
     return (
         across.tokens,

@@ -53,8 +53,13 @@ def merge_within_frames(features: Tensor, anchors: Tensor, *, rows: int, cols: i
     return absorb_frames(features, anchors, rows=rows, cols=cols, config=config).tokens
 
 
-def absorb_frames(features: Tensor, anchors: Tensor, *, rows: int, cols: int, config: AOTConfig) -> FrameTokens:
-    """Return what `merge_within_frames` does, together with how the solve went."""
+def absorb_frames(
+    features: Tensor, anchors: Tensor, *, rows: int, cols: int, config: AOTConfig, compared: int | None = None
+) -> FrameTokens:
+    """Return what `merge_within_frames` does, together with how the solve went.
+
+    Of the columns of `features` the first `compared` are what tokens are compared by, by default all; all are merged.
+    """
     _check_within(features, anchors, positions=rows * cols)
     anchors_TAD = _rows_at(features, anchors)
     if anchors.shape[1] == rows * cols:
@@ -63,7 +68,7 @@ def absorb_frames(features: Tensor, anchors: Tensor, *, rows: int, cols: int, co
 
     anchors_TAD = anchors_TAD.float()
 
-    similarity_TPA = _similarity(features, anchors_TAD)
+    similarity_TPA = _similarity(features[..., :compared], anchors_TAD[..., :compared])
     source_TP = torch.ones_like(similarity_TPA[:, :, 0]).scatter_(1, anchors, 0)
     nearest_TP = similarity_TPA.argmax(dim=2)
     cost_TPA = similarity_TPA.neg_().add_(1)
@@ -136,24 +141,28 @@ def merge_across_frames(
     keep: int | Sequence[int],
     config: AOTConfig,
     originals: Sequence[int] | None = None,
+    compared: int | None = None,
 ) -> ClipTokens:
     """Return the tokens of all clips: (T, A, D) -> (K, D), clip by clip.
 
     Of a clip come first its key frame's anchors as they were (`originals` of them, by default all when `config.emit` is
     `both`, else none; where not all, those that absorbed most), then what each later frame keeps (`keep`, one count
     or one a frame, those at key frames unused), then the key frame's anchors after absorbing the rest; ascending slots
-    in each. Raises `ShapeError` or `SettingError` for counts that do not fit. Section 3.3.
+    in each. Tokens are compared by their first `compared` columns, by default all; all columns are merged. Raises
+    `ShapeError` or `SettingError` for counts that do not fit. Section 3.3.
     """
     layout = _checked_layout(tokens, clip_lengths, keep, originals, config)
     tokens_TAD = tokens.float()
-    norms_TA = cost.norms(tokens_TAD)
+    norms_TA = cost.norms(tokens_TAD[..., :compared])
     merged_CAD = tokens_TAD.index_select(0, layout.key_frames)
     absorbed_CA = torch.zeros_like(merged_CAD[:, :, 0])
     slots, solutions = [], []
     for step in layout.steps:
         x_nAD, y_nAD = tokens_TAD.index_select(0, step.frames), merged_CAD[: len(step.frames)]
         discount = cost.temporal_discount(step.frames_apart, sigma=config.temporal_sigma)
-        solution = _match(x_nAD, y_nAD, norms_TA[step.frames], discount=discount, config=config)
+        solution = _match(
+            x_nAD[..., :compared], y_nAD[..., :compared], norms_TA[step.frames], discount=discount, config=config
+        )
         share_nAA, kept_nk = _keep_or_absorb(solution.plan, step, layout.ranks)
         mass_nA = share_nAA.sum(dim=1)
         y_nAD.baddbmm_(share_nAA.transpose(1, 2), x_nAD).div_(1 + mass_nA.unsqueeze(2))

@@ -62,6 +62,32 @@ def test_no_more_maps_exist_at_a_time_than_the_bound_allows(monkeypatch):
     assert max(largest) == 2 * HEADS * TOKENS * TOKENS
 
 
+def test_a_frame_whose_maps_alone_pass_the_bound_is_worked_through_query_by_query(monkeypatch):
+    query, key = queries_and_keys()
+    whole = attention_received(query, key, num_heads=HEADS, scale=0.3)
+    monkeypatch.setitem(scores.MAP_BYTES, "cpu", 2 * HEADS * TOKENS * 4)
+    largest = []
+    original = torch.matmul
+    monkeypatch.setattr(torch, "matmul", lambda a, b: largest.append(original(a, b).numel()) or original(a, b))
+    torch.testing.assert_close(attention_received(query, key, num_heads=HEADS, scale=0.3), whole)
+    assert max(largest) == 2 * HEADS * TOKENS
+
+
+def test_frames_laid_end_to_end_and_handed_over_by_name_score_as_frames_side_by_side():
+    class ByName(Attention):
+        def forward(self, *, query, key, value):
+            return value
+
+    query, key = queries_and_keys()
+    laid_out = {name: part.reshape(1, -1, HEADS, SIZE) for name, part in (("query", query), ("key", key))}
+    layer = ByName()
+    recorder = AttentionScores((layer, layer), total_heads=HEADS, sum_over_ranks=lambda received: received)
+    with recorder.recording(tokens_per_frame=TOKENS) as recorded:
+        layer(value=None, **laid_out)
+    expected = attention_received(query, key, num_heads=HEADS, scale=SIZE**-0.5) / HEADS
+    torch.testing.assert_close(recorded()[0], expected)
+
+
 def test_half_precision_is_summed_in_float32():
     query, key = queries_and_keys()
     received = attention_received(query.bfloat16(), key.bfloat16(), num_heads=HEADS, scale=SIZE**-0.5)
@@ -117,6 +143,14 @@ def test_ranks_with_half_of_the_heads_add_up_to_all_of_them():
 )
 def test_by_default_the_layers_are_as_deep_as_in_the_released_code(num_layers, expected):
     assert scoring_layers(AOTConfig(), num_layers=num_layers) == expected
+
+
+def test_where_few_layers_see_whole_frames_the_nearest_of_them_score():
+    whole_frame = [7, 15, 23, 31]  # of the 32 of Qwen2.5-VL
+    assert scoring_layers(AOTConfig(), num_layers=32, whole_frame=whole_frame) == (7, 31)
+    named = AOTConfig(local_layer=12, global_layer=-10)
+    assert scoring_layers(named, num_layers=32, whole_frame=whole_frame) == (15, 23)
+    assert scoring_layers(AOTConfig(local_layer=11), num_layers=32, whole_frame=whole_frame)[0] == 15
 
 
 def test_named_layers_count_from_either_end_and_must_exist():

@@ -45,6 +45,30 @@ def test_the_count_is_the_budget_in_total_and_for_each_frame(grid, seed, retenti
         assert 0 <= index.min() <= index.max() < size
 
 
+@few
+@given(grid=grids(frames=9, side=5), seed=seeds, retention=retentions, config=configs)
+def test_features_that_are_not_compared_are_merged_by_the_plan_of_those_that_are(grid, seed, retention, config):
+    """Merging is linear: what is a linear map of the compared features before it is the same map of them after it."""
+    features, *scores = video(seed, grid)
+    mixing = torch.randn(features.shape[2], 5, generator=torch.Generator().manual_seed(seed))
+    settings = {"grid": grid, "retention": retention, "config": config}
+    alone = reduce_video(features, *scores, **settings)
+    both = reduce_video(
+        torch.cat((features, features @ mixing), dim=2), *scores, compared=features.shape[2], **settings
+    )
+    assert torch.equal(both.frames, alone.frames)
+    assert torch.equal(both.rows * grid.cols + both.cols, alone.rows * grid.cols + alone.cols)
+    torch.testing.assert_close(both.tokens[:, : features.shape[2]], alone.tokens, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(both.tokens[:, features.shape[2] :], alone.tokens @ mixing, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compared", [0, -1, 5])
+def test_more_or_fewer_columns_than_there_are_cannot_be_compared(compared):
+    grid = VideoGrid(2, 2, 2)
+    with pytest.raises(ShapeError, match=rf"compared must be in \[1, 4\], the width of features, got {compared}"):
+        reduce_video(*video(0, grid, width=4), grid=grid, retention=0.5, compared=compared)
+
+
 @pytest.mark.parametrize("frames", [1, 2, 7, 8, 9, 31, 257, 768])
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 7), (6, 6), (5, 9)])
 def test_videos_of_any_length_and_shape_meet_their_count(frames, rows, cols):

@@ -38,35 +38,47 @@ def _tiny_384(directory):
     maker.make_llava_onevision(directory, maker.Shape(384, tiny.tower, tiny.text))
 
 
+QWEN_SPECIALS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def _qwen_parts(*, mrope_section, **text):
+    """Return a tokenizer with the special tokens of Qwen's vision models, and the configuration that names them."""
+    tokenizer = maker.train_tokenizer((*maker.SPECIAL_TOKENS, *QWEN_SPECIALS))
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": mrope_section, **text.pop("rope", {})}
+    settings = {
+        "text_config": maker.text_config(tokenizer, **TEXT, rope_parameters=rope, **text),
+        "tie_word_embeddings": False,
+        "image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+        "video_token_id": tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+        "vision_start_token_id": tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+        "vision_end_token_id": tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+    }
+    return tokenizer, settings
+
+
+TOWER = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_heads": 2,
+    "spatial_merge_size": 2,
+    "temporal_patch_size": 2,
+    "out_hidden_size": 64,
+}
+
+
 def _qwen2_5_vl(directory):
-    """A model that vLLM's own pruning serves and AOT does not."""
-    specials = (*maker.SPECIAL_TOKENS, "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-    tokenizer = maker.train_tokenizer(specials)
-    token_id = tokenizer.convert_tokens_to_ids
+    """Windows of 4x4 tokens in two layers, attention to whole frames in the two others."""
+    tokenizer, settings = _qwen_parts(mrope_section=[4, 6, 6])
     config = transformers.Qwen2_5_VLConfig(
-        text_config=maker.text_config(
-            tokenizer,
-            **TEXT,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 6, 6]},
-        ),
         vision_config={
-            "depth": 2,
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_heads": 2,
+            "depth": 4,
             "patch_size": 14,
-            "spatial_merge_size": 2,
-            "temporal_patch_size": 2,
             "tokens_per_second": 2,
             "window_size": 112,
-            "out_hidden_size": 64,
-            "fullatt_block_indexes": [1],
+            "fullatt_block_indexes": [1, 3],
+            **TOWER,
         },
-        tie_word_embeddings=False,
-        image_token_id=token_id("<|image_pad|>"),
-        video_token_id=token_id("<|video_pad|>"),
-        vision_start_token_id=token_id("<|vision_start|>"),
-        vision_end_token_id=token_id("<|vision_end|>"),
+        **settings,
     )
     model = transformers.Qwen2_5_VLForConditionalGeneration(config)
     maker.randomise(model)
@@ -74,6 +86,43 @@ def _qwen2_5_vl(directory):
     processor = transformers.Qwen2_5_VLProcessor(
         image_processor=transformers.Qwen2VLImageProcessor(temporal_patch_size=2, **pixels),
         video_processor=transformers.Qwen2VLVideoProcessor(temporal_patch_size=2, **pixels),
+        tokenizer=tokenizer,
+        chat_template=QWEN_TEMPLATE,
+    )
+    maker.save(model, processor, tokenizer, directory, dtype=torch.float32)
+
+
+def _qwen3_vl(directory):
+    """Three layers, the first two of which feed deepstack."""
+    tokenizer, settings = _qwen_parts(mrope_section=[6, 5, 5], head_dim=32, rope={"mrope_interleaved": True})
+    config = transformers.Qwen3VLConfig(
+        vision_config={
+            "depth": 3,
+            "patch_size": 16,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [0, 1],
+            **TOWER,
+        },
+        **settings,
+    )
+    model = transformers.Qwen3VLForConditionalGeneration(config)
+    maker.randomise(model)
+    pixels = {
+        "patch_size": 16,
+        "merge_size": 2,
+        "temporal_patch_size": 2,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
+    largest = 32 * 32 * 64
+    processor = transformers.Qwen3VLProcessor(
+        image_processor=transformers.Qwen2VLImageProcessor(
+            size={"shortest_edge": 64 * 64, "longest_edge": largest}, **pixels
+        ),
+        # a video's edges are those of the whole of it, not of a frame
+        video_processor=transformers.Qwen3VLVideoProcessor(
+            size={"shortest_edge": 64 * 64, "longest_edge": largest * 32}, **pixels
+        ),
         tokenizer=tokenizer,
         chat_template=QWEN_TEMPLATE,
     )
@@ -89,7 +138,13 @@ def _qwen2(directory):
     maker.save(model, tokenizer, tokenizer, directory, dtype=torch.float32)
 
 
-MAKERS = {"tiny": _tiny, "tiny-384": _tiny_384, "qwen2.5-vl": _qwen2_5_vl, "qwen2": _qwen2}
+MAKERS = {
+    "tiny": _tiny,
+    "tiny-384": _tiny_384,
+    "qwen2.5-vl": _qwen2_5_vl,
+    "qwen3-vl": _qwen3_vl,
+    "qwen2": _qwen2,
+}
 
 
 def checkpoint(name):

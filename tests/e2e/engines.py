@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -51,6 +51,7 @@ class Answer:
     prompt_tokens: int
     tokens: tuple
     logprobs: tuple
+    prompt: tuple = field(default=(), repr=False)
 
 
 class Engine:
@@ -74,6 +75,7 @@ class Engine:
                 prompt_tokens=len(output.prompt_token_ids),
                 tokens=tuple(output.outputs[0].token_ids),
                 logprobs=tuple(next(iter(step.values())).logprob for step in output.outputs[0].logprobs),
+                prompt=tuple(output.prompt_token_ids),
             )
             for output in outputs
         ]

@@ -97,16 +97,20 @@ def test_a_scoring_layer_the_tower_lacks_does_not_start(start_engine):
         start_engine("tiny", video_pruning_rate=0.9, additional_config={"aot": {"global_layer": 7}})
 
 
+STOCK_ONLY = {"hf_overrides": {"architectures": ["OpenCUAForConditionalGeneration"]}}
+"""A relative of Qwen2.5-VL that vLLM's own pruning serves and AOT does not."""
+
+
 def test_a_model_only_stock_pruning_knows_keeps_it_and_a_line_says_that_it_is_not_aot(lines):
-    config = configure("qwen2.5-vl", video_pruning_rate=0.5)
-    assert config.model_config.hf_config.architectures == ["Qwen2_5_VLForConditionalGeneration"]
+    config = configure("qwen2.5-vl", video_pruning_rate=0.5, **STOCK_ONLY)
+    assert config.model_config.hf_config.architectures == ["OpenCUAForConditionalGeneration"]
     (line,) = lines
-    assert line.startswith("This is not AOT: it does not support Qwen2_5_VLForConditionalGeneration")
+    assert line.startswith("This is not AOT: it does not support OpenCUAForConditionalGeneration")
 
 
 def test_settings_for_aot_on_a_model_it_does_not_support_do_not_start():
-    with pytest.raises(UnsupportedError, match=r"AOT does not support Qwen2_5_VL.*Drop the aot settings"):
-        configure("qwen2.5-vl", video_pruning_rate=0.5, additional_config={"aot": {"clips": 4}})
+    with pytest.raises(UnsupportedError, match=r"AOT does not support OpenCUA.*Drop the aot settings"):
+        configure("qwen2.5-vl", video_pruning_rate=0.5, additional_config={"aot": {"clips": 4}}, **STOCK_ONLY)
 
 
 def test_aot_switched_off_leaves_the_rate_to_stock_pruning(lines):

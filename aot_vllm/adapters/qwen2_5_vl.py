@@ -1,0 +1,72 @@
+"""Qwen2.5-VL: a tower with windowed attention in most layers, and one run of tokens for each video."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from torch import Tensor
+from vllm.config import VllmConfig
+from vllm.model_executor.models.qwen2_5_vl import (
+    Qwen2_5_VLDummyInputsBuilder,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLMultiModalProcessor,
+    Qwen2_5_VLProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem
+from vllm.utils.torch_utils import async_tensor_h2d
+
+from aot_vllm.adapters.positions import VisionRun
+from aot_vllm.adapters.qwen_vl import ReducedQwenProcessor, ReducedQwenVL, WithoutRetention
+from aot_vllm.core.budget import Budget
+from aot_vllm.core.grid import VideoGrid
+
+
+class AOTQwen2_5_VLProcessingInfo(WithoutRetention, Qwen2_5_VLProcessingInfo):  # noqa: N801
+    """Sizes of Qwen2.5-VL's inputs; budgets stay those of unreduced videos, for a request may ask for all."""
+
+
+class AOTQwen2_5_VLProcessor(ReducedQwenProcessor, Qwen2_5_VLMultiModalProcessor):  # noqa: N801
+    """Qwen2.5-VL's processor with shortened videos."""
+
+    def video_placeholder(self, counts: Budget, item: MultiModalKwargsItem) -> list[int]:
+        """Return one token for each that the video keeps."""
+        return [self.info.get_hf_config().video_token_id] * counts.total
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    AOTQwen2_5_VLProcessor,
+    info=AOTQwen2_5_VLProcessingInfo,
+    dummy_inputs=Qwen2_5_VLDummyInputsBuilder,
+)
+class AOTQwen2_5_VL(ReducedQwenVL, Qwen2_5_VLForConditionalGeneration):  # noqa: N801
+    """Qwen2.5-VL that reduces each video between its vision tower and its language model."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        """Build the model and hook the two layers that score, of those that attend to a whole frame.
+
+        Raises:
+            SettingError: a scoring layer that the tower does not have.
+        """
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        self.score_by(self.visual.fullatt_block_indexes)
+
+    def row_major(self, scores: Tensor, grid: VideoGrid) -> Tensor:
+        """Undo the tower's order, window by window, which is the same in every frame."""
+        merge = self.visual.spatial_merge_size
+        by_window, _ = self.visual.get_window_index_thw(1, grid.rows * merge, grid.cols * merge)
+        return scores[:, async_tensor_h2d(by_window.argsort(), scores.device)]
+
+    def frame_times(self, frames: int, seconds_per_frame: float) -> Sequence[int]:
+        """Return the time of each frame in the model's own units, `tokens_per_second`, rounded down."""
+        units_per_frame = seconds_per_frame * getattr(self.config.vision_config, "tokens_per_second", 1.0)
+        return [int(time) for time in np.arange(frames) * units_per_frame]
+
+    def video_runs(
+        self, feature: MultiModalFeatureSpec, grid: VideoGrid, kept_per_frame: Sequence[int]
+    ) -> Iterable[VisionRun]:
+        """Return one run for the whole video."""
+        seconds = (feature.data or {}).get("second_per_grid_ts")
+        times = self.frame_times(grid.frames, 1.0 if seconds is None else seconds.data.item())
+        return [VisionRun(feature.mm_position.offset, times, grid.rows, grid.cols, kept_per_frame)]
