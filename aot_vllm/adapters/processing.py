@@ -6,6 +6,7 @@ length laid out here and the rows made there follow from the same number.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -42,6 +43,7 @@ class ReducedVideoProcessor(BaseMultiModalProcessor[Any]):
 
     extra_video_tokens = 0
 
+    @abstractmethod
     def video_grid(
         self, videos: ModalityDataItems[Any, Any], item_idx: int, processed: MultiModalKwargsItem | None
     ) -> VideoGrid | None:
@@ -49,7 +51,6 @@ class ReducedVideoProcessor(BaseMultiModalProcessor[Any]):
 
         `processed` is the video as it goes to the worker, None where the worker has it already.
         """
-        raise NotImplementedError(type(self).__name__)
 
     def reduction(self) -> Reduction:
         """Return what this engine was started with."""

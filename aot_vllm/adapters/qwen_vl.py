@@ -5,6 +5,7 @@ A model's own file says in which order its tower works, how a video is laid out 
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -62,9 +63,9 @@ class ReducedQwenProcessor(ReducedVideoProcessor):
         """Return temporal units x merged rows x merged columns."""
         return None if processed is None else token_grid(self.info.get_hf_config(), processed, "video")
 
+    @abstractmethod
     def video_placeholder(self, counts: Budget, item: MultiModalKwargsItem) -> Any:
         """Return what stands for a video in the prompt."""
-        raise NotImplementedError(type(self).__name__)
 
     def _get_prompt_updates(
         self,
@@ -122,11 +123,11 @@ class ReducedQwenVL:
         """Return the time of each frame, counted from that of the first."""
         return range(frames)
 
+    @abstractmethod
     def video_runs(
         self, feature: MultiModalFeatureSpec, grid: VideoGrid, kept_per_frame: Sequence[int]
     ) -> Iterable[VisionRun]:
         """Return the runs of tokens that a video has in the prompt."""
-        raise NotImplementedError(type(self).__name__)
 
     # What the tower makes of a video, and what is left of it
 

@@ -9,10 +9,11 @@ from tests.e2e.checkpoints import checkpoint
 
 
 def pytest_collection_modifyitems(config, items):
-    if config.getoption("--runner") == "v2":
-        again = [item for item in items if item.get_closest_marker("any_runner")]
-        config.hook.pytest_deselected(items=again)
-        items[:] = [item for item in items if item not in again]
+    runner = config.getoption("--runner")
+    others = [item for item in items if (mark := item.get_closest_marker("only_on")) and mark.args != (runner,)]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
     for item in items:
         if "e2e" in item.path.parts:
             item.add_marker(pytest.mark.engine)

@@ -10,7 +10,7 @@ from aot_vllm.config import AOTConfig
 from aot_vllm.errors import SettingError, UnsupportedError
 from tests.e2e.checkpoints import checkpoint
 
-pytestmark = pytest.mark.any_runner
+pytestmark = pytest.mark.only_on("v1")
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from demo.clip import write_clip
 from tests.e2e.checkpoints import ROOT, checkpoint
 
-pytestmark = pytest.mark.any_runner
+pytestmark = pytest.mark.only_on("v1")
 
 MARK = "AOT_DEMO_TEST"
 """An environment variable that all processes of a demo inherit."""

@@ -15,7 +15,7 @@ from demo.clip import write_clip
 from tests.e2e.checkpoints import checkpoint
 from tests.e2e.engines import free_port, process, serve_command
 
-pytestmark = pytest.mark.any_runner
+pytestmark = pytest.mark.only_on("v1")
 
 BEFORE = 32 * 9 + 1
 

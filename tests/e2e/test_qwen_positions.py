@@ -56,6 +56,14 @@ CHUNKS = {
 }
 
 
+AGAIN = ("chunks of 16", "chunks of 64")
+"""Left to one runner: interpreted kernels make the other one slow, and 17 cuts videos elsewhere in every chunk."""
+
+
+def first_runner_alone(*values, **options):
+    return pytest.param(*values, marks=pytest.mark.only_on("v1"), **options)
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def name(request):
     return request.param
@@ -124,7 +132,7 @@ def ask_whole_and_reduced(engine, probe, request_for):
     return whole.prompt, features, reduced, positions, left
 
 
-@pytest.mark.parametrize("chunks", CHUNKS)
+@pytest.mark.parametrize("chunks", [first_runner_alone(chunks) if chunks in AGAIN else chunks for chunks in CHUNKS])
 def test_every_token_stands_where_transformers_puts_it_in_the_unreduced_prompt(
     probed, name, transformers_model, chunks
 ):
@@ -211,11 +219,11 @@ def plain_answers(name, engine_holder):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"enable_prefix_caching": False, "mm_processor_cache_gb": 0},
+        first_runner_alone({"enable_prefix_caching": False, "mm_processor_cache_gb": 0}),
         {"enable_prefix_caching": True, "block_size": 32},
         {"enable_prefix_caching": True, "max_num_batched_tokens": 16, "max_num_seqs": 4, "block_size": 32},
-        {"enable_prefix_caching": False, "max_num_batched_tokens": 17, "max_num_seqs": 4},
-        {"enable_prefix_caching": True, "max_num_batched_tokens": 64, "max_num_seqs": 8},
+        first_runner_alone({"enable_prefix_caching": False, "max_num_batched_tokens": 17, "max_num_seqs": 4}),
+        first_runner_alone({"enable_prefix_caching": True, "max_num_batched_tokens": 64, "max_num_seqs": 8}),
     ],
     ids=["no cache", "prefix cache", "chunks of 16 and prefix cache", "chunks of 17", "chunks of 64 and prefix cache"],
 )

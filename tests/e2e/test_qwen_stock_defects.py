@@ -54,21 +54,14 @@ def ours(engine, parts, **options):
     return answer
 
 
-@pytest.fixture
-def v2_only(request):
-    if request.config.getoption("--runner") != "v2":
-        pytest.skip("on a CPU, stock Model Runner V1 ends at the first pruned video")
-
-
+@pytest.mark.only_on("v1")
 @pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl"])
-def test_stock_v1_on_a_cpu_dies_of_the_first_pruned_video_and_ours_does_not(start_engine, name, request):
-    if request.config.getoption("--runner") != "v1":
-        pytest.skip("a defect of Model Runner V1")
+def test_stock_v1_on_a_cpu_dies_of_the_first_pruned_video_and_ours_does_not(start_engine, name):
     assert "error" in stock(name, ([CLIP, "?"], {}))[0]
     assert ours(start_engine(name, video_pruning_rate=RATE), [CLIP, "?"]).tokens
 
 
-@pytest.mark.usefixtures("v2_only")
+@pytest.mark.only_on("v2")
 @pytest.mark.parametrize("parts", [[CLIP, OTHER, "?"], [CLIP, PICTURE, "?"]], ids=["two videos", "video, then image"])
 def test_stock_dies_of_a_second_item_after_a_video_and_ours_does_not(start_engine, parts):
     """Qwen2.5-VL: all elements of broadcast shape must be non-negative."""
@@ -76,7 +69,7 @@ def test_stock_dies_of_a_second_item_after_a_video_and_ours_does_not(start_engin
     assert ours(start_engine("qwen2.5-vl", video_pruning_rate=RATE), parts).tokens
 
 
-@pytest.mark.usefixtures("v2_only")
+@pytest.mark.only_on("v2")
 def test_stock_answers_the_same_request_otherwise_out_of_the_prefix_cache_and_ours_does_not(start_engine):
     settings = {"enable_prefix_caching": True, "block_size": 32}
     parts = [CLIP, "What happens here?"]
@@ -86,7 +79,7 @@ def test_stock_answers_the_same_request_otherwise_out_of_the_prefix_cache_and_ou
     assert ours(engine, parts).logprobs == pytest.approx(ours(engine, parts).logprobs, **CLOSE)
 
 
-@pytest.mark.usefixtures("v2_only")
+@pytest.mark.only_on("v2")
 def test_stock_answers_otherwise_in_chunks_and_ours_does_not(start_engine):
     parts = [CLIP, "?"]
     whole, chunked = stock("qwen3-vl", (parts, {})), stock("qwen3-vl", (parts, {}), **CHUNKED)
@@ -95,7 +88,7 @@ def test_stock_answers_otherwise_in_chunks_and_ours_does_not(start_engine):
     assert answers[0].logprobs == pytest.approx(answers[1].logprobs, **CLOSE)
 
 
-@pytest.mark.usefixtures("v2_only")
+@pytest.mark.only_on("v2")
 def test_stock_fails_without_a_system_message_and_ours_does_not(start_engine):
     """Qwen3-VL: the marker before the whole video is taken for that of a frame."""
     parts = [CLIP, "?"]
@@ -103,7 +96,7 @@ def test_stock_fails_without_a_system_message_and_ours_does_not(start_engine):
     assert ours(start_engine("qwen3-vl", video_pruning_rate=RATE), parts, system=False).tokens
 
 
-@pytest.mark.usefixtures("v2_only")
+@pytest.mark.only_on("v2")
 def test_stock_drops_a_token_at_a_rate_of_next_to_nothing_and_ours_does_not(start_engine):
     parts, rate = [CLIP, "?"], 1e-6
     whole = len(ours(start_engine("qwen2.5-vl"), parts).prompt)
