@@ -109,8 +109,8 @@ class ReducedVideoProcessor(BaseMultiModalProcessor[Any]):
     def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
         """Process a prompt as the model's processor does, and write down what each of its videos saves.
 
-        Counted are the tokens that stand for the video's content, as in vLLM's `prompt_tokens_details`: timestamps and
-        markers, which some models put between frames, are text and in neither count.
+        Counted are the tokens that stand for the video's content. Timestamps and markers, which some models put between
+        frames, are text and in neither count; vLLM's `prompt_tokens_details` has them among its video tokens.
         """
         rendered = super().apply(inputs, timing_ctx)
         if videos := inputs.mm_data_items.get("video"):

@@ -156,3 +156,27 @@ def test_counters_grow_by_what_was_served(server, clips):
     assert grown["aot_engine_reductions_total"] == 1  # 0.77 was new, the others lay in the caches
     assert grown["aot_engine_reduction_seconds_total"] > 0
     assert "aot_engine_unconverged_solves_total" in grown
+
+
+@pytest.fixture(scope="module")
+def qwen_server(tmp_path_factory):
+    port = free_port()
+    address, log = f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("qwen") / "log"
+    command = serve_command(checkpoint("qwen3-vl"), port, "--video-pruning-rate=0.75", "--served-model-name=tiny")
+    with process(command, health=f"{address}/health", log=log), httpx.Client(base_url=address, timeout=60) as client:
+        yield client
+
+
+@pytest.mark.only_on("v1")
+def test_qwens_timestamps_and_markers_are_counted_neither_before_nor_after(qwen_server, clips):
+    def counted(response):
+        return response.json()["usage"]["prompt_tokens_details"]["multimodal_tokens"]["video"]
+
+    whole = ask(qwen_server, clips[0], mm_processor_kwargs={"aot_retention": 1})
+    before, after = savings(whole)
+    assert before == after < counted(whole)
+    for _ in range(2):  # and again out of the caches
+        response = ask(qwen_server, clips[0])
+        assert savings(response) == (before, round(0.25 * before))
+        assert counted(whole) - counted(response) == before - round(0.25 * before)
+    assert savings(ask(qwen_server, clips[0], clips[1])) == (2 * before, 2 * round(0.25 * before))
