@@ -47,5 +47,5 @@ def test_totals_become_increments_and_never_go_down():
     totals, start = WorkerTotals(), read()
     for reductions, seconds in ((2, 0.5), (2, 0.5), (5, 0.75), (0, 0.0), (1, 0.25)):
         totals.count({"reductions": reductions, "reduction_seconds": seconds, "unconverged_solves": 0})
-    grown = [now - before for now, before in zip(read(), start, strict=True)]
+    grown = [end - begin for end, begin in zip(read(), start, strict=True)]
     assert grown == [6, 1.0]
