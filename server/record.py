@@ -30,6 +30,11 @@ class RequestRecord:
     phases: dict[Phase, float] = field(default_factory=dict)
     reason: str | None = None
     video_tokens: tuple[int, int] | None = None
+    tenant: str = ""
+    """Who asks; empty where no API keys are configured."""
+    media_key: str | None = None
+    """What the request's media are, by content: requests with the same key go to the same engine."""
+    video_seconds: float = 0.0
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:

@@ -89,11 +89,11 @@ class Upstream:
         An engine that can't be connected to has not been sent anything: then, once, another one is tried.
         Raises EngineUnavailable, EngineFailed, EngineTimeout, or the engine's own refusal.
         """
-        engine = self._pool.choose(model)
+        engine = self._pool.choose(model, key=record.media_key)
         try:
             response = await self._send(engine, body, record)
         except EngineUnavailable:
-            engine = self._pool.choose(model, without=(engine,))
+            engine = self._pool.choose(model, key=record.media_key, without=(engine,))
             self._metrics.upstream_retries.labels("connect").inc()
             response = await self._send(engine, body, record)
         del body  # may be megabytes, and the answer may take minutes
