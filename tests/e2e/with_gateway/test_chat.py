@@ -1,65 +1,13 @@
 """The whole way: OpenAI's SDK, the gateway's process, a vLLM server with the plugin, an H.264 file."""
 
-import base64
-import json
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
 import openai
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
-from demo.clip import write_clip
-from tests.e2e.checkpoints import checkpoint
-from tests.e2e.engines import free_port, process, serve_command
+from tests.e2e.with_gateway.seen import BEFORE, after, metric, wait_until
 
 pytestmark = pytest.mark.only_on("v1")
-
-BEFORE = 32 * 9 + 1
-
-
-def after(retention):
-    return max(32, round(288 * retention)) + 1
-
-
-@pytest.fixture(scope="module")
-def clip_url(tmp_path_factory):
-    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
-    write_clip(path, frames=40, height=120, width=160)
-    return "data:video/mp4;base64," + base64.b64encode(path.read_bytes()).decode()
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory):
-    """The address of an engine at rate 0.75, whose name for the model is `tiny`."""
-    port = free_port()
-    serve = serve_command(checkpoint("tiny"), port, "--video-pruning-rate=0.75", "--served-model-name=tiny")
-    address, log = f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("engine") / "log"
-    with process(serve, health=f"{address}/health", log=log):
-        yield address
-
-
-@pytest.fixture(scope="module")
-def gateway(tmp_path_factory, engine):
-    """The gateway's address, in front of that engine."""
-    folder, port = tmp_path_factory.mktemp("gateway"), free_port()
-    config = folder / "gateway.yaml"
-    models = {
-        "whole": {"engine_model": "tiny", "retention": 1.0},
-        "fast": {"engine_model": "tiny", "retention": 0.15, "min_retention": 0.1, "max_retention": 0.5},
-        "engine-default": {"engine_model": "tiny"},
-    }
-    config.write_text(json.dumps({"models": models}))
-    environment = {
-        "AOT_GATEWAY_PORT": str(port),
-        "AOT_GATEWAY_ENGINES": engine,
-        "AOT_GATEWAY_CONFIG": str(config),
-    }
-    command, address = [sys.executable, "-m", "server"], f"http://127.0.0.1:{port}"
-    with process(command, health=f"{address}/health/ready", log=folder / "log", environment=environment):
-        yield address
 
 
 @pytest.fixture
@@ -72,23 +20,6 @@ def chat(*urls, **fields):
     videos = [{"type": "video_url", "video_url": {"url": url}} for url in urls]
     content = [*videos, {"type": "text", "text": "What happens?"}]
     return {"messages": [{"role": "user", "content": content}], "max_tokens": 4, "temperature": 0, **fields}
-
-
-def wait_until(true, *, seconds=5):
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def metric(address, name, **labels):
-    families = text_string_to_metric_families(httpx.get(f"{address}/metrics").text)
-    return sum(
-        sample.value
-        for family in families
-        for sample in family.samples
-        if sample.name == name and labels.items() <= sample.labels.items()
-    )
 
 
 @pytest.mark.parametrize(("model", "retention"), [("whole", 1.0), ("fast", 0.15), ("engine-default", 0.25)])
