@@ -1,7 +1,7 @@
 """Make the clients' own environments, once: a virtual environment and Node packages. Standard library only.
 
-The environment of the tests has OpenAI's SDK in version 3; the one made here has version 2, LiteLLM's SDK and LangChain,
-as `requirements.txt` pins them, and `package-lock.json` those for Node.
+The environment of the tests has OpenAI's SDK in version 3; the one made here has version 2, LiteLLM's SDK and
+LangChain, as `requirements.txt` pins them, and `package-lock.json` pins those for Node.
 """
 
 from __future__ import annotations
@@ -61,4 +61,3 @@ def node_modules() -> Path | None:
         return None
     version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout
     return made("node", NODE_FILES, [[npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts"]], version)
-
