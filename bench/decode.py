@@ -1,0 +1,204 @@
+"""Time per output token through real vLLM, while 1 and 16 requests about videos run: AOT off against on.
+
+    python bench/decode.py --out bench/results/decode.md
+
+vLLM calls a pruning model's `recompute_mrope_positions` for every running request: Model Runner V1 at each step, those
+of decoding included. So what counts is a step's own cost, not the model's: the checkpoint is a tiny one with random
+weights, of which a step takes the least. Every arm is an engine in a process of its own with one thread; they take
+turns, one batch of requests at a time, so that what else the machine does falls on all. A step is timed from the
+outside, once every request of the batch is decoding. vLLM's own pruning (EVS) is measured beside: on a CPU its runner
+lacks a flag, which is set here, for without it the first video ends the engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench.machine import describe  # noqa: E402 - found through the line above
+
+FRAMES = 64
+RUNNING = (1, 16)
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_PLUGINS": "aot",
+    "VLLM_USE_V2_MODEL_RUNNER": "0",
+    "TORCHDYNAMO_DISABLE": "1",
+    "OMP_NUM_THREADS": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How an engine is started, and what its requests ask for."""
+
+    name: str
+    arguments: dict[str, Any]
+    retention: float | None = None
+
+
+PRUNED = {"video_pruning_rate": 0.9}
+ARMS = {
+    "off": Arm("off", {}),
+    "whole": Arm("AOT on, requests for all", PRUNED, retention=1.0),
+    "reduced": Arm("AOT on, 10%", PRUNED),
+    "evs": Arm("vLLM's EVS, 10%", {**PRUNED, "additional_config": {"aot": {"enabled": False}}}),
+}
+
+
+def serve(model: str, arm: Arm, steps: int) -> None:
+    """Answer each line of standard input, a number of requests, with the seconds of each decoding step."""
+    from tests.e2e.checkpoints import checkpoint
+    from tests.e2e.engines import Engine, video
+    from tests.e2e.qwen import qwen_request
+
+    if arm is ARMS["evs"]:
+        import vllm.v1.worker.cpu_model_runner  # noqa: F401 - which the next line mends
+
+        from aot_vllm.adapters.compat import let_cpu_runner_recompute_positions
+
+        let_cpu_runner_recompute_positions()
+    engine = Engine(checkpoint(model), max_num_seqs=max(RUNNING), kv_cache_memory_bytes=2**29, **arm.arguments)
+    requests = [
+        qwen_request(video(FRAMES, side=224, seed=seed), "What happens?", retention=arm.retention)
+        for seed in range(max(RUNNING))
+    ]
+    print(json.dumps({"tokens": [answer.prompt_tokens for answer in engine.ask(*requests, max_tokens=1)]}), flush=True)
+    for line in sys.stdin:
+        print(json.dumps(decoding_steps(engine.llm, requests[: int(line)], steps)), flush=True)
+
+
+def decoding_steps(llm: Any, requests: list[Any], steps: int) -> list[float]:
+    """Return the seconds of `steps` steps in which every request is given one token."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=steps + 64, ignore_eos=True)
+    engine = llm.llm_engine
+    for index, request in enumerate(requests):
+        engine.add_request(str(index), request, sampling)
+    tokens: dict[str, int] = {}
+    while len(tokens) < len(requests) or min(tokens.values()) < 4:
+        tokens |= {output.request_id: len(output.outputs[0].token_ids) for output in engine.step()}
+    seconds = []
+    for _ in range(steps):
+        started = time.perf_counter()
+        outputs = engine.step()
+        seconds.append(time.perf_counter() - started)
+        assert len(outputs) == len(requests)
+    while engine.has_unfinished_requests():
+        engine.step()
+    return seconds
+
+
+class Process:
+    """An arm's engine in a process of its own."""
+
+    def __init__(self, model: str, key: str, steps: int) -> None:
+        """Start it; the first answer says how many prompt tokens its requests have."""
+        command = [sys.executable, __file__, "--model", model, "--arm", key, "--steps", str(steps)]
+        self._process = subprocess.Popen(
+            command,
+            env={**os.environ, **ENVIRONMENT},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.prompt_tokens = self._read()["tokens"][0]
+
+    def ask(self, running: int) -> list[float]:
+        """Return the seconds of its steps with so many requests running."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{running}\n")
+        self._process.stdin.flush()
+        return list(self._read())
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        assert self._process.stderr is not None
+        for line in self._process.stdout:
+            if line.startswith(("[", '{"tokens"')):
+                try:
+                    return json.loads(line)
+                except ValueError:  # a line of vLLM's log
+                    continue
+        sys.exit(self._process.stderr.read()[-3000:])
+
+    def close(self) -> None:
+        """End it."""
+        self._process.kill()
+        self._process.wait()
+
+
+def table(rows: dict[str, tuple[int, dict[int, list[float]]]], line: str) -> str:
+    """Return medians as markdown; `rows` are prompt tokens and medians of a round, for each number of requests."""
+    heads = [f"{running} running | | of the rounds" for running in RUNNING]
+    text = ["| | prompt tokens | " + " | ".join(heads) + " |", "|---|--:|" + "--:|--:|--:|" * len(RUNNING)]
+    _, base = rows[ARMS["off"].name]
+    for name, (prompt_tokens, rounds) in rows.items():
+        cells = []
+        for running in RUNNING:
+            ratios = [mine / off for mine, off in zip(rounds[running], base[running], strict=True)]
+            cells += [
+                f"{statistics.median(rounds[running]) * 1e3:.2f} ms",
+                f"{statistics.median(ratios):.2f}x",
+                f"{min(ratios):.2f} to {max(ratios):.2f}",
+            ]
+        text.append(f"| {name} | {prompt_tokens:,} | " + " | ".join(cells) + " |")
+    return "\n".join([*text, "", line, ""])
+
+
+def main() -> None:
+    """Measure all arms and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", choices=["qwen2.5-vl", "qwen3-vl"], default="qwen2.5-vl")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each arm")
+    parser.add_argument("--steps", type=int, default=100, help="decoding steps of a turn")
+    parser.add_argument("--out", type=Path, help="also write the table here")
+    parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.arm is not None:
+        serve(arguments.model, ARMS[arguments.arm], arguments.steps)
+        return
+
+    processes = {key: Process(arguments.model, key, arguments.steps) for key in ARMS}
+    rounds: dict[str, dict[int, list[float]]] = {key: {running: [] for running in RUNNING} for key in ARMS}
+    try:
+        for turn in range(arguments.rounds + 1):
+            for running in RUNNING:
+                for key, process in processes.items():
+                    seconds = statistics.median(process.ask(running))
+                    if turn:  # the first turn warms up
+                        rounds[key][running].append(seconds)
+                print(turn, running, {key: f"{rounds[key][running][-1:]}" for key in ARMS}, flush=True)
+    finally:
+        for process in processes.values():
+            process.close()
+    versions = subprocess.run(
+        [sys.executable, "-c", "import torch, vllm; print(f'torch {torch.__version__}, vLLM {vllm.__version__}')"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()[-1]
+    rows = {arm.name: (processes[key].prompt_tokens, rounds[key]) for key, arm in ARMS.items()}
+    text = table(rows, f"{arguments.model} with 2 text layers, float32, Model Runner V1. {describe(versions)}")
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

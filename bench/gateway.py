@@ -1,0 +1,365 @@
+"""What a gateway adds to a request, over the engine asked directly: ours and others, the same engine, the same run.
+
+    python bench/gateway.py --peers --out bench/results/gateway.md
+
+The engine answers at once, so that what is left is the way there and back. Every arm is asked in turn, one request at a
+time (or a batch of them, 64 at once), so that what else the machine does falls on all; what an arm adds is the median,
+over rounds, of its time less the direct time of the same round. Bodies: 200 bytes of text, and data URLs that make the
+body 1 MiB and 8 MiB, each a playable MP4 of its own, for ours opens and probes every video where the others pass it on.
+Streams carry the time at which each chunk left the engine, by the clock of the machine all run on. Processor time and
+memory are those of an arm's processes. `--soak SECONDS` holds 200 streams open through ours and prints its memory.
+`--peers` adds vllm-router and LiteLLM's proxy, in an environment of their own, as `bench/peers.txt` pins them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import importlib.metadata
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench.machine import describe  # noqa: E402 - found through the line above
+from demo.clip import write_clip  # noqa: E402
+
+PEERS = ROOT / ".cache" / "bench" / "peers"
+BODIES = {"200 B": 200, "1 MiB": 2**20, "8 MiB": 8 * 2**20}
+MANY = 64
+CHAT = "/v1/chat/completions"
+
+
+def free_port() -> int:
+    """Return a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def process(command: list[str], *, health: str, environment: dict[str, str] | None = None) -> Iterator[int]:
+    """Run a server, give its process id once `health` answers, and end it."""
+    import httpx
+
+    with tempfile.TemporaryFile("w+") as log:
+        started = subprocess.Popen(
+            command, env={**os.environ, **(environment or {})}, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            for _ in range(600):
+                try:
+                    if httpx.get(health, timeout=2).status_code == 200:
+                        break
+                except httpx.TransportError:
+                    pass
+                if started.poll() is not None:
+                    log.seek(0)
+                    sys.exit(f"{command} ended:\n{log.read()[-3000:]}")
+                time.sleep(0.2)
+            else:
+                sys.exit(f"{command} was not up in time")
+            yield started.pid
+        finally:
+            started.terminate()
+            try:
+                started.wait(10)
+            except subprocess.TimeoutExpired:
+                started.kill()
+                started.wait()
+
+
+def family(pid: int) -> list[int]:
+    """Return the ids of a process and all below it."""
+    found = [pid]
+    for parent in found:
+        for task in Path(f"/proc/{parent}/task").glob("*/children"):
+            found += [int(child) for child in task.read_text().split()]
+    return found
+
+
+def processor_seconds(pid: int) -> float:
+    """Return the processor time a process and those below it have taken."""
+    ticks = 0
+    for member in family(pid):
+        fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def memory_mib(pid: int) -> float:
+    """Return their resident memory."""
+    pages = sum(int(Path(f"/proc/{member}/statm").read_text().split()[1]) for member in family(pid))
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+class Bodies:
+    """Requests of a size, each about another video."""
+
+    def __init__(self) -> None:
+        """Make the clip that all are variations of."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "clip.mp4"
+            write_clip(path, frames=64, seed=1)
+            self._clip = path.read_bytes()
+        self._made = 0
+
+    def make(self, size: int) -> bytes:
+        """Return a body of about `size` bytes; a video is filled up with a box that players skip."""
+        self._made += 1
+        text = {"type": "text", "text": f"What happens in number {self._made}?"}
+        content: list[dict[str, Any]] = [text]
+        if size > 4096:
+            room = size * 3 // 4 - len(self._clip) - 1024
+            box = (room + 8).to_bytes(4, "big") + b"free" + self._made.to_bytes(8, "big").ljust(room, b"\0")
+            url = "data:video/mp4;base64," + base64.b64encode(self._clip + box).decode()
+            content.insert(0, {"type": "video_url", "video_url": {"url": url}})
+        return json.dumps({"model": "bench", "messages": [{"role": "user", "content": content}]}).encode()
+
+    def stream(self) -> bytes:
+        """Return a request for a stream."""
+        return json.dumps({**json.loads(self.make(200)), "stream": True}, separators=(",", ":")).encode()
+
+
+Session = aiohttp.ClientSession
+
+
+def new_session() -> Session:
+    """Return a client that keeps its connections."""
+    return Session(
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=120),
+        headers={"content-type": "application/json", "authorization": "Bearer sk-bench"},
+    )
+
+
+async def ask(session: Session, address: str, body: bytes) -> float:
+    """Return the seconds one request took."""
+    started = time.perf_counter()
+    async with session.post(address + CHAT, data=body) as answer:
+        text = await answer.read()
+        if answer.status != 200:
+            sys.exit(f"{address} answered {answer.status}: {text[:300]!r}")
+    return time.perf_counter() - started
+
+
+async def one_at_a_time(arms: dict[str, str], make: Callable[[], bytes], rounds: int) -> dict[str, list[float]]:
+    """Return each arm's seconds, a request a round."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    async with new_session() as session:
+        for number in range(rounds + 3):
+            for name, address in arms.items():
+                taken = await ask(session, address, make())
+                if number >= 3:
+                    seconds[name].append(taken)
+    return seconds
+
+
+async def many_at_once(arms: dict[str, str], make: Callable[[], bytes], rounds: int) -> dict[str, list[float]]:
+    """Return each arm's seconds a request, in batches of `MANY`."""
+    seconds: dict[str, list[float]] = {name: [] for name in arms}
+    async with new_session() as session:
+        for number in range(rounds + 1):
+            for name, address in arms.items():
+                bodies = [make() for _ in range(MANY)]
+                started = time.perf_counter()
+                await asyncio.gather(*(ask(session, address, body) for body in bodies))
+                if number:
+                    seconds[name].append((time.perf_counter() - started) / MANY)
+    return seconds
+
+
+async def chunk_delays(session: Session, address: str, body: bytes) -> list[float]:
+    """Return how long each chunk of a stream was on its way; the first is left out."""
+    delays, rest = [], b""
+    async with session.post(address + CHAT, data=body) as answer:
+        if answer.status != 200:
+            sys.exit(f"{address} answered {answer.status}: {(await answer.read())[:300]!r}")
+        async for piece in answer.content.iter_any():
+            now = time.perf_counter()
+            *events, rest = (rest + piece).split(b"\n\n")
+            for event in events:
+                payload = event.partition(b"data: ")[2]
+                if payload.startswith(b"{") and (choices := json.loads(payload)["choices"]):
+                    content = choices[0].get("delta", {}).get("content")
+                    if content:
+                        delays.append(now - float(content))
+    return delays[1:]
+
+
+async def streams(arms: dict[str, str], bodies: Bodies, rounds: int) -> dict[str, list[float]]:
+    """Return the median delay of a stream's chunks, a stream a round."""
+    delays: dict[str, list[float]] = {name: [] for name in arms}
+    async with new_session() as session:
+        for _ in range(rounds):
+            for name, address in arms.items():
+                delays[name].append(statistics.median(await chunk_delays(session, address, bodies.stream())))
+    return delays
+
+
+def added(seconds: dict[str, list[float]], name: str) -> float:
+    """Return the milliseconds an arm adds: the median over rounds of its time less the direct time of the round."""
+    pairs = zip(seconds[name], seconds["direct"], strict=True)
+    return statistics.median(mine - direct for mine, direct in pairs) * 1e3
+
+
+async def processor_time(address: str, pid: int, make: Callable[[], bytes], requests: int) -> float:
+    """Return the processor seconds that 1,000 requests cost an arm, 16 at a time."""
+    async with new_session() as session:
+        before = processor_seconds(pid)
+        for _ in range(requests // 16):
+            await asyncio.gather(*(ask(session, address, make()) for _ in range(16)))
+        return (processor_seconds(pid) - before) / (requests // 16 * 16) * 1000
+
+
+async def soak(address: str, pid: int, bodies: Bodies, seconds: float) -> list[tuple[float, float]]:
+    """Hold 200 streams open, a new one for each that ends; return memory in MiB over time."""
+    until = time.monotonic() + seconds
+    seen = []
+
+    async def stream_after_stream(session: Session) -> None:
+        while time.monotonic() < until:
+            await chunk_delays(session, address, bodies.stream())
+
+    async with new_session() as session:
+        streaming = asyncio.gather(*(stream_after_stream(session) for _ in range(200)))
+        started = time.monotonic()
+        while time.monotonic() < until:
+            await asyncio.sleep(min(30, seconds / 10))
+            seen.append((time.monotonic() - started, memory_mib(pid)))
+        await streaming
+    return seen
+
+
+def start_arms(stack: ExitStack, *, peers: bool) -> tuple[dict[str, str], dict[str, int]]:
+    """Start the engine and everything in front of it; return addresses and process ids by name."""
+    engine_port = free_port()
+    engine = f"http://127.0.0.1:{engine_port}"
+    bench = ROOT / "bench"
+    stack.enter_context(
+        process([sys.executable, str(bench / "mock_engine.py"), str(engine_port)], health=f"{engine}/health")
+    )
+    arms, pids = {"direct": engine}, {}
+
+    def add(name: str, command: list[str], port: int, health: str, environment: dict[str, str] | None = None) -> None:
+        arms[name] = f"http://127.0.0.1:{port}"
+        pids[name] = stack.enter_context(process(command, health=arms[name] + health, environment=environment))
+
+    port = free_port()
+    ours = {"AOT_GATEWAY_PORT": str(port), "AOT_GATEWAY_ENGINES": engine, "AOT_GATEWAY_MAX_CONCURRENCY": "256"}
+    add("aot gateway", [sys.executable, "-m", "server"], port, "/health/ready", {**ours, "PYTHONPATH": str(ROOT)})
+    port = free_port()
+    add("streaming proxy", [sys.executable, str(bench / "streaming_proxy.py"), str(port), engine], port, "/health")
+    if peers:
+        port, metrics = free_port(), free_port()
+        command = [str(PEERS / "bin" / "vllm-router"), "--worker-urls", engine, "--policy", "round_robin"]
+        options = [
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--prometheus-port",
+            str(metrics),
+            "--log-level",
+            "error",
+        ]
+        add("vllm-router", command + options, port, "/health")
+        port = free_port()
+        config = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "litellm.json"
+        model = {"model": "hosted_vllm/bench", "api_base": f"{engine}/v1", "api_key": "unused"}
+        config.write_text(json.dumps({"model_list": [{"model_name": "bench", "litellm_params": model}]}))
+        command = [str(PEERS / "bin" / "litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(port)]
+        local = {
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+            "LITELLM_LOG": "ERROR",
+            "PATH": f"{PEERS}/bin:{os.environ['PATH']}",
+        }
+        add("LiteLLM proxy", command, port, "/health/liveliness", local)
+    return arms, pids
+
+
+def install_peers() -> None:
+    """Make the other gateways' environment, if it isn't there."""
+    pins = Path(__file__).with_name("peers.txt").read_bytes()
+    stamp = PEERS / "pins.txt"
+    if stamp.exists() and stamp.read_bytes() == pins:
+        return
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(PEERS)], check=True)
+    install = [
+        str(PEERS / "bin" / "python"),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "-r",
+        str(ROOT / "bench" / "peers.txt"),
+    ]
+    subprocess.run(install, check=True)
+    stamp.write_bytes(pins)
+
+
+async def measure(arms: dict[str, str], pids: dict[str, int], rounds: int) -> str:
+    """Return the table."""
+    bodies = Bodies()
+    columns: dict[str, Callable[[str], str]] = {}
+    for name, size in BODIES.items():
+        turns = rounds if size < 2**21 else max(10, rounds // 4)
+        seconds = await one_at_a_time(arms, lambda size=size: bodies.make(size), turns)  # type: ignore[misc]
+        direct = statistics.median(seconds["direct"]) * 1e3
+        print(name, {arm: round(added(seconds, arm), 2) for arm in arms}, flush=True)
+        columns[f"{name} ({direct:.1f} ms direct)"] = lambda arm, s=seconds: f"{added(s, arm):.2f} ms"  # type: ignore[misc]
+    seconds = await many_at_once(arms, lambda: bodies.make(200), max(5, rounds // 10))
+    rate = {arm: 1 / statistics.median(taken) for arm, taken in seconds.items()}
+    print("many", rate, flush=True)
+    columns[f"requests/s, {MANY} at once ({rate['direct']:,.0f} direct)"] = lambda arm: f"{rate[arm]:,.0f}"
+    delays = await streams(arms, bodies, max(5, rounds // 20))
+    columns["each chunk of a stream"] = lambda arm: f"{added(delays, arm):.3f} ms"
+    spent = {arm: await processor_time(arms[arm], pid, lambda: bodies.make(200), 960) for arm, pid in pids.items()}
+    columns["processor, 1,000 requests of 200 B"] = lambda arm: f"{spent[arm]:.2f} s"
+    columns["memory"] = lambda arm: f"{memory_mib(pids[arm]):.0f} MiB"
+    lines = ["| added by | " + " | ".join(columns) + " |", "|---|" + "--:|" * len(columns)]
+    lines += [f"| {arm} | " + " | ".join(cell(arm) for cell in columns.values()) + " |" for arm in pids]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=200, help="requests of each size to each arm")
+    parser.add_argument("--peers", action="store_true", help="measure vllm-router and LiteLLM's proxy too")
+    parser.add_argument("--soak", type=float, help="instead hold 200 streams through ours for so many seconds")
+    parser.add_argument("--out", type=Path, help="also write the table here")
+    arguments = parser.parse_args()
+    if arguments.peers:
+        install_peers()
+    with ExitStack() as stack:
+        arms, pids = start_arms(stack, peers=arguments.peers)
+        if arguments.soak:
+            seen = asyncio.run(soak(arms["aot gateway"], pids["aot gateway"], Bodies(), arguments.soak))
+            lines = ["| after | memory |", "|--:|--:|", *(f"| {at:.0f} s | {mib:.0f} MiB |" for at, mib in seen)]
+            text = "\n".join(lines)
+        else:
+            text = asyncio.run(measure(arms, pids, arguments.rounds))
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("aiohttp", "fastapi", "uvicorn")]
+    text += f"\n\n{describe(*versions)}\n"
+    print(text)
+    if arguments.out:
+        arguments.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""An engine that answers at once: vLLM's wire format and none of its work. `python bench/mock_engine.py PORT`."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+
+from aiohttp import web
+
+ANSWER = {
+    "id": "chatcmpl-1",
+    "object": "chat.completion",
+    "created": 1790000000,
+    "model": "bench",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "A dog runs."}, "finish_reason": "stop"}],
+    "usage": {"prompt_tokens": 640, "completion_tokens": 4, "total_tokens": 644},
+}
+WHOLE = json.dumps(ANSWER).encode()
+SAVED = {
+    "x-aot-video-tokens-before": "6272",
+    "x-aot-video-tokens-after": "627",
+    "x-aot-video-retention": "0.1",
+}
+GAP_SECONDS = 0.01
+
+
+def event(content: str, finish: str | None = None) -> bytes:
+    """Return a chunk of a stream."""
+    choice = {"index": 0, "delta": {"content": content}, "finish_reason": finish}
+    fields = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1790000000, "model": "bench"}
+    return b"data: " + json.dumps({**fields, "choices": [choice]}).encode() + b"\n\n"
+
+
+async def chat(request: web.Request) -> web.StreamResponse:
+    """Read all of a request, then answer; a stream says in each chunk when it was sent, by the machine's clock."""
+    body = await request.read()
+    if b'"stream":true' not in body.replace(b" ", b"")[-4096:] + body.replace(b" ", b"")[:4096]:
+        return web.Response(body=WHOLE, content_type="application/json", headers=SAVED)
+    answer = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8", **SAVED})
+    await answer.prepare(request)
+    chunks = int(request.app["chunks"])
+    for index in range(chunks):
+        await answer.write(event(f"{time.perf_counter():.7f}", "stop" if index == chunks - 1 else None))
+        await asyncio.sleep(GAP_SECONDS)
+    await answer.write(b"data: [DONE]\n\n")
+    await answer.write_eof()
+    return answer
+
+
+def main(port: int) -> None:
+    """Serve on loopback until told to stop."""
+    app = web.Application(client_max_size=2**30)
+    app["chunks"] = 100
+    app.router.add_get("/health", lambda _: _ok())
+    app.router.add_get("/v1/models", lambda _: _models())
+    app.router.add_post("/v1/chat/completions", chat)
+    web.run_app(app, host="127.0.0.1", port=port, print=None, access_log=None)
+
+
+async def _ok() -> web.Response:
+    return web.Response()
+
+
+async def _models() -> web.Response:
+    return web.json_response({"object": "list", "data": [{"id": "bench", "object": "model", "max_model_len": 8192}]})
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
