@@ -18,6 +18,7 @@ from tests.e2e.engines import free_port, process, serve_command
 pytestmark = pytest.mark.only_on("v1")
 
 BEFORE = 32 * 9 + 1
+SECRET = "known to both gateways"
 
 
 def after(retention):
@@ -32,10 +33,17 @@ def clip_url(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory):
+def store(tmp_path_factory):
+    """The directory that one gateway writes videos to and the engine reads from."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory, store):
     """The address of an engine at rate 0.75, whose name for the model is `tiny`."""
     port = free_port()
-    serve = serve_command(checkpoint("tiny"), port, "--video-pruning-rate=0.75", "--served-model-name=tiny")
+    arguments = ("--video-pruning-rate=0.75", "--served-model-name=tiny", f"--allowed-local-media-path={store}")
+    serve = serve_command(checkpoint("tiny"), port, *arguments)
     address, log = f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("engine") / "log"
     with process(serve, health=f"{address}/health", log=log):
         yield address
@@ -56,9 +64,27 @@ def gateway(tmp_path_factory, engine):
         "AOT_GATEWAY_PORT": str(port),
         "AOT_GATEWAY_ENGINES": engine,
         "AOT_GATEWAY_CONFIG": str(config),
+        "AOT_GATEWAY_MEDIA_SECRET": SECRET,
     }
     command, address = [sys.executable, "-m", "server"], f"http://127.0.0.1:{port}"
     with process(command, health=f"{address}/health/ready", log=folder / "log", environment=environment):
+        yield address
+
+
+@pytest.fixture(scope="module")
+def gateway_with_store(tmp_path_factory, engine, store):
+    """The address of another gateway in front of that engine, which hands videos over as files."""
+    port = free_port()
+    environment = {
+        "AOT_GATEWAY_PORT": str(port),
+        "AOT_GATEWAY_ENGINES": engine,
+        "AOT_GATEWAY_MEDIA_HANDOFF": "file",
+        "AOT_GATEWAY_MEDIA_DIR": str(store),
+        "AOT_GATEWAY_MEDIA_SECRET": SECRET,
+    }
+    command, address = [sys.executable, "-m", "server"], f"http://127.0.0.1:{port}"
+    log = tmp_path_factory.mktemp("gateway-with-store") / "log"
+    with process(command, health=f"{address}/health/ready", log=log, environment=environment):
         yield address
 
 
@@ -162,6 +188,27 @@ def test_a_client_that_leaves_frees_the_engine(client, engine, clip_url):
     assert metric(engine, "vllm:request_success_total", finished_reason="length") == finished
     answer = client.chat.completions.create(model="fast", **chat(clip_url))  # and the next one is served
     assert answer.usage.video_tokens["after"] == after(0.15)
+
+
+def test_a_video_handed_over_as_a_file_is_the_same_to_the_engine(
+    client, gateway_with_store, engine, store, tmp_path
+):
+    clip = tmp_path / "clip.mp4"
+    write_clip(clip, frames=44, height=120, width=160)
+    url = "data:video/mp4;base64," + base64.b64encode(clip.read_bytes()).decode()
+    fields = chat(url, extra_body={"aot": {"retention": 0.3}})
+    with openai.OpenAI(base_url=f"{gateway_with_store}/v1", api_key="unused", max_retries=0) as other:
+        as_file = other.chat.completions.create(model="tiny", **fields)
+    assert [path.read_bytes() for path in store.iterdir()] == [clip.read_bytes()]
+    hits = metric(engine, "vllm:mm_cache_hits_total")
+    inline = client.chat.completions.create(model="fast", **fields)
+    assert metric(engine, "vllm:mm_cache_hits_total") == hits + 1  # known by its uuid, however it came
+    assert inline.choices[0].message.content == as_file.choices[0].message.content
+    assert inline.usage.video_tokens == as_file.usage.video_tokens
+    assert inline.usage.video_tokens["after"] == after(0.3)
+    fewer = client.chat.completions.create(model="fast", **chat(url, extra_body={"aot": {"retention": 0.1}}))
+    assert fewer.usage.video_tokens["after"] == after(0.1)  # the uuid is the same, the retention is not
+    assert metric(engine, "vllm:mm_cache_hits_total") == hits + 1
 
 
 def test_requests_side_by_side_each_get_their_own_count(client, clip_url):

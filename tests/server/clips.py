@@ -19,11 +19,12 @@ def clip(
     *,
     size: tuple[int, int] = (64, 48),
     pix_fmt: str = "yuv420p",
+    options: tuple[tuple[str, str], ...] = (),
 ) -> bytes:
     """A small moving gradient."""
     width, height = size
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as output:
+    with av.open(buffer, "w", format=container, options=dict(options)) as output:
         stream = output.add_stream(codec, rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         for i in range(frames):
