@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
@@ -16,8 +17,8 @@ from server.engines import EnginePool
 from server.lifecycle import Lifecycle
 from server.limits import Gate
 from server.media import fetch
-from server.media.intake import Intake
-from server.media.probe import Prober
+from server.media.intake import Intake, Uploads
+from server.media.probe import Limits, Prober
 from server.media.store import MediaStore
 from server.metrics import Metrics
 from server.middleware import ErrorsInOpenAIShape, Observed, RefuseWhileDraining, raise_in_our_terms
@@ -29,11 +30,17 @@ from server.upstream import Upstream, new_session
 
 
 def create_app(
-    settings: Settings, *, registry: CollectorRegistry | None = None, lifecycle: Lifecycle | None = None
+    settings: Settings,
+    *,
+    registry: CollectorRegistry | None = None,
+    lifecycle: Lifecycle | None = None,
+    uploads: Uploads | None = None,
+    network: fetch.Network | None = None,
 ) -> FastAPI:
     """Return the gateway as an application.
 
-    Its metrics go to `registry`, a new one by default; `lifecycle` is how its runner makes it drain.
+    Its metrics go to `registry`, a new one by default; `lifecycle` is how its runner makes it drain. Files that
+    requests name come from `uploads`. Media are fetched through `network`, the machine's own by default.
     Raises ConfigurationError if the file that `settings.config` names is wrong.
     """
     aliases = load_aliases(settings.config) if settings.config is not None else None
@@ -50,17 +57,21 @@ def create_app(
         engines = await stack.enter_async_context(
             new_session(connect_seconds=settings.engine_connect_seconds, read_seconds=settings.engine_read_seconds)
         )
-        hosts = await stack.enter_async_context(fetch.new_session(connect_seconds=settings.media_fetch_seconds))
+        hosts = await stack.enter_async_context(fetch.sessions(network, connect_seconds=settings.media_fetch_seconds))
         pool = EnginePool(
             settings.engines, session=engines, metrics=metrics, health_seconds=settings.engine_health_seconds
         )
         store = _store(settings)
-        prober = Prober(seconds=settings.media_probe_seconds)
-        stack.push_async_callback(prober.close)
+        prober = Prober(limits=_limits(settings), seconds=settings.media_probe_seconds)
+        stack.callback(prober.close)
         catalogue = Catalogue(aliases=aliases, pool=pool)
         fetcher = fetch.Fetcher(
-            session=hosts,
-            allow_hosts=settings.media_allow_hosts,
+            sessions=hosts,
+            rules=fetch.HostRules(
+                allow=frozenset(settings.media_allow_hosts),
+                deny=frozenset(settings.media_deny_hosts),
+                only=frozenset(settings.media_only_hosts),
+            ),
             allow_http=settings.media_allow_http,
             max_bytes=settings.media_max_bytes,
             total_seconds=settings.media_fetch_seconds,
@@ -72,8 +83,10 @@ def create_app(
                 fetcher=fetcher,
                 prober=prober,
                 store=store,
+                uploads=uploads,
                 max_bytes=settings.media_max_bytes,
-                max_seconds=settings.media_max_seconds,
+                max_decoded_bytes=settings.media_max_decoded_bytes,
+                secret=_secret(settings),
                 metrics=metrics,
             ),
             upstream=Upstream(session=engines, pool=pool, metrics=metrics),
@@ -110,6 +123,21 @@ def _store(settings: Settings) -> MediaStore | None:
     return MediaStore(
         settings.media_dir, max_bytes=settings.media_store_bytes, max_age_seconds=settings.media_store_seconds
     )
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        max_seconds=settings.media_max_seconds,
+        max_pixels=settings.media_max_pixels,
+        max_frames=settings.media_max_frames,
+        sampled_frames=settings.media_sampled_frames,
+    )
+
+
+def _secret(settings: Settings) -> bytes:
+    if settings.media_secret is None:
+        return secrets.token_bytes()
+    return settings.media_secret.get_secret_value().encode()
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

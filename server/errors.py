@@ -10,7 +10,7 @@ GatewayError
 ├── RouteNotFound, MethodNotAllowed
 ├── UnknownModel
 ├── BodyTooLarge, BodyTimeout
-├── Overloaded                queue or media store full
+├── Overloaded                queue, downloads or media store full
 ├── Draining                  the gateway is shutting down
 ├── EngineUnavailable         no engine took the request: nothing was spent
 ├── EngineFailed              an engine took the request and broke
@@ -84,7 +84,7 @@ class BodyTimeout(GatewayError):  # noqa: N818
 
 
 class Overloaded(GatewayError):  # noqa: N818
-    """Queue or store is full."""
+    """Queue, downloads or store are full."""
 
 
 class Draining(GatewayError):  # noqa: N818

@@ -62,6 +62,7 @@ class Metrics:
         )
         self.video_bytes = histogram("video_bytes", "Size of each video taken in", _BYTES)
         self.video_duration = histogram("video_duration_seconds", "Duration of each video taken in", _SECONDS)
+        self.probes = counter("probes_total", "Media looked into; those seen before are not looked into again")
         self.rejections = counter("rejections_total", "Requests that ended in an error, by reason", "reason")
         self.upstream_retries = counter(
             "upstream_retries_total", "Requests sent to another engine, by what the first one did", "reason"

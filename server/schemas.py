@@ -11,26 +11,41 @@ from server.aliases import Alias
 from server.errors import ForbiddenField, InvalidRequest, RetentionRefused
 
 Kind = Literal["video", "image", "audio"]
+Source = Literal["url", "base64", "upload"]
 
 URL_KEYS: dict[str, Kind] = {"video_url": "video", "image_url": "image", "audio_url": "audio"}
 OPERATOR_FIELDS = ("mm_processor_kwargs", "media_io_kwargs", "chat_template", "prompt_embeds")
-LARGE_URL_CHARACTERS = 65_536
+PART_TYPES = {"image_url": "input_image"}  # what else parts with that key may be called
+MEDIA_KEYS = (*URL_KEYS, "input_audio", "file")
+LARGE_VALUE_CHARACTERS = 65_536
 
 
 @dataclass
 class MediaPart:
-    """A media URL in a message. `holder[key]` is where it stands; `param` is how an error names the place."""
+    """A medium in a message: `value`, which stands at `holder[key]` in the message's `part`, says where it is.
+
+    `param` is how an error names the place.
+    """
 
     kind: Kind
-    url: str
+    source: Source
+    value: str = field(repr=False)
     param: str
-    holder: dict[str, Any]
+    part: dict[str, Any] = field(repr=False)
+    holder: dict[str, Any] = field(repr=False)
     key: str
     is_plain: bool = False  # verified to be ASCII without a character that JSON escapes
 
-    def replace(self, url: str) -> None:
-        """Put another URL in the place; a data URL made by the gateway is plain."""
-        self.holder[self.key] = self.url = url
+    def replace(self, url: str, *, uuid: str | None = None) -> None:
+        """Put a URL made by the gateway in the place; a video's with the name that engines know its content by.
+
+        Engines read a part with a `uuid` by its keys and not by its type, so nothing else is left in it.
+        """
+        if self.kind == "video":
+            self.holder, self.key = {}, "url"
+            self.part.clear()
+            self.part.update(type="video_url", video_url=self.holder, uuid=uuid)
+        self.holder[self.key] = self.value = url
         self.is_plain = True
 
 
@@ -75,10 +90,10 @@ class ChatRequest:
     def serialise(self) -> bytes:
         """Return the request as JSON; raise InvalidRequest for what JSON can't carry.
 
-        Large data URLs are set aside and joined in afterwards: escaping and encoding megabytes of base64 that need
+        Large media are set aside and joined in afterwards: escaping and encoding megabytes of base64 that need
         neither would be the largest cost of a video request.
         """
-        aside = [part for part in self.media if part.is_plain and len(part.url) >= LARGE_URL_CHARACTERS]
+        aside = [part for part in self.media if part.is_plain and len(part.value) >= LARGE_VALUE_CHARACTERS]
         marks = [f"aot-{uuid4().hex}" for _ in aside]
         for part, mark in zip(aside, marks, strict=True):
             part.holder[part.key] = mark
@@ -89,11 +104,11 @@ class ChatRequest:
             raise InvalidRequest("the request body holds a number or character that JSON can't carry") from exc
         finally:
             for part in aside:
-                part.holder[part.key] = part.url
+                part.holder[part.key] = part.value
         pieces = []
         for part, mark in zip(aside, marks, strict=True):
             before, rest = rest.split(mark.encode(), 1)
-            pieces += [before, part.url.encode()]
+            pieces += [before, part.value.encode()]
         return b"".join([*pieces, rest])
 
 
@@ -183,7 +198,7 @@ def _retention(aot: object) -> float | None:
 
 
 def _media_parts(messages: list[Any]) -> Iterator[MediaPart]:
-    """Yield every media URL. Engines take parts without a type too, and URLs without an object around them."""
+    """Yield every medium. Engines take parts without a type too, and URLs without an object around them."""
     for i, message in enumerate(messages):
         content = message.get("content") if isinstance(message, dict) else None
         for j, part in enumerate(content if isinstance(content, list) else ()):
@@ -191,17 +206,44 @@ def _media_parts(messages: list[Any]) -> Iterator[MediaPart]:
                 continue
             where = f"messages[{i}].content[{j}]"
             _refuse_part_fields(part, where)
-            for key, kind in URL_KEYS.items():
-                value = part.get(key)
-                if value is None:
-                    continue
-                holder, slot = (value, "url") if isinstance(value, dict) else (part, key)
-                url = holder.get(slot)
-                if not isinstance(url, str):
-                    raise InvalidRequest(f"{where}.{key}.url must be a string", param=f"{where}.{key}.url")
-                if holder is value:
-                    _refuse_part_fields(value, f"{where}.{key}")
-                yield MediaPart(kind, url, f"{where}.{key}", holder, slot)
+            keys = [key for key in MEDIA_KEYS if part.get(key) is not None]
+            if not keys:
+                continue
+            if len(keys) > 1:
+                raise InvalidRequest(f"{where} must hold one of {' and '.join(keys)}, not both", param=where)
+            kind = part.get("type")
+            if kind is not None and kind not in (keys[0], PART_TYPES.get(keys[0])):
+                raise InvalidRequest(f"{where}.type must be {keys[0]} where the part holds one", param=where)
+            yield _media_part(part, keys[0], f"{where}.{keys[0]}")
+
+
+def _media_part(part: dict[str, Any], key: str, where: str) -> MediaPart:
+    value = part[key]
+    if isinstance(value, dict):
+        _refuse_part_fields(value, where)
+    if key == "input_audio":
+        return _found("audio", "base64", where, part, value, "data")
+    if key == "file":
+        sources: dict[str, Source] = {"file_id": "upload", "file_data": "base64"}
+        given = [name for name in sources if isinstance(value, dict) and value.get(name) is not None]
+        if len(given) != 1:
+            raise InvalidRequest(f"{where} must have either a file_id or file_data", param=where)
+        return _found("video", sources[given[0]], where, part, value, given[0])
+    if isinstance(value, dict):
+        return _found(URL_KEYS[key], "url", where, part, value, "url")
+    return _found(URL_KEYS[key], "url", where, part, part, key, f"{where}.url")
+
+
+def _found(
+    kind: Kind, source: Source, where: str, part: dict[str, Any], holder: object, key: str, param: str | None = None
+) -> MediaPart:
+    param = param or f"{where}.{key}"
+    value = holder.get(key) if isinstance(holder, dict) else None
+    if not isinstance(holder, dict) or not isinstance(value, str):
+        raise InvalidRequest(f"{param} must be a string", param=param)
+    if key == "file_data" and value[:5].lower() == "data:":
+        source = "url"
+    return MediaPart(kind, source, value, param, part, holder, key)
 
 
 def _refuse_part_fields(part: dict[str, Any], where: str) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yarl
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.errors import ConfigurationError
@@ -40,7 +40,14 @@ def _check_engines(urls: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(url.rstrip("/") for url in urls)
 
 
-def _check_allowed_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
+def _check_domains(hosts: tuple[str, ...]) -> tuple[str, ...]:
+    hosts = _check_hosts(hosts)
+    if any(yarl.URL(f"http://{host}").explicit_port is not None for host in hosts):
+        raise ValueError("must be a list of hosts, without ports")
+    return hosts
+
+
+def _check_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
     for host in hosts:
         try:
             parsed = yarl.URL(f"http://{host}")
@@ -78,14 +85,21 @@ class Settings(BaseSettings):
 
     media_handoff: Literal["inline", "file"] = "inline"
     media_dir: Path | None = None
-    media_allow_hosts: Annotated[Names, AfterValidator(_check_allowed_hosts)] = ()
+    media_allow_hosts: Annotated[Names, AfterValidator(_check_hosts)] = ()
+    media_deny_hosts: Annotated[Names, AfterValidator(_check_domains)] = ()
+    media_only_hosts: Annotated[Names, AfterValidator(_check_domains)] = ()
     media_allow_http: bool = False
     media_max_bytes: int = Field(default=64 * MIB, ge=1024)
     media_max_seconds: float = Field(default=600, gt=0)
+    media_max_pixels: int = Field(default=3840 * 2160, ge=1)
+    media_max_frames: int = Field(default=100_000, ge=1)
+    media_sampled_frames: int = Field(default=32, ge=1)
+    media_max_decoded_bytes: int = Field(default=1024 * MIB, ge=1024)
     media_fetch_seconds: float = Field(default=30, gt=0)
     media_probe_seconds: float = Field(default=10, gt=0)
     media_store_bytes: int = Field(default=10_240 * MIB, ge=1024)
     media_store_seconds: float = Field(default=3600, gt=0)
+    media_secret: SecretStr | None = Field(default=None, min_length=16)
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
@@ -149,5 +163,7 @@ def _explain(error: Any) -> str:
     name = PREFIX + str(error["loc"][0]).upper()
     rule = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should ")
     rule = rule if rule.startswith("must ") else f"must {rule}"
+    if error["loc"][0] == "media_secret":
+        return f"{name} {rule}"
     value = error["input"] if isinstance(error["input"], str) else ",".join(map(str, error["input"]))
     return f"{name} {rule}, got '{value}'"

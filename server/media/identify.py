@@ -9,7 +9,7 @@ HEAD_BYTES = 512
 
 @dataclass(frozen=True)
 class FileType:
-    """A type an engine may be given: its MIME type, its suffix, and the demuxer that reads it (videos)."""
+    """A type an engine may be given: its MIME type, its suffix, and the demuxer that reads it (videos and audio)."""
 
     mime: str
     suffix: str
@@ -36,17 +36,17 @@ _STARTS: dict[Kind, tuple[tuple[bytes, FileType], ...]] = {
         (b"BM", FileType("image/bmp", ".bmp")),
     ),
     "audio": (
-        (b"ID3", FileType("audio/mpeg", ".mp3")),
-        (b"\xff\xfb", FileType("audio/mpeg", ".mp3")),
-        (b"\xff\xf3", FileType("audio/mpeg", ".mp3")),
-        (b"OggS", FileType("audio/ogg", ".ogg")),
-        (b"fLaC", FileType("audio/flac", ".flac")),
+        (b"ID3", FileType("audio/mpeg", ".mp3", "mp3")),
+        (b"\xff\xfb", FileType("audio/mpeg", ".mp3", "mp3")),
+        (b"\xff\xf3", FileType("audio/mpeg", ".mp3", "mp3")),
+        (b"OggS", FileType("audio/ogg", ".ogg", "ogg")),
+        (b"fLaC", FileType("audio/flac", ".flac", "flac")),
     ),
 }
 _RIFF: dict[tuple[Kind, bytes], FileType] = {
     ("video", b"AVI "): FileType("video/x-msvideo", ".avi", "avi"),
     ("image", b"WEBP"): FileType("image/webp", ".webp"),
-    ("audio", b"WAVE"): FileType("audio/wav", ".wav"),
+    ("audio", b"WAVE"): FileType("audio/wav", ".wav", "wav"),
 }
 _STILL_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"avif", b"avis")
 _SOUND_BRANDS = (b"M4A ", b"M4B ")
@@ -61,7 +61,7 @@ def identify(head: bytes, kind: Kind) -> FileType | None:
         if box is not None:
             return box
     if kind == "audio" and head[4:8] == b"ftyp" and head[8:12] in _SOUND_BRANDS:
-        return FileType("audio/mp4", ".m4a")
+        return FileType("audio/mp4", ".m4a", "mp4")
     return next((found for start, found in _STARTS[kind] if head.startswith(start)), None)
 
 

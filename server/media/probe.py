@@ -1,11 +1,10 @@
-"""What a video holds, found out in a process of its own: a file that breaks the demuxer breaks nothing else.
+"""What a medium holds, found out in a process of its own: a file that breaks its reader breaks nothing else.
 
 Run as a program, this module is that process: it reads jobs from the socket on its standard input, each a line of
-JSON with the video's file descriptor attached, and answers each with a line of JSON.
+JSON with the file's descriptor attached, and answers each with a line of JSON.
 """
 
 import asyncio
-import contextlib
 import json
 import math
 import os
@@ -13,95 +12,117 @@ import resource
 import socket
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from server.media.threads import opened_off_loop
+
 MEMORY_BYTES = 2 * 2**30  # address space, of which libav's libraries take a third
-REPLY_BYTES = 64 * 1024
+MESSAGE_BYTES = 64 * 1024
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
+VIDEO_CODECS = (
+    *("h264", "hevc", "vp8", "vp9", "av1"),
+    *("h263", "flv1", "mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "theora"),
+)
+_AUDIO_CODECS = ("aac", "alac", "flac", "mp3", "opus", "vorbis", "pcm_f32le", "pcm_s16le", "pcm_s24le", "pcm_u8")
+# libav's own list, of its names for decoders: it opens some before it says what a file holds.
+_DECODERS = ",".join((*VIDEO_CODECS, "flv", "libdav1d", *_AUDIO_CODECS, "mp3float", "libopus", "libvorbis"))
+_IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+MAX_IMAGE_PIXELS = 2**26
+MAX_FPS = 1000
+BYTES_PER_PIXEL = 3
+BYTES_PER_SAMPLE = 4
+
+
 @dataclass(frozen=True)
-class Probe:
-    """A video's facts. Duration and frames come from its packets, where the header claims less."""
+class Limits:
+    """What videos, and where it applies audio clips, are allowed."""
+
+    max_seconds: float
+    max_pixels: int
+    """Width x height."""
+    max_frames: int
+    sampled_frames: int
+    """How many frames of a video an engine looks at, at most."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a medium holds. Duration and frames come from a video's packets, where the header claims less."""
 
     container: str
     codec: str
-    width: int
-    height: int
-    duration_seconds: float
-    frames: int
-    fps: float
+    width: int = 0
+    height: int = 0
+    duration_seconds: float = 0.0
+    frames: int = 0
+    fps: float = 0.0
+    decoded_bytes: int = 0
+    """What it takes in an engine's memory: three bytes a pixel of the sampled frames, four a sample of audio."""
 
 
 class ProbeError(Exception):
-    """The video can't be read, or reading it broke or outran its limits. The text is fit for a client."""
+    """The medium can't be read, breaks a limit, or reading it broke or outran its own. The text is fit for a client."""
 
-
-@contextmanager
-def in_memory(data: bytes) -> Iterator[int]:
-    """Give a file descriptor of an unnamed file that holds `data`."""
-    with contextlib.ExitStack() as stack:
-        if hasattr(os, "memfd_create"):
-            file = stack.enter_context(os.fdopen(os.memfd_create("aot-media"), "w+b"))
-        else:
-            file = stack.enter_context(tempfile.TemporaryFile())
-        file.write(data)
-        file.seek(0)  # the descriptor carries its position along
-        yield file.fileno()
+    def __init__(self, message: str, *, code: str | None = None) -> None:
+        """Keep the code that the client gets, if the kind's own does not say enough."""
+        super().__init__(message)
+        self.code = code
 
 
 class Prober:
-    """Keeps up to `num_workers` worker processes, each for one video at a time."""
+    """Keeps up to `num_workers` worker processes, each for one file at a time."""
 
-    def __init__(self, *, seconds: float, num_workers: int = min(4, os.cpu_count() or 1)) -> None:
-        """Start no process until there is a video to probe; `seconds` bounds each video, in time and in CPU time."""
+    def __init__(self, *, limits: Limits, seconds: float, num_workers: int = min(4, os.cpu_count() or 1)) -> None:
+        """Start no process until there is a file to probe; `seconds` bounds each, in time and in CPU time."""
+        self._limits = limits
         self._seconds = seconds
         self._slots = asyncio.Semaphore(num_workers)
         self._idle: list[_Worker] = []
 
-    async def probe(self, descriptor: int, demuxer: str) -> Probe:
-        """Return the facts about the video in the file `descriptor`; raise ProbeError if there are none to be had."""
+    async def probe(self, descriptor: int, *, kind: str, demuxer: str = "") -> Facts:
+        """Return the facts about the medium in the file `descriptor`; raise ProbeError if there are none to be had."""
+        job = {"kind": kind, "demuxer": demuxer, "limits": asdict(self._limits)}
         async with self._slots:
             worker = await self._worker()
             try:
                 async with asyncio.timeout(self._seconds + 1):
-                    reply = await worker.ask({"demuxer": demuxer}, descriptor)
+                    reply = await worker.ask(job, descriptor)
             except TimeoutError:
-                await worker.kill()
-                raise ProbeError(f"the video could not be read within {self._seconds:g} seconds") from None
+                worker.close()
+                raise ProbeError(f"the {kind} could not be read within {self._seconds:g} seconds") from None
             except (OSError, ValueError):
-                await worker.kill()
-                raise ProbeError("the video could not be read: it broke its reader") from None
+                worker.close()
+                raise ProbeError(f"the {kind} could not be read: it broke its reader") from None
             except BaseException:
-                await worker.kill()
+                worker.close()
                 raise
             self._idle.append(worker)
         if "error" in reply:
-            raise ProbeError(str(reply["error"]))
-        return Probe(**reply)
+            raise ProbeError(str(reply["error"]), code=reply["code"])
+        return Facts(**reply)
 
     async def _worker(self) -> "_Worker":
         while self._idle:
             worker = self._idle.pop()
             if worker.process.poll() is None:
                 return worker
-            await worker.kill()
-        return await asyncio.to_thread(_Worker, self._seconds)
+            worker.close()
+        return await opened_off_loop(_Worker, self._seconds)
 
     @property
     def process_ids(self) -> list[int]:
         """The idle workers' process ids."""
         return [worker.process.pid for worker in self._idle]
 
-    async def close(self) -> None:
+    def close(self) -> None:
         """End the worker processes."""
         while self._idle:
-            await self._idle.pop().kill()
+            self._idle.pop().close()
 
 
 class _Worker:
@@ -121,14 +142,14 @@ class _Worker:
                 start_new_session=True,  # a Ctrl-C at the gateway must not break probes of requests that may finish
             )
 
-    async def ask(self, job: dict[str, str], descriptor: int) -> dict[str, Any]:
+    async def ask(self, job: dict[str, Any], descriptor: int) -> dict[str, Any]:
         """Return the worker's answer; raise OSError or ValueError if it has none."""
         loop = asyncio.get_running_loop()
         socket.send_fds(self._socket, [json.dumps(job).encode() + b"\n"], [descriptor])
         reply = b""
         while not reply.endswith(b"\n"):
-            piece = await loop.sock_recv(self._socket, REPLY_BYTES)
-            if not piece or len(reply) > REPLY_BYTES:
+            piece = await loop.sock_recv(self._socket, MESSAGE_BYTES)
+            if not piece or len(reply) > MESSAGE_BYTES:
                 raise ConnectionResetError
             reply += piece
         answer = json.loads(reply)
@@ -136,26 +157,39 @@ class _Worker:
             raise ValueError("not an answer")
         return answer
 
-    async def kill(self) -> None:
-        """End the process and reap it."""
+    def close(self) -> None:
+        """Kill the process and reap it."""
         self._socket.close()
         self.process.kill()
-        await asyncio.to_thread(self.process.wait)
+        self.process.wait()
 
 
-def read_facts(descriptor: int, demuxer: str) -> Probe:
+def read_video(descriptor: int, demuxer: str, limits: Limits) -> Facts:
     """Return the facts about the video in an open file, decoding one frame and counting packets of the rest.
 
-    The demuxer is given, never guessed: no playlist or script that names other files is ever opened.
-    Raises ProbeError if it is not a video, and av.FFmpegError if it is a broken one.
+    The demuxer is given, never guessed, and opens nothing else: neither playlists nor scripts are ever followed.
+    Raises ProbeError if it is not a video that is taken, and av.FFmpegError if it is a broken one.
     """
     import av  # the gateway's own process never loads the decoders
 
-    with os.fdopen(descriptor, "rb") as file, av.open(file, "r", format=demuxer) as container:
-        if not container.streams.video:
+    options = {
+        "codec_whitelist": _DECODERS,
+        "protocol_whitelist": "none",
+        "max_pixels": str(limits.max_pixels),
+        "threads": "1",
+    }
+    with os.fdopen(descriptor, "rb") as file, av.open(file, "r", format=demuxer, options=options) as container:
+        stream = next((stream for stream in container.streams if isinstance(stream, av.VideoStream)), None)
+        if stream is None:
             raise ProbeError("the file holds no video stream")
-        stream = container.streams.video[0]
+        context = stream.codec_context
+        codec = "an unknown codec" if context is None else context.codec.canonical_name
+        if codec not in VIDEO_CODECS:
+            raise ProbeError(f"the video is in {codec}; taken are {', '.join(VIDEO_CODECS)}")
+        context.options = {"max_pixels": str(limits.max_pixels)}
         stream.thread_count = 1
+        width, height = context.width, context.height
+        _check_size(width, height, limits)
         decoded, frames, begin, end = False, 0, math.inf, -math.inf
         for packet in container.demux(stream):
             if packet.size == 0:
@@ -163,55 +197,138 @@ def read_facts(descriptor: int, demuxer: str) -> Probe:
             if packet.is_corrupt:
                 raise ProbeError("the video is truncated")
             frames += 1
+            _check_frames(frames, limits)
             time = packet.pts if packet.pts is not None else packet.dts
             if time is not None:
                 begin, end = min(begin, time), max(end, time + (packet.duration or 0))
-            decoded = decoded or bool(stream.decode(packet))
+            if not decoded:
+                decoded = bool(stream.decode(packet))
         if not decoded and not stream.decode(None):
             raise ProbeError("the video holds no frame that can be decoded")
-        context = stream.codec_context
+        width, height = max(width, context.width), max(height, context.height)
+        _check_size(width, height, limits)
+        _check_frames(stream.frames, limits)
+        if stream.frames > 10 * frames + 100:  # clips that were cut without encoding them anew claim what they were
+            raise ProbeError(f"the video claims {stream.frames} frames and holds {frames}")
         measured = float((end - begin) * stream.time_base) if end > begin and stream.time_base else 0.0
         claimed = [
             float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0,
             container.duration / 1e6 if container.duration else 0.0,
         ]
-        duration = max(measured, *claimed)
-        return Probe(
+        fps = frames / measured if measured else 0.0
+        for rate in (fps, float(stream.guessed_rate or stream.average_rate or fps)):
+            if frames > 1 and not 0 < rate <= MAX_FPS:
+                raise ProbeError(f"the video claims {rate:.6g} frames per second, at most {MAX_FPS} are allowed")
+        facts = Facts(
             container=container.format.name,
-            codec=context.name,
-            width=context.width,
-            height=context.height,
-            duration_seconds=duration,
+            codec=codec,
+            width=width,
+            height=height,
+            duration_seconds=max(measured, *claimed),
             frames=frames,
-            fps=frames / measured if measured else 0.0,
+            fps=fps,
+            decoded_bytes=min(frames, limits.sampled_frames) * width * height * BYTES_PER_PIXEL,
+        )
+    _check_duration("video", facts.duration_seconds, limits, code="video_too_long")
+    return facts
+
+
+def read_audio(descriptor: int, demuxer: str, limits: Limits) -> Facts:
+    """Return the facts about the audio clip in an open file, decoding nothing; raises as `read_video`."""
+    import av
+
+    options = {"codec_whitelist": _DECODERS, "protocol_whitelist": "none"}
+    with os.fdopen(descriptor, "rb") as file, av.open(file, "r", format=demuxer, options=options) as container:
+        stream = next((stream for stream in container.streams if isinstance(stream, av.AudioStream)), None)
+        if stream is None or stream.codec_context is None or not stream.time_base:
+            raise ProbeError("the file holds no audio stream")
+        codec = stream.codec_context.codec.canonical_name
+        if codec not in _AUDIO_CODECS:
+            raise ProbeError(f"the audio is in {codec}; taken are {', '.join(_AUDIO_CODECS)}")
+        measured = sum(packet.duration or 0 for packet in container.demux(stream)) * float(stream.time_base)
+        claimed = float((stream.duration or 0) * stream.time_base)
+        seconds = max(measured, claimed)
+        _check_duration("audio", seconds, limits, code="audio_too_long")
+        samples = seconds * stream.codec_context.sample_rate * stream.codec_context.channels
+        return Facts(
+            container.format.name, codec, duration_seconds=seconds, decoded_bytes=int(samples * BYTES_PER_SAMPLE)
+        )
+
+
+def read_image(descriptor: int, demuxer: str, limits: Limits) -> Facts:
+    """Return the facts about the image in an open file, from its header; raise ProbeError if it is too large."""
+    from PIL import Image
+
+    del demuxer, limits
+    with os.fdopen(descriptor, "rb") as file, Image.open(file, formats=_IMAGE_FORMATS) as image:
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise ProbeError(
+                f"the image has {image.width} x {image.height} pixels, at most {MAX_IMAGE_PIXELS} are allowed",
+                code="media_too_large",
+            )
+        return Facts(
+            container=str(image.format).lower(),
+            codec="",
+            width=image.width,
+            height=image.height,
+            decoded_bytes=image.width * image.height * BYTES_PER_PIXEL,
+        )
+
+
+_READERS: dict[str, Callable[[int, str, Limits], Facts]] = {
+    "video": read_video,
+    "image": read_image,
+    "audio": read_audio,
+}
+
+
+def _check_size(width: int, height: int, limits: Limits) -> None:
+    if width * height > limits.max_pixels:
+        raise ProbeError(
+            f"the video's frames have {width} x {height} pixels, at most {limits.max_pixels} are allowed",
+            code="media_too_large",
+        )
+
+
+def _check_frames(frames: int, limits: Limits) -> None:
+    if frames > limits.max_frames:
+        raise ProbeError(f"the video has more than {limits.max_frames} frames", code="video_too_long")
+
+
+def _check_duration(kind: str, seconds: float, limits: Limits, *, code: str) -> None:
+    if not seconds <= limits.max_seconds:
+        raise ProbeError(
+            f"the {kind} lasts {seconds:.6g} seconds, at most {limits.max_seconds:g} are allowed",
+            code=code,
         )
 
 
 def _answer(line: bytes, descriptor: int) -> dict[str, Any]:
-    import av
-
+    job = json.loads(line)
+    kind = job["kind"]
     try:
-        facts = asdict(read_facts(descriptor, json.loads(line)["demuxer"]))
+        return asdict(_READERS[kind](descriptor, job["demuxer"], Limits(**job["limits"])))
     except ProbeError as exc:
-        return {"error": str(exc)}
-    except av.FFmpegError:
-        return {"error": "the video is truncated or broken"}
-    except (MemoryError, OverflowError, ValueError):
-        return {"error": "the video could not be read within the limits"}
-    return facts
+        return {"error": str(exc), "code": exc.code}
+    except (MemoryError, OverflowError):
+        return {"error": f"the {kind} could not be read within the limits", "code": None}
+    except Exception:  # libav's and Pillow's errors, and what a damaged file makes of their bindings
+        return {"error": f"the {kind} is truncated or broken", "code": None}
 
 
 def main(cpu_seconds: int) -> None:
     """Answer jobs until the gateway is gone."""
     import av
+    from PIL import Image
 
     av.logging.set_level(None)
+    Image.MAX_IMAGE_PIXELS = None  # Pillow would warn; the limit here is the reader's
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with socket.socket(fileno=0) as jobs:
         while True:
-            line, descriptors, _, _ = socket.recv_fds(jobs, REPLY_BYTES, 1)
+            line, descriptors, _, _ = socket.recv_fds(jobs, MESSAGE_BYTES, 1)
             if not line or not descriptors:
                 return
             usage = resource.getrusage(resource.RUSAGE_SELF)

@@ -1,46 +1,44 @@
 """A directory of videos that engines read: named by content, written atomically, bounded in bytes and age."""
 
 import asyncio
-import contextlib
+import fcntl
 import os
 import re
 import tempfile
 import time
-from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
+from typing import IO
 
 from server.errors import Overloaded
+from server.media.file import MediaFile
+from server.media.threads import opened_off_loop
 
 _OURS = re.compile(r"[0-9a-f]{64}\.[a-z0-9]{2,5}|\.incoming-.*")
 
 
 class MediaStore:
-    """Files under one directory, which no other gateway writes to. What a request holds is never evicted."""
+    """Files under one directory. What a request holds is locked (`flock`), and no gateway on the host evicts it."""
 
     def __init__(self, directory: Path, *, max_bytes: int, max_age_seconds: float) -> None:
-        """Take the directory as it is: files from an earlier run count."""
-        self._directory = directory
+        """Take the directory as it is: files from an earlier run, and those of other gateways, count."""
+        self.directory = directory
         self._max_bytes = max_bytes
         self._max_age_seconds = max_age_seconds
-        self._held: Counter[str] = Counter()
         self._writing = asyncio.Lock()
 
     @asynccontextmanager
-    async def held(self, data: bytes, *, digest: str, suffix: str) -> AsyncIterator[Path]:
-        """Give the file with `data`, there until the block ends; raise Overloaded if there is no room for it."""
-        name = f"{digest}{suffix}"
-        self._held[name] += 1
-        try:
-            async with self._writing:
-                await asyncio.to_thread(self._write, name, data)
-            del data  # the file lasts as long as the request; the copy in memory need not
-            yield self._directory / name
-        finally:
-            self._held[name] -= 1
-            if not self._held[name]:
-                del self._held[name]
+    async def held(self, media: MediaFile, *, suffix: str) -> AsyncIterator[Path]:
+        """Give the file with the content of `media`, there until the block ends; raise Overloaded if there is no room.
+
+        `media` need not last as long.
+        """
+        path = self.directory / f"{media.digest}{suffix}"
+        async with self._writing:
+            file = await opened_off_loop(self._placed, path, media)
+        with file:
+            yield path
 
     async def sweep(self) -> None:
         """Delete what is too old."""
@@ -53,38 +51,69 @@ class MediaStore:
             await asyncio.sleep(min(60.0, self._max_age_seconds / 4))
             await self.sweep()
 
-    def _write(self, name: str, data: bytes) -> None:
-        path = self._directory / name
-        with contextlib.suppress(FileNotFoundError):
-            if path.stat().st_size == len(data):
-                os.utime(path)
-                return
-        self._make_room(len(data))
-        handle, incoming = tempfile.mkstemp(prefix=".incoming-", dir=self._directory)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                os.fchmod(file.fileno(), 0o644)  # the engine runs as another user
+    def _placed(self, path: Path, media: MediaFile) -> IO[bytes]:
+        """Return the file at `path`, locked; written if it is not there whole."""
+        file = _locked(path, media.size_bytes)
+        if file is None:
+            self._make_room(media.size_bytes)
+            file = self._write(path, media)
+        return file
+
+    def _write(self, path: Path, media: MediaFile) -> IO[bytes]:
+        with ExitStack() as undo:
+            handle, incoming = tempfile.mkstemp(prefix=".incoming-", dir=self.directory)
+            undo.callback(Path(incoming).unlink, missing_ok=True)
+            file = undo.enter_context(os.fdopen(handle, "wb"))
+            fcntl.flock(file, fcntl.LOCK_SH)
+            media.copy_to(file)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)  # the engine runs as another user
             Path(incoming).replace(path)
-        except BaseException:
-            Path(incoming).unlink(missing_ok=True)
-            raise
+            undo.pop_all()
+        return file
 
     def _make_room(self, size_bytes: int) -> None:
         oldest_allowed = time.time() - self._max_age_seconds
-        held = set(self._held)
-        total, idle = 0, []
-        for entry in os.scandir(self._directory):
+        total, files = 0, []
+        for entry in os.scandir(self.directory):
             if not _OURS.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
                 continue
-            stat = entry.stat(follow_symlinks=False)
-            total += stat.st_size
-            if entry.name not in held:
-                idle.append((stat.st_mtime, stat.st_size, entry.path))
-        for modified, size, path in sorted(idle):
+            with suppress(FileNotFoundError):
+                stat = entry.stat(follow_symlinks=False)
+                total += stat.st_size
+                files.append((stat.st_mtime, stat.st_size, entry.path))
+        for modified, size, path in sorted(files):
             if modified >= oldest_allowed and total + size_bytes <= self._max_bytes:
                 break
-            Path(path).unlink(missing_ok=True)
-            total -= size
+            if _evicted(path):
+                total -= size
         if total + size_bytes > self._max_bytes:
             raise Overloaded("the store for videos is full, try again later")
+
+
+def _locked(path: Path, size_bytes: int) -> IO[bytes] | None:
+    """Return the file at `path` if it is there whole, used just now and held from now on."""
+    with ExitStack() as undo:
+        try:
+            file = undo.enter_context(path.open("rb"))
+        except FileNotFoundError:
+            return None
+        fcntl.flock(file, fcntl.LOCK_SH)
+        stat = os.fstat(file.fileno())
+        if not stat.st_nlink or stat.st_size != size_bytes:  # evicted before it was locked, or cut short by a crash
+            return None
+        with suppress(PermissionError):  # another gateway, of another user, wrote it
+            os.utime(file.fileno())
+        undo.pop_all()
+    return file
+
+
+def _evicted(path: str) -> bool:
+    """Return whether the file is gone: it stays if somebody holds it."""
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        Path(path).unlink(missing_ok=True)
+    return True

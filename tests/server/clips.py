@@ -1,25 +1,57 @@
-"""Videos made for the tests."""
+"""Media made for the tests."""
 
 import base64
 import functools
 import io
+import wave
 
 import av
 import numpy as np
+from PIL import Image
 
 
 @functools.cache
-def clip(container: str = "mp4", codec: str = "mpeg4", frames: int = 12, fps: int = 6) -> bytes:
+def clip(
+    container: str = "mp4",
+    codec: str = "mpeg4",
+    frames: int = 12,
+    fps: int = 6,
+    *,
+    size: tuple[int, int] = (64, 48),
+    pix_fmt: str = "yuv420p",
+    options: tuple[tuple[str, str], ...] = (),
+) -> bytes:
     """A small moving gradient."""
+    width, height = size
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container) as output:
+    with av.open(buffer, "w", format=container, options=dict(options)) as output:
         stream = output.add_stream(codec, rate=fps)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         for i in range(frames):
-            picture = np.full((48, 64, 3), (i * 9) % 256, np.uint8)
+            picture = np.full((height, width, 3), (i * 9) % 256, np.uint8)
             picture[:, : (i * 5) % 64] = 255
             output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         output.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+@functools.cache
+def picture(width: int = 16, height: int = 16, kind: str = "PNG") -> bytes:
+    """A grey image."""
+    buffer = io.BytesIO()
+    Image.new("L", (width, height), 128).save(buffer, kind)
+    return buffer.getvalue()
+
+
+@functools.cache
+def sound(seconds: float = 0.5, rate: int = 8000) -> bytes:
+    """Silence."""
+    buffer = io.BytesIO()
+    with wave.open(buffer, "wb") as output:
+        output.setnchannels(1)
+        output.setsampwidth(2)
+        output.setframerate(rate)
+        output.writeframes(b"\0\0" * int(seconds * rate))
     return buffer.getvalue()
 
 

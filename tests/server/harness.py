@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import socket
 import threading
+from pathlib import Path
 
 import httpx
 import uvicorn
@@ -29,12 +30,12 @@ def free_port() -> int:
 
 
 @contextlib.asynccontextmanager
-async def gateway(engine: EngineDouble | None = None, **settings):
+async def gateway(engine: EngineDouble | None = None, *, network=None, uploads=None, **settings):
     """An HTTP client of the gateway's ASGI app, with `client.registry` to read metrics from."""
     if engine is not None:
         settings.setdefault("engines", (engine.url,))
     registry = CollectorRegistry()
-    app = create_app(Settings(**settings), registry=registry)
+    app = create_app(Settings(**settings), registry=registry, network=network, uploads=uploads)
     async with app.router.lifespan_context(app), client_of(app) as client:
         client.registry = registry
         yield client
@@ -61,6 +62,12 @@ async def served(settings: Settings, registry: CollectorRegistry | None = None, 
     finally:
         server.should_exit = True
         await asyncio.to_thread(thread.join, 10)
+
+
+def children(pid: int) -> list[int]:
+    """The ids of a process's child processes."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return sorted(int(child) for thread in threads for child in (thread / "children").read_text().split())
 
 
 def ask(**fields):

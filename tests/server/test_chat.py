@@ -37,6 +37,7 @@ async def test_an_answer_is_the_engines_with_the_savings_added(engine):
     assert answer.headers["x-aot-video-tokens-after"] == "627"
     assert answer.headers["x-aot-video-retention"] == "0.1"
     assert float(answer.headers["x-aot-gateway-overhead-ms"]) > 0
+    assert engine.requests[0]["messages"][0]["content"][0].pop("uuid")
     assert engine.requests == [ask_about(VIDEO, temperature=0, mm_processor_kwargs={"aot_retention": 0.1})]
 
 

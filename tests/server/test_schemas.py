@@ -157,9 +157,57 @@ def test_embeddings_and_cache_keys_in_parts_are_refused(part, role):
 )
 def test_media_is_found_in_every_form_an_engine_takes(part):
     chat = parse({"model": "m", "messages": [{"role": "user", "content": [part]}]})
-    assert [media.url for media in chat.media] == [VIDEO]
-    chat.media[0].replace("data:video/mp4;base64,AAAA")
-    assert VIDEO not in json.dumps(json.loads(chat.serialise()))
+    assert [(media.kind, media.source, media.value) for media in chat.media] == [("video", "url", VIDEO)]
+    chat.media[0].replace("data:video/mp4;base64,AAAA", uuid="u")
+    (sent_part,) = json.loads(chat.serialise())["messages"][0]["content"]
+    assert sent_part == {"type": "video_url", "video_url": {"url": "data:video/mp4;base64,AAAA"}, "uuid": "u"}
+
+
+@pytest.mark.parametrize(
+    ("part", "kind", "source", "value"),
+    [
+        ({"type": "file", "file": {"file_id": "file-1"}}, "video", "upload", "file-1"),
+        ({"type": "file", "file": {"file_data": "AAAA", "filename": "a.mp4"}}, "video", "base64", "AAAA"),
+        ({"type": "file", "file": {"file_data": VIDEO, "file_id": None}}, "video", "url", VIDEO),
+        ({"type": "input_audio", "input_audio": {"data": "AAAA", "format": "wav"}}, "audio", "base64", "AAAA"),
+        ({"type": "image_url", "image_url": "https://a/"}, "image", "url", "https://a/"),
+        ({"type": "input_image", "image_url": "https://a/"}, "image", "url", "https://a/"),
+    ],
+)
+def test_files_sounds_and_images_are_found_too(part, kind, source, value):
+    (media,) = parse({"model": "m", "messages": [{"role": "user", "content": [part]}]}).media
+    assert (media.kind, media.source, media.value) == (kind, source, value)
+
+
+@pytest.mark.parametrize(
+    ("part", "param"),
+    [
+        ({"type": "file", "file": {}}, "file"),
+        ({"type": "file", "file": "file-1"}, "file"),
+        ({"type": "file", "file": {"file_id": "file-1", "file_data": VIDEO}}, "file"),
+        ({"type": "file", "file": {"file_id": 7}}, "file.file_id"),
+        ({"type": "file", "file": {"file_data": ["AAAA"]}}, "file.file_data"),
+        ({"type": "input_audio", "input_audio": "AAAA"}, "input_audio.data"),
+        ({"type": "input_audio", "input_audio": {"format": "wav"}}, "input_audio.data"),
+        ({"type": "video_url", "video_url": {}}, "video_url.url"),
+        ({"type": "video_url", "video_url": [VIDEO]}, "video_url.url"),
+        ({"type": "video_url", "video_url": {"url": VIDEO}, "image_url": {"url": VIDEO}}, None),
+        ({"type": "text", "text": "hi", "video_url": {"url": VIDEO}}, None),
+        ({"type": "image_url", "video_url": {"url": VIDEO}}, None),
+    ],
+)
+def test_a_part_that_could_be_read_in_two_ways_or_none_is_refused_by_its_place(part, param):
+    with pytest.raises(InvalidRequest) as caught:
+        parse({"model": "m", "messages": [{"role": "user", "content": ["ignored", part]}]})
+    assert caught.value.param == "messages[0].content[1]" + (f".{param}" if param else "")
+
+
+def test_of_a_videos_part_the_engine_gets_nothing_but_the_video():
+    part = {"type": "video_url", "video_url": {"url": VIDEO, "detail": "x"}, "image_pil": "x", "tool_reference": "y"}
+    chat = parse({"model": "m", "messages": [{"role": "user", "content": [part]}]})
+    chat.media[0].replace(VIDEO, uuid="u")
+    (sent_part,) = json.loads(chat.serialise())["messages"][0]["content"]
+    assert sent_part == {"type": "video_url", "video_url": {"url": VIDEO}, "uuid": "u"}
 
 
 @pytest.mark.parametrize(

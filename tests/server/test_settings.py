@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from server.errors import ConfigurationError
 from server.settings import PREFIX, Settings
@@ -34,6 +35,13 @@ GOOD = {
     "MEDIA_DIR": ("/tmp", Path("/tmp")),
     "MEDIA_ALLOW_HOSTS": ("Media.Example,10.0.0.7:8443", ("media.example", "10.0.0.7:8443")),
     "MEDIA_ALLOW_HTTP": ("true", True),
+    "MEDIA_DENY_HOSTS": ("Evil.Example", ("evil.example",)),
+    "MEDIA_ONLY_HOSTS": ("media.example,10.0.0.7", ("media.example", "10.0.0.7")),
+    "MEDIA_MAX_PIXELS": ("100", 100),
+    "MEDIA_MAX_FRAMES": ("100", 100),
+    "MEDIA_SAMPLED_FRAMES": ("100", 100),
+    "MEDIA_MAX_DECODED_BYTES": ("2048", 2048),
+    "MEDIA_SECRET": ("0123456789abcdef", SecretStr("0123456789abcdef")),
     "MEDIA_MAX_BYTES": ("2048", 2048),
     "MEDIA_MAX_SECONDS": ("12.5", 12.5),
     "MEDIA_FETCH_SECONDS": ("3", 3.0),
@@ -73,6 +81,8 @@ def test_each_setting_is_read_from_its_variable(name, monkeypatch):
         ("MEDIA_ALLOW_HTTP", "perhaps", "boolean"),
         ("MEDIA_ALLOW_HOSTS", "https://a", "host or host:port"),
         ("MEDIA_ALLOW_HOSTS", "user@a", "host or host:port"),
+        ("MEDIA_DENY_HOSTS", "a:80", "without ports"),
+        ("MEDIA_ONLY_HOSTS", "https://a", "host or host:port"),
         ("MEDIA_MAX_SECONDS", "0", "greater than 0"),
         ("DRAIN_SECONDS", "soon", "number"),
     ],
@@ -102,6 +112,14 @@ def test_a_store_smaller_than_one_video_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("AOT_GATEWAY_MEDIA_STORE_BYTES", "2048")
     with pytest.raises(ConfigurationError, match="AOT_GATEWAY_MEDIA_STORE_BYTES must be at least"):
         Settings.from_environment()
+
+
+def test_a_secret_that_is_too_short_is_refused_and_not_repeated(monkeypatch):
+    monkeypatch.setenv("AOT_GATEWAY_MEDIA_SECRET", "hunter2")
+    with pytest.raises(ConfigurationError, match=r"AOT_GATEWAY_MEDIA_SECRET must .* 16") as caught:
+        Settings.from_environment()
+    assert "hunter2" not in str(caught.value)
+    assert "0123456789abcdef" not in repr(Settings(media_secret="0123456789abcdef"))
 
 
 def test_an_empty_variable_is_an_unset_one(monkeypatch):

@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry
 from server.settings import Settings
 from tests.server.clips import clip, data_url
 from tests.server.engine_double import DONE, ROLE, TEXT
-from tests.server.harness import CHAT, ask, ask_about, free_port, served, until
+from tests.server.harness import CHAT, ask, ask_about, children, free_port, served, until
 
 ROOT = Path(__file__).resolve().parents[2]
 VIDEO = data_url(clip())
@@ -163,10 +163,6 @@ class Process:
         await asyncio.to_thread(self.process.wait)
         self.process.stdout.close()
 
-    def children(self):
-        threads = Path(f"/proc/{self.process.pid}/task").iterdir()
-        return [int(pid) for thread in threads for pid in (thread / "children").read_text().split()]
-
     async def ended(self):
         code = await asyncio.to_thread(self.process.wait, 10)
         return code, self.process.stdout.read()
@@ -244,9 +240,8 @@ async def test_a_taken_port_is_an_error_code(engine):
 async def test_the_gateway_uses_one_process_and_leaves_none_behind(engine):
     async with Process(engine.url) as gateway, httpx.AsyncClient() as client:
         assert (await client.post(gateway.url + CHAT, json=ask_about(VIDEO))).status_code == 200
-        children = gateway.children()
-        assert len(children) == 1  # the probe's worker
+        (worker,) = children(gateway.process.pid)  # the probe's
         gateway.process.send_signal(signal.SIGTERM)
         await gateway.ended()
         with pytest.raises(ProcessLookupError):
-            os.kill(children[0], 0)
+            os.kill(worker, 0)

@@ -10,6 +10,8 @@ from demo.clip import write_clip
 from tests.e2e.checkpoints import checkpoint
 from tests.e2e.engines import free_port, process, serve_command
 
+SECRET = "known to both gateways"
+
 
 @pytest.fixture(scope="package")
 def clip_url(tmp_path_factory):
@@ -19,10 +21,17 @@ def clip_url(tmp_path_factory):
 
 
 @pytest.fixture(scope="package")
-def engine(tmp_path_factory):
+def store(tmp_path_factory):
+    """The directory that one gateway writes videos to and the engine reads from."""
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="package")
+def engine(tmp_path_factory, store):
     """The address of an engine at rate 0.75, whose name for the model is `tiny`."""
     port = free_port()
-    serve = serve_command(checkpoint("tiny"), port, "--video-pruning-rate=0.75", "--served-model-name=tiny")
+    arguments = ("--video-pruning-rate=0.75", "--served-model-name=tiny", f"--allowed-local-media-path={store}")
+    serve = serve_command(checkpoint("tiny"), port, *arguments)
     address, log = f"http://127.0.0.1:{port}", tmp_path_factory.mktemp("engine") / "log"
     with process(serve, health=f"{address}/health", log=log):
         yield address
@@ -43,7 +52,25 @@ def gateway(tmp_path_factory, engine):
         "AOT_GATEWAY_PORT": str(port),
         "AOT_GATEWAY_ENGINES": engine,
         "AOT_GATEWAY_CONFIG": str(config),
+        "AOT_GATEWAY_MEDIA_SECRET": SECRET,
     }
     command, address = [sys.executable, "-m", "server"], f"http://127.0.0.1:{port}"
     with process(command, health=f"{address}/health/ready", log=folder / "log", environment=environment):
+        yield address
+
+
+@pytest.fixture(scope="package")
+def gateway_with_store(tmp_path_factory, engine, store):
+    """The address of another gateway in front of that engine, which hands videos over as files."""
+    port = free_port()
+    environment = {
+        "AOT_GATEWAY_PORT": str(port),
+        "AOT_GATEWAY_ENGINES": engine,
+        "AOT_GATEWAY_MEDIA_HANDOFF": "file",
+        "AOT_GATEWAY_MEDIA_DIR": str(store),
+        "AOT_GATEWAY_MEDIA_SECRET": SECRET,
+    }
+    command, address = [sys.executable, "-m", "server"], f"http://127.0.0.1:{port}"
+    log = tmp_path_factory.mktemp("gateway-with-store") / "log"
+    with process(command, health=f"{address}/health/ready", log=log, environment=environment):
         yield address

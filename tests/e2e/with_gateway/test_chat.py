@@ -1,10 +1,12 @@
 """The whole way: OpenAI's SDK, the gateway's process, a vLLM server with the plugin, an H.264 file."""
 
+import base64
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
 
+from demo.clip import write_clip
 from tests.e2e.with_gateway.seen import BEFORE, after, metric, wait_until
 
 pytestmark = pytest.mark.only_on("v1")
@@ -93,6 +95,25 @@ def test_a_client_that_leaves_frees_the_engine(client, engine, clip_url):
     assert metric(engine, "vllm:request_success_total", finished_reason="length") == finished
     answer = client.chat.completions.create(model="fast", **chat(clip_url))  # and the next one is served
     assert answer.usage.video_tokens["after"] == after(0.15)
+
+
+def test_a_video_handed_over_as_a_file_is_the_same_to_the_engine(client, gateway_with_store, engine, store, tmp_path):
+    clip = tmp_path / "clip.mp4"
+    write_clip(clip, frames=44, height=120, width=160)
+    url = "data:video/mp4;base64," + base64.b64encode(clip.read_bytes()).decode()
+    fields = chat(url, extra_body={"aot": {"retention": 0.3}})
+    with openai.OpenAI(base_url=f"{gateway_with_store}/v1", api_key="unused", max_retries=0) as other:
+        as_file = other.chat.completions.create(model="tiny", **fields)
+    assert [path.read_bytes() for path in store.iterdir()] == [clip.read_bytes()]
+    hits = metric(engine, "vllm:mm_cache_hits_total")
+    inline = client.chat.completions.create(model="fast", **fields)
+    assert metric(engine, "vllm:mm_cache_hits_total") == hits + 1  # known by its uuid, however it came
+    assert inline.choices[0].message.content == as_file.choices[0].message.content
+    assert inline.usage.video_tokens == as_file.usage.video_tokens
+    assert inline.usage.video_tokens["after"] == after(0.3)
+    fewer = client.chat.completions.create(model="fast", **chat(url, extra_body={"aot": {"retention": 0.1}}))
+    assert fewer.usage.video_tokens["after"] == after(0.1)  # the uuid is the same, the retention is not
+    assert metric(engine, "vllm:mm_cache_hits_total") == hits + 1
 
 
 def test_requests_side_by_side_each_get_their_own_count(client, clip_url):

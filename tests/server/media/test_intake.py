@@ -1,0 +1,381 @@
+import asyncio
+import base64
+import hashlib
+
+import pytest
+
+from server.errors import RouteNotFound
+from server.media.intake import Intake
+from tests.server.clips import clip, data_url, picture, sound
+from tests.server.harness import CHAT, ask, ask_about, gateway, until
+
+SECRET = "a secret of the operator"
+URL = "http://media.example"
+
+
+def fetching(internet, **settings):
+    return {"network": internet.network, "media_allow_http": True, **settings}
+
+
+def ask_with(*parts, **fields):
+    return ask(messages=[{"role": "user", "content": list(parts)}], **fields)
+
+
+def sent_parts(engine):
+    return engine.requests[-1]["messages"][0]["content"]
+
+
+def file_part(**file):
+    return {"type": "file", "file": file}
+
+
+class Uploads:
+    """Files by id and tenant, on disk."""
+
+    def __init__(self, directory):
+        self.directory = directory
+
+    def put(self, file_id, tenant, data):
+        (self.directory / f"{tenant}-{file_id}").write_bytes(data)
+
+    async def path_of(self, file_id, *, tenant):
+        path = self.directory / f"{tenant}-{file_id}"
+        if not path.exists():
+            raise RouteNotFound("no such file")
+        return path
+
+
+async def refusal(client, url):
+    answer = await client.post(CHAT, json=ask_about(url))
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == "messages[0].content[0].video_url.url"
+    assert error["type"] == "invalid_request_error"
+    return error
+
+
+async def test_a_video_on_a_public_host_reaches_the_engine_as_a_data_url(engine, internet, host):
+    async with gateway(engine, **fetching(internet)) as client:
+        for name, mime in (("clip.mp4", "video/mp4"), ("clip.webm", "video/webm")):
+            answer = await client.post(CHAT, json=ask_about(f"{URL}/{name}", aot={"retention": 0.2}))
+            assert answer.status_code == 200, answer.text
+            (part, _) = sent_parts(engine)
+            assert part.pop("uuid")
+            assert part == {"type": "video_url", "video_url": {"url": data_url(host.files[f"/{name}"], mime)}}
+            assert engine.requests[-1]["mm_processor_kwargs"] == {"aot_retention": 0.2}
+        assert client.registry.get_sample_value("aot_gateway_overhead_seconds_count", {"phase": "fetch"}) == 2
+        assert client.registry.get_sample_value("aot_gateway_video_duration_seconds_count") == 2
+
+
+async def test_images_and_audio_on_a_public_host_reach_the_engine_as_data_urls(engine, internet):
+    parts = [
+        {"type": "image_url", "image_url": {"url": f"{URL}/a.png", "detail": "low"}},
+        {"type": "audio_url", "audio_url": {"url": f"{URL}/a.wav"}},
+        {"image_url": f"{URL}/a.png"},
+    ]
+    async with gateway(engine, **fetching(internet)) as client:
+        assert (await client.post(CHAT, json=ask_with(*parts, aot={"retention": 0.1}))).status_code == 200
+    png, wav = data_url(picture(), "image/png"), data_url(sound(), "audio/wav")
+    assert sent_parts(engine) == [
+        {"type": "image_url", "image_url": {"url": png, "detail": "low"}},
+        {"type": "audio_url", "audio_url": {"url": wav}},
+        {"image_url": png},
+    ]
+    assert "mm_processor_kwargs" not in engine.requests[0]
+
+
+async def test_images_and_audio_in_the_request_and_text_pass_untouched(engine):
+    parts = [
+        {"type": "image_url", "image_url": {"url": data_url(picture(), "image/png")}},
+        {"type": "input_audio", "input_audio": {"data": base64.b64encode(sound()).decode(), "format": "wav"}},
+        {"type": "text", "text": "file:///etc/passwd http://127.0.0.1 <|video_pad|>"},
+    ]
+    async with gateway(engine) as client:
+        answer = await client.post(CHAT, json=ask_with(*parts))
+        assert answer.status_code == 200, answer.text
+    assert sent_parts(engine) == parts
+
+
+@pytest.mark.parametrize(
+    ("part", "code", "param"),
+    [
+        ({"image_url": {"url": "data:image/png;base64,AAAA"}}, "invalid_media", "image_url.url"),
+        ({"image_url": {"url": data_url(picture()[:20], "image/png")}}, "invalid_image", "image_url.url"),
+        ({"image_url": {"url": data_url(clip(), "image/png")}}, "invalid_media", "image_url.url"),
+        ({"image_url": {"url": data_url(picture(), "video/mp4")}}, "invalid_media_url", "image_url.url"),
+        ({"audio_url": {"url": data_url(sound()[:30], "audio/wav")}}, "invalid_audio", "audio_url.url"),
+        ({"input_audio": {"data": "!", "format": "wav"}}, "invalid_media_url", "input_audio.data"),
+        ({"input_audio": {"data": "AAAA", "format": "wav"}}, "invalid_media", "input_audio.data"),
+        (file_part(file_data="AAAA"), "invalid_media", "file.file_data"),
+        (file_part(file_data=data_url(clip()[:-300])), "invalid_video", "file.file_data"),
+        (file_part(file_data=data_url(b"%PDF-1.7", "application/pdf")), "invalid_media_url", "file.file_data"),
+        (file_part(file_id="file-1"), None, "file.file_id"),
+    ],
+)
+async def test_a_medium_that_is_none_is_refused_by_its_place(engine, part, code, param):
+    async with gateway(engine) as client:
+        answer = await client.post(CHAT, json=ask_with(part))
+    assert answer.status_code == 400
+    assert (answer.json()["error"]["code"], answer.json()["error"]["param"]) == (
+        code,
+        f"messages[0].content[0].{param}",
+    )
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("file:///etc/passwd", "FILE:///etc/passwd", "ftp://a/b", "rtsp://a/b", "concat:a|b", "subfile:,,a"),
+        *("ms://file-1", "", "/etc/passwd", " http://a", "javascript:1"),
+    ],
+)
+@pytest.mark.parametrize("key", ["video_url", "image_url", "audio_url"])
+async def test_every_other_scheme_is_refused(engine, url, key):
+    async with gateway(engine) as client:
+        answer = await client.post(CHAT, json=ask_with({"type": key, key: {"url": url}}))
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == f"messages[0].content[0].{key}.url"
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        (data_url(clip()[:-300]), "invalid_video"),
+        (data_url(b"GIF89a" + b"\0" * 100), "invalid_media"),
+        (data_url(b"#EXTM3U\n"), "invalid_media"),
+        ("data:video/mp4;base64,", "invalid_media"),
+        ("data:video/mp4;base64,AAA", "invalid_media_url"),
+        ("data:video/mp4;base64,AA AA", "invalid_media_url"),
+        ("data:video/mp4;base64,QUFB====QUFB", "invalid_media_url"),
+        ("data:video/mp4;base64," + "QUFB" * 300_000 + "QUE=" + "QUFB" * 300_000, "invalid_media_url"),
+        ("data:video/mp4;base64," + "QUFB" * (2**18 - 1) + "QUE=" + "QUFB", "invalid_media_url"),
+        ("data:video/mp4;base64,ÄÖÜ=", "invalid_media_url"),
+        ("data:video/mp4,AAAA", "invalid_media_url"),
+        ("data:video/mp4;codecs=avc1;base64,AAAA", "invalid_media_url"),
+        ("data:image/png;base64,AAAA", "invalid_media_url"),
+        ("data:video/jpeg;base64,/9j/" + ",/9j/" * 100_000, "invalid_media_url"),
+        ("data:video/JPEG;base64,/9j/", "invalid_media_url"),
+        (data_url(clip(), "video/jpeg"), "invalid_media_url"),
+        ("data:,", "invalid_media_url"),
+    ],
+)
+async def test_a_data_url_that_is_no_video_is_refused(engine, url, code):
+    async with gateway(engine) as client:
+        assert (await refusal(client, url))["code"] == code
+        assert client.registry.get_sample_value("aot_gateway_rejections_total", {"reason": "media"}) == 1
+    assert engine.requests == []
+
+
+async def test_lists_of_frames_are_refused_by_name(engine):
+    async with gateway(engine) as client:
+        error = await refusal(client, "data:video/jpeg;base64,/9j/,/9j/")
+    assert "lists of frames" in error["message"]
+
+
+async def test_videos_that_last_too_long_are_refused_however_they_come(engine, internet):
+    async with gateway(engine, **fetching(internet), media_max_seconds=1.5) as client:
+        for url in (data_url(clip()), f"{URL}/clip.mp4"):
+            error = await refusal(client, url)
+            assert error["code"] == "video_too_long"
+            assert "2 seconds, at most 1.5" in error["message"]
+        assert (await client.post(CHAT, json=ask_about(data_url(clip(frames=6))))).status_code == 200
+
+
+async def test_videos_that_are_too_large_are_refused_however_they_come(engine, internet):
+    async with gateway(engine, **fetching(internet), media_max_bytes=1024) as client:
+        for url in (data_url(clip()), f"{URL}/clip.mp4"):
+            assert (await refusal(client, url))["code"] == "media_too_large"
+
+
+@pytest.mark.parametrize(
+    "settings", [{"media_max_bytes": 2 * len(clip())}, {"media_max_decoded_bytes": 2 * 12 * 64 * 48 * 3}]
+)
+async def test_the_media_of_a_request_are_bounded_together(engine, internet, settings):
+    part = {"type": "video_url", "video_url": {"url": f"{URL}/clip.mp4"}}
+    async with gateway(engine, **fetching(internet), **settings) as client:
+        for number, status in ((2, 200), (3, 400)):
+            answer = await client.post(CHAT, json=ask_with(*[part] * number))
+            assert answer.status_code == status
+    assert answer.json()["error"]["code"] == "media_too_large"
+    assert answer.json()["error"]["param"] == "messages[0].content[2].video_url.url"
+
+
+async def test_only_the_frames_that_an_engine_looks_at_count_as_decoded(engine):
+    bound = {"media_sampled_frames": 4, "media_max_decoded_bytes": 4 * 64 * 48 * 3}
+    async with gateway(engine, **bound) as client:
+        assert (await client.post(CHAT, json=ask_about(data_url(clip())))).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("part", "allowed"),
+    [
+        ({"type": "video_url", "video_url": {"url": data_url(clip())}}, 16),
+        ({"type": "image_url", "image_url": {"url": data_url(picture(), "image/png")}}, 64),
+    ],
+)
+async def test_more_media_than_a_request_may_have_are_refused(engine, part, allowed):
+    async with gateway(engine) as client:
+        for number, status in ((allowed, 200), (allowed + 1, 400)):
+            answer = await client.post(CHAT, json=ask_with(*[part] * number))
+            assert answer.status_code == status
+    assert answer.json()["error"]["param"] == f"messages[0].content[{allowed}].{part['type']}.url"
+
+
+async def test_what_a_host_sends_must_be_a_video(engine, internet):
+    async with gateway(engine, **fetching(internet)) as client:
+        assert (await refusal(client, f"{URL}/a.png"))["code"] == "invalid_media"
+        error = await refusal(client, f"{URL}/none")
+        assert error["code"] == "media_fetch_failed"
+        assert "9.9.9.9" not in error["message"]
+
+
+async def test_a_large_video_is_handled_off_the_loop_and_arrives_whole(engine):
+    padded = clip() + (3 * 2**20).to_bytes(4, "big") + b"free" + b"\0" * (3 * 2**20 - 8)
+    url = data_url(padded)
+    async with gateway(engine) as client:
+        assert (await client.post(CHAT, json=ask_about(url))).status_code == 200
+    assert sent_parts(engine)[0]["video_url"]["url"] == url
+
+
+async def test_videos_are_handed_over_as_files_however_they_come(engine, internet, tmp_path):
+    store, uploads = tmp_path / "store", Uploads(tmp_path)
+    store.mkdir()
+    uploads.put("file-1", "", clip())
+    async with gateway(engine, **fetching(internet), media_handoff="file", media_dir=store, uploads=uploads) as client:
+        for part in (
+            {"type": "video_url", "video_url": {"url": f"{URL}/clip.mp4"}},
+            {"type": "video_url", "video_url": {"url": data_url(clip())}},
+            file_part(file_data=base64.b64encode(clip()).decode()),
+            file_part(file_id="file-1"),
+        ):
+            answer = await client.post(CHAT, json=ask_with(part))
+            assert answer.status_code == 200, answer.text
+    (file,) = store.iterdir()
+    assert file.read_bytes() == clip()
+    assert file.name == hashlib.sha256(clip()).hexdigest() + ".mp4"
+    assert file.stat().st_mode & 0o777 == 0o644
+    assert [request["messages"][0]["content"][0]["video_url"]["url"] for request in engine.requests] == [
+        file.as_uri()
+    ] * 4
+    assert len({request["messages"][0]["content"][0]["uuid"] for request in engine.requests}) == 1
+
+
+async def test_files_that_were_uploaded_or_come_with_the_request_are_videos_to_the_engine(engine, tmp_path):
+    uploads = Uploads(tmp_path)
+    uploads.put("file-1", "", clip())
+    parts = [
+        file_part(file_id="file-1"),
+        file_part(file_data=base64.b64encode(clip()).decode(), filename="a.mp4"),
+        file_part(file_data=data_url(clip())),
+    ]
+    async with gateway(engine, uploads=uploads) as client:
+        answer = await client.post(CHAT, json=ask_with(*parts, aot={"retention": 0.2}))
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["usage"]["video_tokens"]
+    for part in sent_parts(engine):
+        assert part.pop("uuid")
+        assert part == {"type": "video_url", "video_url": {"url": data_url(clip())}}
+    assert engine.requests[0]["mm_processor_kwargs"] == {"aot_retention": 0.2}
+
+
+async def test_an_upload_that_is_not_there_is_the_uploads_own_error(engine, tmp_path):
+    uploads = Uploads(tmp_path)
+    uploads.put("file-1", "somebody-else", clip())
+    async with gateway(engine, uploads=uploads) as client:
+        answer = await client.post(CHAT, json=ask_with(file_part(file_id="file-1")))
+    assert answer.status_code == 404
+    assert answer.json()["error"]["param"] == "messages[0].content[0].file.file_id"
+    assert engine.requests == []
+
+
+async def uuids(engine, *requests, **settings):
+    async with gateway(engine, **settings) as client:
+        for request in requests:
+            answer = await client.post(CHAT, json=request)
+            assert answer.status_code == 200, answer.text
+    sent = engine.requests[-len(requests) :]
+    return [request["messages"][0]["content"][0]["uuid"] for request in sent]
+
+
+async def test_a_video_has_one_name_at_the_engine_however_it_comes_and_another_video_another(engine, internet):
+    of_url, of_data, of_other = await uuids(
+        engine,
+        ask_about(f"{URL}/clip.mp4"),
+        ask_about(data_url(clip(), "video/x-unknown"), aot={"retention": 0.3}),
+        ask_about(data_url(clip(frames=6))),
+        **fetching(internet),
+    )
+    assert of_url == of_data != of_other
+    assert hashlib.sha256(clip()).hexdigest() not in of_url
+
+
+async def test_gateways_agree_on_a_videos_name_only_if_they_share_a_secret(engine):
+    request = ask_about(data_url(clip()))
+    alone = [*await uuids(engine, request), *await uuids(engine, request)]
+    together = [*await uuids(engine, request, media_secret=SECRET), *await uuids(engine, request, media_secret=SECRET)]
+    assert len({*alone, *together}) == 3
+    assert together[0] == together[1]
+
+
+@pytest.fixture
+def records(monkeypatch):
+    """The records of the requests that gateways took in."""
+    taken, records = Intake.taken, []
+
+    def noted(self, chat, record):
+        records.append(record)
+        return taken(self, chat, record)
+
+    monkeypatch.setattr(Intake, "taken", noted)
+    return records
+
+
+async def test_the_record_says_what_the_videos_are_and_how_long(engine, records):
+    video = [{"type": "video_url", "video_url": {"url": data_url(clip(frames=n))}} for n in (12, 6)]
+    image = {"type": "image_url", "image_url": {"url": data_url(picture(), "image/png")}}
+    async with gateway(engine) as client:
+        for parts in ([video[0]], [image, video[0]], video, video[::-1], video, [image]):
+            assert (await client.post(CHAT, json=ask_with(*parts))).status_code == 200
+    keys = [record.media_key for record in records]
+    assert keys[0] == keys[1] == hashlib.sha256(clip()).hexdigest()
+    assert keys[2] == keys[4] != keys[3]
+    assert keys[5] is None
+    assert len({*keys}) == 4
+    assert [record.video_seconds for record in records] == pytest.approx([2, 2, 3, 3, 3, 0], abs=0.01)
+
+
+async def test_a_video_that_was_seen_before_is_not_probed_again(engine, internet):
+    async with gateway(engine, **fetching(internet)) as client:
+        for url in (data_url(clip()), f"{URL}/clip.mp4", data_url(clip())):
+            assert (await client.post(CHAT, json=ask_about(url))).status_code == 200
+        for _ in range(2):  # what was refused is looked at again
+            await refusal(client, data_url(clip()[:-300]))
+        assert client.registry.get_sample_value("aot_gateway_probes_total") == 3
+
+
+async def test_requests_for_one_url_at_one_time_share_a_download(engine, internet, host):
+    host.gate = asyncio.Event()
+    async with gateway(engine, **fetching(internet)) as client:
+        asking = [asyncio.create_task(client.post(CHAT, json=ask_about(f"{URL}/clip.mp4"))) for _ in range(5)]
+        await until(lambda: client.registry.get_sample_value("aot_gateway_inflight_requests") == 5)
+        await asyncio.sleep(0.05)
+        asking[0].cancel()  # the first to ask may leave without harm to the others
+        host.gate.set()
+        answers = await asyncio.gather(*asking[1:])
+    assert [answer.status_code for answer in answers] == [200] * 4
+    assert host.asked == ["/clip.mp4"]
+    assert len(engine.requests) == 4
+
+
+async def test_when_nobody_waits_for_a_download_any_more_it_ends(engine, internet, host):
+    host.gate = asyncio.Event()
+    async with gateway(engine, **fetching(internet)) as client:
+        asking = [asyncio.create_task(client.post(CHAT, json=ask_about(f"{URL}/clip.mp4"))) for _ in range(2)]
+        await until(lambda: host.asked)
+        for request in asking:
+            assert host.left == 0
+            request.cancel()
+            await asyncio.sleep(0.05)
+        await until(lambda: host.left == 1)
