@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
@@ -9,10 +10,11 @@ from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from server import __version__
-from server.aliases import load_aliases
+from server import __version__, configuration
+from server.auth import Authenticated, metrics_keys, tenant_keys
 from server.catalogue import Catalogue
 from server.engines import EnginePool
+from server.errors import ConfigurationError
 from server.lifecycle import Lifecycle
 from server.limits import Gate
 from server.media import fetch
@@ -24,8 +26,10 @@ from server.middleware import ErrorsInOpenAIShape, Observed, RefuseWhileDraining
 from server.routes.chat import PATH, ChatCompletions
 from server.routes.models import models_router
 from server.routes.ops import ops_router
-from server.settings import Settings
+from server.settings import PREFIX, Settings
 from server.upstream import Upstream, new_session
+
+logger = logging.getLogger(__name__)
 
 
 def create_app(
@@ -34,9 +38,12 @@ def create_app(
     """Return the gateway as an application.
 
     Its metrics go to `registry`, a new one by default; `lifecycle` is how its runner makes it drain.
-    Raises ConfigurationError if the file that `settings.config` names is wrong.
+    Raises ConfigurationError if a file that the settings name is wrong, or if the gateway would be open unawares.
     """
-    aliases = load_aliases(settings.config) if settings.config is not None else None
+    config = configuration.load(settings.config) if settings.config is not None else configuration.Configuration()
+    if config.tenants is None:
+        _refuse_open_off_loopback(settings)
+    engine_key = _engine_key(settings)
     metrics = Metrics(registry or CollectorRegistry())
     lifecycle = lifecycle or Lifecycle(settings.drain_seconds)
 
@@ -47,8 +54,15 @@ def create_app(
             yield
 
     async def _open(app: FastAPI, stack: contextlib.AsyncExitStack) -> None:
+        if config.tenants is None:
+            who = "THIS MACHINE" if settings.is_loopback else "EVERYONE WHO CAN REACH IT"
+            logger.warning("THE GATEWAY IS OPEN TO %s: no API keys are configured", who)
         engines = await stack.enter_async_context(
-            new_session(connect_seconds=settings.engine_connect_seconds, read_seconds=settings.engine_read_seconds)
+            new_session(
+                connect_seconds=settings.engine_connect_seconds,
+                read_seconds=settings.engine_read_seconds,
+                api_key=engine_key,
+            )
         )
         hosts = await stack.enter_async_context(fetch.new_session(connect_seconds=settings.media_fetch_seconds))
         pool = EnginePool(
@@ -57,7 +71,7 @@ def create_app(
         store = _store(settings)
         prober = Prober(seconds=settings.media_probe_seconds)
         stack.push_async_callback(prober.close)
-        catalogue = Catalogue(aliases=aliases, pool=pool)
+        catalogue = Catalogue(aliases=config.aliases, pool=pool)
         fetcher = fetch.Fetcher(
             session=hosts,
             allow_hosts=settings.media_allow_hosts,
@@ -98,10 +112,35 @@ def create_app(
         redirect_slashes=False,
         exception_handlers={HTTPException: raise_in_our_terms},
     )
-    app.add_middleware(RefuseWhileDraining, lifecycle=lifecycle)  # the last added is the outermost
+    app.add_middleware(  # the last added is the outermost
+        Authenticated, tenants=tenant_keys(config), metrics=metrics_keys(config)
+    )
+    app.add_middleware(RefuseWhileDraining, lifecycle=lifecycle)
     app.add_middleware(ErrorsInOpenAIShape)
     app.add_middleware(Observed, metrics=metrics)
     return app
+
+
+def _refuse_open_off_loopback(settings: Settings) -> None:
+    if not settings.is_loopback and not settings.allow_open:
+        raise ConfigurationError(
+            f"without API keys, everyone who can reach {settings.host} could use the gateway: name tenants with keys "
+            f"in the file of {PREFIX}CONFIG, or listen on 127.0.0.1, or set {PREFIX}ALLOW_OPEN=true"
+        )
+
+
+def _engine_key(settings: Settings) -> str | None:
+    if settings.engine_key_file is None:
+        return None
+    try:
+        key = settings.engine_key_file.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        key = ""
+    if not key.isprintable() or not key or " " in key:
+        raise ConfigurationError(
+            f"{settings.engine_key_file}: must be a readable file with an API key and nothing else"
+        )
+    return key
 
 
 def _store(settings: Settings) -> MediaStore | None:

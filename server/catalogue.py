@@ -1,7 +1,7 @@
 """The models clients may name: the operator's aliases, or what the engines serve."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from server.aliases import Alias, pass_through
@@ -18,22 +18,25 @@ class Catalogue:
         self._pool = pool
         self._created = int(time.time())
 
-    def resolve(self, name: str) -> Alias:
-        """Return the alias called `name`; raise UnknownModel, or EngineUnavailable if no engine has been seen yet."""
+    def resolve(self, name: str, *, allowed: Collection[str] | None = None) -> Alias:
+        """Return the alias called `name`; raise UnknownModel, or EngineUnavailable if no engine has been seen yet.
+
+        To a tenant that is `allowed` some models only, the others do not exist.
+        """
         offered = self._offered()
-        if name in offered:
+        if name in offered and (allowed is None or name in allowed):
             return offered[name]
         if not offered:
             raise EngineUnavailable("no engine is available, try again later")
         raise UnknownModel(f"the model {name[:200]!r} does not exist", param="model")
 
-    def cards(self) -> list[dict[str, Any]]:
+    def cards(self, *, allowed: Collection[str] | None = None) -> list[dict[str, Any]]:
         """Return OpenAI's model objects, each with the retention its alias gives and allows."""
-        return [self._card(alias) for alias in self._offered().values()]
+        return [self._card(alias) for name, alias in self._offered().items() if allowed is None or name in allowed]
 
-    def card(self, name: str) -> dict[str, Any]:
+    def card(self, name: str, *, allowed: Collection[str] | None = None) -> dict[str, Any]:
         """Return one model object; raises as `resolve` does."""
-        return self._card(self.resolve(name))
+        return self._card(self.resolve(name, allowed=allowed))
 
     def _offered(self) -> Mapping[str, Alias]:
         return pass_through(self._pool.models) if self._aliases is None else self._aliases

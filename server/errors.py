@@ -7,6 +7,7 @@ GatewayError
 │   ├── ForbiddenField        a field that only the operator may set
 │   ├── RetentionRefused      `aot.retention` is no number inside the alias's bounds
 │   └── MediaRefused          a video, image or audio clip that is not allowed, not fetched or not readable
+├── Unauthorized              no valid API key
 ├── RouteNotFound, MethodNotAllowed
 ├── UnknownModel
 ├── BodyTooLarge, BodyTimeout
@@ -56,6 +57,10 @@ class RetentionRefused(InvalidRequest):
 
 class MediaRefused(InvalidRequest):
     """A media part can't be taken."""
+
+
+class Unauthorized(GatewayError):  # noqa: N818
+    """The request has no API key, or none that is valid."""
 
 
 class RouteNotFound(GatewayError):  # noqa: N818
@@ -133,6 +138,7 @@ VERDICTS: dict[type[GatewayError], Verdict] = {
     ForbiddenField: Verdict(400, "invalid_request_error", "forbidden_field", code="forbidden_field"),
     RetentionRefused: Verdict(400, "invalid_request_error", "retention", code="invalid_retention"),
     MediaRefused: Verdict(400, "invalid_request_error", "media", code="invalid_media"),
+    Unauthorized: Verdict(401, "invalid_request_error", "unauthorized", code="invalid_api_key"),
     RouteNotFound: Verdict(404, "invalid_request_error", "not_found", code="not_found"),
     MethodNotAllowed: Verdict(405, "invalid_request_error", "not_found", code="method_not_allowed"),
     UnknownModel: Verdict(404, "invalid_request_error", "unknown_model", code="model_not_found"),
@@ -190,6 +196,8 @@ def _answer(verdict: Verdict, exc: GatewayError) -> ErrorAnswer:
         headers["x-should-retry"] = "false"
     if isinstance(exc, MethodNotAllowed):
         headers["allow"] = exc.allowed
+    if isinstance(exc, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
     error = {
         "message": exc.message,
         "type": verdict.type,

@@ -66,6 +66,7 @@ class Observed:
             extra={
                 "request_id": record.request_id,
                 "route": record.route,
+                "tenant": record.tenant,
                 "model": record.model,
                 "status": record.status,
                 "stream": record.stream,

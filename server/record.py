@@ -1,6 +1,6 @@
 """What one request has been through, for its headers, its metrics and its line in the log."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -32,6 +32,8 @@ class RequestRecord:
     video_tokens: tuple[int, int] | None = None
     tenant: str = ""
     """Who asks; empty where no API keys are configured."""
+    allowed_models: Collection[str] | None = None
+    """The models the tenant may use; None for all."""
     media_key: str | None = None
     """What the request's media are, by content: requests with the same key go to the same engine."""
     video_seconds: float = 0.0

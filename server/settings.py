@@ -64,6 +64,7 @@ class Settings(BaseSettings):
     port: int = Field(default=8080, ge=1, le=65535)
     engines: Annotated[Names, AfterValidator(_check_engines)] = ("http://127.0.0.1:8000",)
     config: Path | None = None
+    allow_open: bool = False
 
     max_body_bytes: int = Field(default=96 * MIB, ge=1024)
     body_seconds: float = Field(default=120, gt=0)
@@ -72,6 +73,7 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(default=30, ge=0)
     chat_template_kwargs: Names = ("enable_thinking",)
 
+    engine_key_file: Path | None = None
     engine_connect_seconds: float = Field(default=5, gt=0)
     engine_read_seconds: float = Field(default=600, gt=0)
     engine_health_seconds: float = Field(default=5, gt=0)

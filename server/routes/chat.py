@@ -99,7 +99,7 @@ class ChatCompletions:
         record.stream = chat.stream
         record.has_video = chat.has_video
         try:
-            alias = self.catalogue.resolve(chat.model)
+            alias = self.catalogue.resolve(chat.model, allowed=record.allowed_models)
         except UnknownModel:
             record.model = OTHER
             raise

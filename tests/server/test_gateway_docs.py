@@ -3,10 +3,9 @@
 import re
 from pathlib import Path
 
-import yaml
 from prometheus_client import CollectorRegistry
 
-from server.aliases import load_aliases
+from server.configuration import load
 from server.errors import ENGINE_VERDICTS, INTERNAL, VERDICTS, ClientGone
 from server.metrics import PREFIX as METRIC_PREFIX
 from server.metrics import Metrics
@@ -73,8 +72,8 @@ def test_the_error_table_names_the_headers():
 
 
 def test_the_example_configuration_is_one(tmp_path):
-    example = re.search(r"```yaml\n(.*?)```", TEXT, re.DOTALL)[1]
-    assert yaml.safe_load(example)
     path = tmp_path / "gateway.yaml"
-    path.write_text(example)
-    assert load_aliases(path)["llava-fast"].max_retention == 0.5
+    path.write_text("".join(re.findall(r"```yaml\n(.*?)```", TEXT, re.DOTALL)))
+    configuration = load(path)
+    assert configuration.aliases["llava-fast"].max_retention == 0.5
+    assert configuration.tenants["globex"].models == ("llava-fast",)

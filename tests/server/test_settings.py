@@ -21,12 +21,14 @@ GOOD = {
     "PORT": ("9000", 9000),
     "ENGINES": ("http://a:8000/, http://b:8001", ("http://a:8000", "http://b:8001")),
     "CONFIG": ("/etc/aot.yaml", Path("/etc/aot.yaml")),
+    "ALLOW_OPEN": ("true", True),
     "MAX_BODY_BYTES": ("4096", 4096),
     "BODY_SECONDS": ("3", 3.0),
     "MAX_CONCURRENCY": ("3", 3),
     "MAX_QUEUE": ("0", 0),
     "DRAIN_SECONDS": ("1.5", 1.5),
     "CHAT_TEMPLATE_KWARGS": ("enable_thinking,add_vision_id", ("enable_thinking", "add_vision_id")),
+    "ENGINE_KEY_FILE": ("/run/secrets/engine", Path("/run/secrets/engine")),
     "ENGINE_CONNECT_SECONDS": ("2", 2.0),
     "ENGINE_READ_SECONDS": ("60", 60.0),
     "ENGINE_HEALTH_SECONDS": ("0.5", 0.5),
@@ -135,7 +137,14 @@ def test_loopback_is_recognised(host, loopback):
 
 
 @pytest.mark.parametrize(
-    "environment", [{"AOT_GATEWAY_PORT": "x"}, {"AOT_GATEWAY_PROT": "1"}, {"AOT_GATEWAY_CONFIG": "/no/such.yaml"}]
+    "environment",
+    [
+        {"AOT_GATEWAY_PORT": "x"},
+        {"AOT_GATEWAY_PROT": "1"},
+        {"AOT_GATEWAY_CONFIG": "/no/such.yaml"},
+        {"AOT_GATEWAY_ENGINE_KEY_FILE": "/no/such.key"},
+        {"AOT_GATEWAY_HOST": "0.0.0.0"},
+    ],
 )
 def test_the_process_ends_with_code_2_and_a_readable_message(environment):
     ended = subprocess.run(
