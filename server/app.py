@@ -23,6 +23,7 @@ from server.media.probe import Prober
 from server.media.store import MediaStore
 from server.metrics import Metrics
 from server.middleware import ErrorsInOpenAIShape, Observed, RefuseWhileDraining, raise_in_our_terms
+from server.quotas import Counts, Limited, Quotas, shared_storage
 from server.routes.chat import PATH, ChatCompletions
 from server.routes.models import models_router
 from server.routes.ops import ops_router
@@ -47,6 +48,9 @@ def create_app(
     metrics = Metrics(registry or CollectorRegistry())
     lifecycle = lifecycle or Lifecycle(settings.drain_seconds)
 
+    counts = Counts(shared_storage(settings.limits_backend.get_secret_value()), metrics=metrics)
+    quotas = Quotas(limits_of=config.limits_of, counts=counts, metrics=metrics)
+
     @contextlib.asynccontextmanager
     async def running(app: FastAPI) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
@@ -68,6 +72,7 @@ def create_app(
         pool = EnginePool(
             settings.engines, session=engines, metrics=metrics, health_seconds=settings.engine_health_seconds
         )
+        stack.push_async_callback(counts.close)
         store = _store(settings)
         prober = Prober(seconds=settings.media_probe_seconds)
         stack.push_async_callback(prober.close)
@@ -91,6 +96,7 @@ def create_app(
                 metrics=metrics,
             ),
             upstream=Upstream(session=engines, pool=pool, metrics=metrics),
+            quotas=quotas,
             lifecycle=lifecycle,
             metrics=metrics,
             max_body_bytes=settings.max_body_bytes,
@@ -112,9 +118,8 @@ def create_app(
         redirect_slashes=False,
         exception_handlers={HTTPException: raise_in_our_terms},
     )
-    app.add_middleware(  # the last added is the outermost
-        Authenticated, tenants=tenant_keys(config), metrics=metrics_keys(config)
-    )
+    app.add_middleware(Limited, quotas=quotas)  # the last added is the outermost
+    app.add_middleware(Authenticated, tenants=tenant_keys(config), metrics=metrics_keys(config))
     app.add_middleware(RefuseWhileDraining, lifecycle=lifecycle)
     app.add_middleware(ErrorsInOpenAIShape)
     app.add_middleware(Observed, metrics=metrics)

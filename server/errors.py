@@ -11,6 +11,7 @@ GatewayError
 ├── RouteNotFound, MethodNotAllowed
 ├── UnknownModel
 ├── BodyTooLarge, BodyTimeout
+├── RateLimited               the tenant has used up what it may
 ├── Overloaded                queue or media store full
 ├── Draining                  the gateway is shutting down
 ├── EngineUnavailable         no engine took the request: nothing was spent
@@ -88,6 +89,15 @@ class BodyTimeout(GatewayError):  # noqa: N818
     """The body did not arrive in time."""
 
 
+class RateLimited(GatewayError):  # noqa: N818
+    """The tenant has used up one of its limits."""
+
+    def __init__(self, message: str, *, retry_after_seconds: int) -> None:
+        """Keep the time after which the request would fit."""
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
 class Overloaded(GatewayError):  # noqa: N818
     """Queue or store is full."""
 
@@ -144,6 +154,7 @@ VERDICTS: dict[type[GatewayError], Verdict] = {
     UnknownModel: Verdict(404, "invalid_request_error", "unknown_model", code="model_not_found"),
     BodyTimeout: Verdict(408, "invalid_request_error", "body_timeout", code="request_timeout"),
     BodyTooLarge: Verdict(413, "invalid_request_error", "body_too_large", code="request_too_large"),
+    RateLimited: Verdict(429, "rate_limit_error", "rate_limited", code="rate_limit_exceeded", retry_after_seconds=1),
     Overloaded: Verdict(429, "rate_limit_error", "queue_full", code="rate_limit_exceeded", retry_after_seconds=1),
     Draining: Verdict(503, "server_error", "draining", code="draining", retry_after_seconds=2),
     EngineUnavailable: Verdict(503, "server_error", "no_engine", code="engine_unavailable", retry_after_seconds=2),
@@ -196,6 +207,8 @@ def _answer(verdict: Verdict, exc: GatewayError) -> ErrorAnswer:
         headers["x-should-retry"] = "false"
     if isinstance(exc, MethodNotAllowed):
         headers["allow"] = exc.allowed
+    if isinstance(exc, RateLimited):
+        headers["retry-after"] = str(exc.retry_after_seconds)
     if isinstance(exc, Unauthorized):
         headers["www-authenticate"] = "Bearer"
     error = {

@@ -43,6 +43,7 @@ class Observed:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = record.request_id
                 headers["x-aot-gateway-overhead-ms"] = f"{record.overhead_ms():.3f}"
+                headers.update(record.headers)
             await send(message)
 
         try:

@@ -37,6 +37,10 @@ class RequestRecord:
     media_key: str | None = None
     """What the request's media are, by content: requests with the same key go to the same engine."""
     video_seconds: float = 0.0
+    tokens: int = 0
+    """What the request used so far: prompt and answer as the engine counts, or of an answer cut short what was seen."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """More headers for the answer, whatever it is."""
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yarl
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from server.errors import ConfigurationError
@@ -52,6 +52,17 @@ def _check_allowed_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(host.lower() for host in hosts)
 
 
+def _check_limits_backend(backend: SecretStr) -> SecretStr:
+    value = backend.get_secret_value()
+    try:
+        is_redis = yarl.URL(value).scheme in ("redis", "rediss") and bool(yarl.URL(value).host)
+    except ValueError:
+        is_redis = False
+    if value != "memory" and not is_redis:
+        raise ValueError("must be memory, redis://host:port/db or rediss://host:port/db")
+    return backend
+
+
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
@@ -66,6 +77,7 @@ class Settings(BaseSettings):
     config: Path | None = None
     allow_open: bool = False
 
+    limits_backend: Annotated[SecretStr, AfterValidator(_check_limits_backend)] = SecretStr("memory")
     max_body_bytes: int = Field(default=96 * MIB, ge=1024)
     body_seconds: float = Field(default=120, gt=0)
     max_concurrency: int = Field(default=128, ge=1)
@@ -151,5 +163,7 @@ def _explain(error: Any) -> str:
     name = PREFIX + str(error["loc"][0]).upper()
     rule = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should ")
     rule = rule if rule.startswith("must ") else f"must {rule}"
+    if Settings.model_fields[str(error["loc"][0])].annotation is SecretStr:
+        return f"{name} {rule}"
     value = error["input"] if isinstance(error["input"], str) else ",".join(map(str, error["input"]))
     return f"{name} {rule}, got '{value}'"

@@ -112,7 +112,7 @@ class Intake:
             data = await _off_loop(_decode, part.url, head.end(), size_bytes=len(part.url))
         part.is_plain = True
         with record.phase("probe"):
-            await self._check_video(data, _identified(data, "video"))
+            await self._check_video(data, _identified(data, "video"), record)
 
     async def _fetched(self, part: MediaPart, record: RequestRecord) -> Clip:
         async def fetch() -> Clip:
@@ -121,13 +121,13 @@ class Intake:
             found = _identified(data, part.kind)
             if part.kind == "video":
                 with record.phase("probe"):
-                    await self._check_video(data, found)
+                    await self._check_video(data, found, record)
             as_file = self._store is not None and part.kind == "video"
             return await _off_loop(_pack, data, found, as_file, size_bytes=len(data))
 
         return await self._downloads.run(f"{part.kind} {part.url}", fetch)
 
-    async def _check_video(self, data: bytes, found: FileType) -> None:
+    async def _check_video(self, data: bytes, found: FileType, record: RequestRecord) -> None:
         try:
             with ExitStack() as stack:
                 descriptor = await _off_loop(stack.enter_context, in_memory(data), size_bytes=len(data))
@@ -136,6 +136,7 @@ class Intake:
             raise MediaRefused(str(exc), code="invalid_video") from exc
         self._metrics.video_bytes.observe(len(data))
         self._metrics.video_duration.observe(facts.duration_seconds)
+        record.video_seconds += facts.duration_seconds
         if facts.duration_seconds > self._max_seconds:
             raise MediaRefused(
                 f"the video lasts {facts.duration_seconds:.6g} seconds, at most {self._max_seconds:g} are allowed",

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from prometheus_client import CollectorRegistry
+from pydantic import SecretStr
 
 from server.configuration import load
 from server.errors import ENGINE_VERDICTS, INTERNAL, VERDICTS, ClientGone
@@ -27,6 +28,8 @@ def quoted(cell: str) -> list[str]:
 
 
 def shown(default: object) -> str:
+    if isinstance(default, SecretStr):
+        default = default.get_secret_value()
     if default is None:
         return "none"
     if isinstance(default, tuple):

@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from server.errors import ConfigurationError
 from server.settings import PREFIX, Settings
@@ -22,6 +23,7 @@ GOOD = {
     "ENGINES": ("http://a:8000/, http://b:8001", ("http://a:8000", "http://b:8001")),
     "CONFIG": ("/etc/aot.yaml", Path("/etc/aot.yaml")),
     "ALLOW_OPEN": ("true", True),
+    "LIMITS_BACKEND": ("redis://:s3cret@cache:6379/1", SecretStr("redis://:s3cret@cache:6379/1")),
     "MAX_BODY_BYTES": ("4096", 4096),
     "BODY_SECONDS": ("3", 3.0),
     "MAX_CONCURRENCY": ("3", 3),
@@ -87,6 +89,16 @@ def test_a_bad_value_stops_the_start_naming_setting_value_and_what_is_allowed(na
     assert message.startswith(PREFIX + name)
     assert allowed in message
     assert text in message or text == ","
+
+
+@pytest.mark.parametrize("text", ["rdis://:s3cret@cache", "redis://:s3cret@", "s3cret", "redis://:s3cret@[::1"])
+def test_a_bad_backend_for_limits_is_not_quoted_as_it_may_hold_a_password(text, monkeypatch):
+    monkeypatch.setenv("AOT_GATEWAY_LIMITS_BACKEND", text)
+    with pytest.raises(ConfigurationError, match="AOT_GATEWAY_LIMITS_BACKEND must be memory, redis://") as caught:
+        Settings.from_environment()
+    assert "s3cret" not in str(caught.value)
+    monkeypatch.setenv("AOT_GATEWAY_LIMITS_BACKEND", "redis://:s3cret@cache")
+    assert "s3cret" not in repr(Settings.from_environment())
 
 
 @pytest.mark.parametrize("directory", [None, "relative", "/does/not/exist"])
