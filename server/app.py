@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
@@ -15,6 +16,7 @@ from server.auth import Authenticated, metrics_keys, tenant_keys
 from server.catalogue import Catalogue
 from server.engines import EnginePool
 from server.errors import ConfigurationError
+from server.files import FileStore
 from server.lifecycle import Lifecycle
 from server.limits import Gate
 from server.media import fetch
@@ -25,6 +27,7 @@ from server.metrics import Metrics
 from server.middleware import ErrorsInOpenAIShape, Observed, RefuseWhileDraining, raise_in_our_terms
 from server.quotas import Counts, Limited, Quotas, shared_storage
 from server.routes.chat import PATH, ChatCompletions
+from server.routes.files import files_router
 from server.routes.models import models_router
 from server.routes.ops import ops_router
 from server.settings import PREFIX, Settings
@@ -76,6 +79,7 @@ def create_app(
         store = _store(settings)
         prober = Prober(seconds=settings.media_probe_seconds)
         stack.push_async_callback(prober.close)
+        files = _files(settings, prober)
         catalogue = Catalogue(aliases=config.aliases, pool=pool)
         fetcher = fetch.Fetcher(
             session=hosts,
@@ -105,9 +109,10 @@ def create_app(
         )
         app.router.routes.append(Route(PATH, chat, methods=["POST"]))
         app.include_router(models_router(catalogue))
+        app.include_router(files_router(files, body_seconds=settings.body_seconds))
         app.include_router(ops_router(lifecycle=lifecycle, pool=pool, registry=metrics.registry))
         await pool.check()
-        for chore in [pool.watch(), *([] if store is None else [store.watch()])]:
+        for chore in [pool.watch(), *(keeper.watch() for keeper in (store, files) if keeper is not None)]:
             stack.push_async_callback(_ended, asyncio.create_task(chore))
 
     app = FastAPI(
@@ -116,7 +121,7 @@ def create_app(
         lifespan=running,
         openapi_url=None,
         redirect_slashes=False,
-        exception_handlers={HTTPException: raise_in_our_terms},
+        exception_handlers={HTTPException: raise_in_our_terms, RequestValidationError: raise_in_our_terms},
     )
     app.add_middleware(Limited, quotas=quotas)  # the last added is the outermost
     app.add_middleware(Authenticated, tenants=tenant_keys(config), metrics=metrics_keys(config))
@@ -153,6 +158,18 @@ def _store(settings: Settings) -> MediaStore | None:
         return None
     return MediaStore(
         settings.media_dir, max_bytes=settings.media_store_bytes, max_age_seconds=settings.media_store_seconds
+    )
+
+
+def _files(settings: Settings, prober: Prober) -> FileStore | None:
+    if settings.files_dir is None:
+        return None
+    return FileStore(
+        settings.files_dir,
+        prober=prober,
+        max_bytes=settings.media_max_bytes,
+        max_seconds=settings.media_max_seconds,
+        tenant_bytes=settings.files_tenant_bytes,
     )
 
 

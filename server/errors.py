@@ -9,7 +9,7 @@ GatewayError
 │   └── MediaRefused          a video, image or audio clip that is not allowed, not fetched or not readable
 ├── Unauthorized              no valid API key
 ├── RouteNotFound, MethodNotAllowed
-├── UnknownModel
+├── UnknownModel, UnknownFile
 ├── BodyTooLarge, BodyTimeout
 ├── RateLimited               the tenant has used up what it may
 ├── Overloaded                queue or media store full
@@ -79,6 +79,10 @@ class MethodNotAllowed(GatewayError):  # noqa: N818
 
 class UnknownModel(GatewayError):  # noqa: N818
     """The model is neither an alias nor served by an engine."""
+
+
+class UnknownFile(GatewayError):  # noqa: N818
+    """The tenant has no such file."""
 
 
 class BodyTooLarge(GatewayError):  # noqa: N818
@@ -152,6 +156,7 @@ VERDICTS: dict[type[GatewayError], Verdict] = {
     RouteNotFound: Verdict(404, "invalid_request_error", "not_found", code="not_found"),
     MethodNotAllowed: Verdict(405, "invalid_request_error", "not_found", code="method_not_allowed"),
     UnknownModel: Verdict(404, "invalid_request_error", "unknown_model", code="model_not_found"),
+    UnknownFile: Verdict(404, "invalid_request_error", "unknown_file", code="file_not_found"),
     BodyTimeout: Verdict(408, "invalid_request_error", "body_timeout", code="request_timeout"),
     BodyTooLarge: Verdict(413, "invalid_request_error", "body_too_large", code="request_too_large"),
     RateLimited: Verdict(429, "rate_limit_error", "rate_limited", code="rate_limit_exceeded", retry_after_seconds=1),

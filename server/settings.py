@@ -63,6 +63,11 @@ def _check_limits_backend(backend: SecretStr) -> SecretStr:
     return backend
 
 
+def _check_directory(name: str, directory: Path) -> None:
+    if not directory.is_absolute() or not directory.is_dir() or not os.access(directory, os.W_OK):
+        raise ValueError(f"{PREFIX}{name} must be the absolute path of a writable directory, got '{directory}'")
+
+
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
@@ -101,6 +106,9 @@ class Settings(BaseSettings):
     media_store_bytes: int = Field(default=10_240 * MIB, ge=1024)
     media_store_seconds: float = Field(default=3600, gt=0)
 
+    files_dir: Path | None = None
+    files_tenant_bytes: int = Field(default=10_240 * MIB, ge=1024)
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @model_validator(mode="after")
@@ -108,19 +116,20 @@ class Settings(BaseSettings):
         if self.media_handoff == "file":
             if self.media_dir is None:
                 raise ValueError(f"{PREFIX}MEDIA_DIR must be set when {PREFIX}MEDIA_HANDOFF is 'file'")
-            if (
-                not self.media_dir.is_absolute()
-                or not self.media_dir.is_dir()
-                or not os.access(self.media_dir, os.W_OK)
-            ):
-                raise ValueError(
-                    f"{PREFIX}MEDIA_DIR must be the absolute path of a writable directory, got '{self.media_dir}'"
-                )
+            _check_directory("MEDIA_DIR", self.media_dir)
             if self.media_store_bytes < self.media_max_bytes:
                 raise ValueError(
                     f"{PREFIX}MEDIA_STORE_BYTES must be at least {PREFIX}MEDIA_MAX_BYTES ({self.media_max_bytes}), "
                     f"got {self.media_store_bytes}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        if self.files_dir is not None:
+            _check_directory("FILES_DIR", self.files_dir)
+            if self.media_dir is not None and self.files_dir.resolve().is_relative_to(self.media_dir.resolve()):
+                raise ValueError(f"{PREFIX}FILES_DIR must not lie in {PREFIX}MEDIA_DIR, which engines read")
         return self
 
     @classmethod

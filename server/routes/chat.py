@@ -1,6 +1,5 @@
 """`POST /v1/chat/completions`: in, through, and out again."""
 
-import asyncio
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -11,14 +10,12 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from server.aliases import Alias
+from server.body import consume_body
 from server.catalogue import Catalogue
 from server.errors import (
-    BodyTimeout,
-    BodyTooLarge,
     ClientGone,
     EngineFailed,
     GatewayError,
-    InvalidRequest,
     UnknownModel,
     answer_to,
 )
@@ -205,26 +202,11 @@ def _with_savings(body: bytes, savings: Savings) -> bytes:
 
 
 async def read_body(headers: Headers, receive: Receive, *, max_bytes: int, seconds: float) -> bytes:
-    """Return the request's body; raise BodyTooLarge, BodyTimeout or ClientGone. A length that lies changes nothing."""
-    too_large = BodyTooLarge(f"the request body is larger than {max_bytes} bytes")
-    try:
-        if int(headers.get("content-length", "0")) > max_bytes:
-            raise too_large
-    except ValueError:
-        raise InvalidRequest("content-length must be a number") from None
-    pieces, size = [], 0
-    try:
-        async with asyncio.timeout(seconds):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone("the client closed the connection")
-                piece = message.get("body", b"")
-                size += len(piece)
-                if size > max_bytes:
-                    raise too_large
-                pieces.append(piece)
-                if not message.get("more_body", False):
-                    return b"".join(pieces)
-    except TimeoutError:
-        raise BodyTimeout(f"the request body did not arrive within {seconds:g} seconds") from None
+    """Return the request's body; raises as `consume_body` does."""
+    pieces: list[bytes] = []
+
+    async def keep(piece: bytes) -> None:
+        pieces.append(piece)
+
+    await consume_body(headers, receive, keep, max_bytes=max_bytes, seconds=seconds)
+    return b"".join(pieces)

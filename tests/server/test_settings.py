@@ -44,6 +44,8 @@ GOOD = {
     "MEDIA_PROBE_SECONDS": ("4", 4.0),
     "MEDIA_STORE_BYTES": ("100000", 100_000),
     "MEDIA_STORE_SECONDS": ("60", 60.0),
+    "FILES_DIR": ("/var/tmp", Path("/var/tmp")),
+    "FILES_TENANT_BYTES": ("4096", 4096),
     "LOG_LEVEL": ("debug", "debug"),
 }
 
@@ -166,3 +168,18 @@ def test_the_process_ends_with_code_2_and_a_readable_message(environment):
     assert ended.stderr.startswith("The gateway can't start:\n")
     assert next(iter(environment.values())) in ended.stderr or next(iter(environment)) in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("directory", ["relative", "/does/not/exist"])
+def test_files_need_a_writable_directory(directory, monkeypatch):
+    monkeypatch.setenv("AOT_GATEWAY_FILES_DIR", directory)
+    with pytest.raises(ConfigurationError, match="AOT_GATEWAY_FILES_DIR must be"):
+        Settings.from_environment()
+
+
+def test_files_must_not_lie_where_engines_read(monkeypatch, tmp_path):
+    (tmp_path / "files").mkdir()
+    monkeypatch.setenv("AOT_GATEWAY_MEDIA_DIR", str(tmp_path))
+    monkeypatch.setenv("AOT_GATEWAY_FILES_DIR", str(tmp_path / "files"))
+    with pytest.raises(ConfigurationError, match="AOT_GATEWAY_FILES_DIR must not lie in AOT_GATEWAY_MEDIA_DIR"):
+        Settings.from_environment()
