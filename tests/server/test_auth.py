@@ -153,7 +153,7 @@ async def test_the_engines_get_their_own_key_from_its_file(engine, tmp_path):
 
 
 async def test_over_sockets_a_refused_upload_gets_its_401(engine, config):
-    async with served(Settings(engines=(engine.url,), config=config)) as url, httpx.AsyncClient() as client:
+    async with served(Settings(engines=(engine.url,), config=config)) as url, httpx.AsyncClient(timeout=20) as client:
         answer = await client.post(url + CHAT, content=b" " * 10**6)
     assert answer.status_code == 401
 

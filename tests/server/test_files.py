@@ -296,7 +296,7 @@ async def test_an_upload_that_breaks_off_leaves_nothing_and_frees_its_room(engin
         await until(lambda: left_in(directory))
         writer.close()
         await until(lambda: not left_in(directory))
-        async with httpx.AsyncClient(base_url=url) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=20) as client:
             assert (await upload(client)).status_code == 200
 
 
