@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -11,7 +13,7 @@ from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from server import __version__, configuration
+from server import __version__, configuration, openapi
 from server.auth import Authenticated, metrics_keys, tenant_keys
 from server.catalogue import Catalogue
 from server.engines import EnginePool
@@ -110,16 +112,27 @@ def create_app(
         app.router.routes.append(Route(PATH, chat, methods=["POST"]))
         app.include_router(models_router(catalogue))
         app.include_router(files_router(files, body_seconds=settings.body_seconds))
-        app.include_router(ops_router(lifecycle=lifecycle, pool=pool, registry=metrics.registry))
+        app.include_router(
+            ops_router(lifecycle=lifecycle, pool=pool, registry=metrics.registry, document=functools.cache(described))
+        )
         await pool.check()
         for chore in [pool.watch(), *(keeper.watch() for keeper in (store, files) if keeper is not None)]:
             stack.push_async_callback(_ended, asyncio.create_task(chore))
+
+    def described() -> dict[str, Any]:
+        return openapi.document(
+            app.routes,
+            operations=openapi.OPERATIONS,
+            keys_needed=config.tenants is not None,
+            metrics_keys_needed=config.metrics_keys is not None,
+        )
 
     app = FastAPI(
         title="AOT gateway",
         version=__version__,
         lifespan=running,
-        openapi_url=None,
+        openapi_url=None,  # ours is a route like the others
+        generate_unique_id_function=lambda route: route.name,
         redirect_slashes=False,
         exception_handlers={HTTPException: raise_in_our_terms, RequestValidationError: raise_in_our_terms},
     )

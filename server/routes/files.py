@@ -9,9 +9,10 @@ from starlette.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
 from server.body import declared_length
-from server.errors import InvalidRequest, RouteNotFound
+from server.errors import BodyTimeout, BodyTooLarge, InvalidRequest, MediaRefused, RouteNotFound, UnknownFile
 from server.files import ID_PATTERN, FileObject, FilePage, FileStore, Order
 from server.forms import read_form
+from server.openapi import refusals
 from server.record import STATE_KEY, RequestRecord
 
 PATH = "/v1/files"
@@ -22,6 +23,19 @@ MAX_FILENAME_CHARACTERS = 255
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _DIGITS = re.compile(r"[0-9]{1,10}")
 _FIELDS = ("purpose", _ANCHOR, _SECONDS)
+
+UPLOAD = {
+    "type": "object",
+    "properties": {
+        "file": {"type": "string", "contentMediaType": "application/octet-stream"},
+        "purpose": {"const": PURPOSE},
+        _ANCHOR: {"const": "created_at"},
+        _SECONDS: {"type": "integer", "minimum": SHORTEST_SECONDS, "maximum": LONGEST_SECONDS},
+    },
+    "required": ["file", "purpose"],
+    "dependentRequired": {_ANCHOR: [_SECONDS], _SECONDS: [_ANCHOR]},
+    "additionalProperties": False,
+}
 
 
 class DeletedFile(BaseModel):
@@ -52,7 +66,11 @@ def files_router(store: FileStore | None, *, body_seconds: float) -> APIRouter:
             raise RouteNotFound("this gateway keeps no files: AOT_GATEWAY_FILES_DIR is not set", code="files_disabled")
         return store, record
 
-    @router.post(PATH)
+    @router.post(
+        PATH,
+        responses=refusals(InvalidRequest, MediaRefused, RouteNotFound, BodyTooLarge, BodyTimeout),
+        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": UPLOAD}}}},
+    )
     async def create_file(request: Request) -> FileObject:
         files, record = begin(request, PATH)
         size_bytes = declared_length(request.headers)
@@ -74,7 +92,7 @@ def files_router(store: FileStore | None, *, body_seconds: float) -> APIRouter:
                     expires_after_seconds=expires_after_seconds,
                 )
 
-    @router.get(PATH)
+    @router.get(PATH, responses=refusals(InvalidRequest, RouteNotFound))
     async def list_files(
         request: Request,
         after: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
@@ -87,18 +105,23 @@ def files_router(store: FileStore | None, *, body_seconds: float) -> APIRouter:
             return FilePage(data=[], first_id=None, last_id=None, has_more=False)
         return await files.page(tenant=record.tenant, after=after, limit=limit, order=order)
 
-    @router.get(PATH + "/{file_id}")
+    @router.get(PATH + "/{file_id}", responses=refusals(UnknownFile, RouteNotFound))
     async def retrieve_file(file_id: str, request: Request) -> FileObject:
         files, record = begin(request, PATH + "/{id}")
         return await files.get(file_id, tenant=record.tenant)
 
-    @router.delete(PATH + "/{file_id}")
+    @router.delete(PATH + "/{file_id}", responses=refusals(UnknownFile, RouteNotFound))
     async def delete_file(file_id: str, request: Request) -> DeletedFile:
         files, record = begin(request, PATH + "/{id}")
         await files.delete(file_id, tenant=record.tenant)
         return DeletedFile(id=file_id)
 
-    @router.get(PATH + "/{file_id}/content", response_class=WholeFile)
+    @router.get(
+        PATH + "/{file_id}/content",
+        response_class=WholeFile,
+        responses=refusals(UnknownFile, RouteNotFound)
+        | {200: {"description": "The video", "content": {"video/*": {}}}},
+    )
     async def retrieve_file_content(file_id: str, request: Request) -> WholeFile:
         files, record = begin(request, PATH + "/{id}/content")
         file = await files.get(file_id, tenant=record.tenant)
