@@ -53,8 +53,6 @@ def main() -> int:
         sys.stderr.write(f"The gateway can't start:\n{exc}\n")
         return BAD_SETTINGS
     logs.configure(settings.log_level)
-    if not settings.is_loopback:
-        logger.warning("THE GATEWAY IS OPEN TO EVERYONE WHO CAN REACH IT: no API keys are configured")
     config = uvicorn.Config(
         app,
         host=settings.host,

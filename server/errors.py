@@ -7,9 +7,11 @@ GatewayError
 │   ├── ForbiddenField        a field that only the operator may set
 │   ├── RetentionRefused      `aot.retention` is no number inside the alias's bounds
 │   └── MediaRefused          a video, image or audio clip that is not allowed, not fetched or not readable
+├── Unauthorized              no valid API key
 ├── RouteNotFound, MethodNotAllowed
-├── UnknownModel
+├── UnknownModel, UnknownFile
 ├── BodyTooLarge, BodyTimeout
+├── RateLimited               the tenant has used up what it may
 ├── Overloaded                queue, downloads or media store full
 ├── Draining                  the gateway is shutting down
 ├── EngineUnavailable         no engine took the request: nothing was spent
@@ -58,6 +60,10 @@ class MediaRefused(InvalidRequest):
     """A media part can't be taken."""
 
 
+class Unauthorized(GatewayError):  # noqa: N818
+    """The request has no API key, or none that is valid."""
+
+
 class RouteNotFound(GatewayError):  # noqa: N818
     """No such route."""
 
@@ -75,12 +81,25 @@ class UnknownModel(GatewayError):  # noqa: N818
     """The model is neither an alias nor served by an engine."""
 
 
+class UnknownFile(GatewayError):  # noqa: N818
+    """The tenant has no such file."""
+
+
 class BodyTooLarge(GatewayError):  # noqa: N818
     """The body passed its size limit."""
 
 
 class BodyTimeout(GatewayError):  # noqa: N818
     """The body did not arrive in time."""
+
+
+class RateLimited(GatewayError):  # noqa: N818
+    """The tenant has used up one of its limits."""
+
+    def __init__(self, message: str, *, retry_after_seconds: int) -> None:
+        """Keep the time after which the request would fit."""
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
 
 
 class Overloaded(GatewayError):  # noqa: N818
@@ -133,11 +152,14 @@ VERDICTS: dict[type[GatewayError], Verdict] = {
     ForbiddenField: Verdict(400, "invalid_request_error", "forbidden_field", code="forbidden_field"),
     RetentionRefused: Verdict(400, "invalid_request_error", "retention", code="invalid_retention"),
     MediaRefused: Verdict(400, "invalid_request_error", "media", code="invalid_media"),
+    Unauthorized: Verdict(401, "invalid_request_error", "unauthorized", code="invalid_api_key"),
     RouteNotFound: Verdict(404, "invalid_request_error", "not_found", code="not_found"),
     MethodNotAllowed: Verdict(405, "invalid_request_error", "not_found", code="method_not_allowed"),
     UnknownModel: Verdict(404, "invalid_request_error", "unknown_model", code="model_not_found"),
+    UnknownFile: Verdict(404, "invalid_request_error", "unknown_file", code="file_not_found"),
     BodyTimeout: Verdict(408, "invalid_request_error", "body_timeout", code="request_timeout"),
     BodyTooLarge: Verdict(413, "invalid_request_error", "body_too_large", code="request_too_large"),
+    RateLimited: Verdict(429, "rate_limit_error", "rate_limited", code="rate_limit_exceeded", retry_after_seconds=1),
     Overloaded: Verdict(429, "rate_limit_error", "queue_full", code="rate_limit_exceeded", retry_after_seconds=1),
     Draining: Verdict(503, "server_error", "draining", code="draining", retry_after_seconds=2),
     EngineUnavailable: Verdict(503, "server_error", "no_engine", code="engine_unavailable", retry_after_seconds=2),
@@ -190,6 +212,10 @@ def _answer(verdict: Verdict, exc: GatewayError) -> ErrorAnswer:
         headers["x-should-retry"] = "false"
     if isinstance(exc, MethodNotAllowed):
         headers["allow"] = exc.allowed
+    if isinstance(exc, RateLimited):
+        headers["retry-after"] = str(exc.retry_after_seconds)
+    if isinstance(exc, Unauthorized):
+        headers["www-authenticate"] = "Bearer"
     error = {
         "message": exc.message,
         "type": verdict.type,

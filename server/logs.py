@@ -40,3 +40,4 @@ def configure(level: str, stream: TextIO | None = None) -> None:
         logger.propagate = False
         logger.setLevel(level.upper())
     logging.getLogger("asyncio").handlers = [handler]
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # below is what clients send, which they are told

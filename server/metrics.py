@@ -8,6 +8,7 @@ from server import __version__
 
 PREFIX: Final = "aot_gateway_"
 NO_MODEL: Final = "none"  # the request ended before it named one
+NO_TENANT: Final = "none"  # the gateway is open
 OTHER: Final = "other"  # it named one that does not exist
 
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -20,7 +21,7 @@ _SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
 
 
 class Metrics:
-    """The gateway's metrics. Labels come from closed sets: routes, configured models, reasons, engine numbers."""
+    """The gateway's metrics. Labels come from closed sets: routes, reasons, engine numbers, what is configured."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         """Register everything on `registry`."""
@@ -64,6 +65,12 @@ class Metrics:
         self.video_duration = histogram("video_duration_seconds", "Duration of each video taken in", _SECONDS)
         self.probes = counter("probes_total", "Media looked into; those seen before are not looked into again")
         self.rejections = counter("rejections_total", "Requests that ended in an error, by reason", "reason")
+        self.tenant_usage = counter(
+            "tenant_usage_total", "What tenants used: requests, tokens, video_seconds", "tenant", "unit"
+        )
+        self.limits_backend_up = gauge(
+            "limits_backend_up", "0 while limits are not shared because Redis is out of reach"
+        )
         self.upstream_retries = counter(
             "upstream_retries_total", "Requests sent to another engine, by what the first one did", "reason"
         )

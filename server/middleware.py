@@ -5,13 +5,14 @@ import re
 from time import perf_counter
 from uuid import uuid4
 
+from fastapi.exceptions import RequestValidationError
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.errors import ErrorAnswer, GatewayError, MethodNotAllowed, RouteNotFound, answer_to
+from server.errors import ErrorAnswer, GatewayError, InvalidRequest, MethodNotAllowed, RouteNotFound, answer_to
 from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.record import STATE_KEY, RequestRecord
@@ -43,6 +44,7 @@ class Observed:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = record.request_id
                 headers["x-aot-gateway-overhead-ms"] = f"{record.overhead_ms():.3f}"
+                headers.update(record.headers)
             await send(message)
 
         try:
@@ -66,6 +68,7 @@ class Observed:
             extra={
                 "request_id": record.request_id,
                 "route": record.route,
+                "tenant": record.tenant,
                 "model": record.model,
                 "status": record.status,
                 "stream": record.stream,
@@ -132,7 +135,12 @@ def note(record: RequestRecord, answer: ErrorAnswer) -> None:
 
 
 async def raise_in_our_terms(request: Request, exc: Exception) -> Response:
-    """Turn the framework's own refusals, of paths and methods, into GatewayErrors."""
+    """Turn the framework's own refusals, of paths, methods and parameters, into GatewayErrors."""
+    if isinstance(exc, RequestValidationError):
+        error = exc.errors()[0]
+        name = str(error["loc"][-1])[:80]
+        rule = str(error["msg"]).removeprefix("Input should ").removeprefix("String should ")
+        raise InvalidRequest(f"{name} must {rule}", param=name) from exc
     if isinstance(exc, HTTPException) and exc.status_code == 405:
         allowed = (exc.headers or {}).get("Allow", "")
         raise MethodNotAllowed(f"{request.method[:16]} is not allowed on this path", allowed=allowed) from exc

@@ -1,6 +1,6 @@
 """What one request has been through, for its headers, its metrics and its line in the log."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -32,9 +32,15 @@ class RequestRecord:
     video_tokens: tuple[int, int] | None = None
     tenant: str = ""
     """Who asks; empty where no API keys are configured."""
+    allowed_models: Collection[str] | None = None
+    """The models the tenant may use; None for all."""
     media_key: str | None = None
     """What the request's media are, by content: requests with the same key go to the same engine."""
     video_seconds: float = 0.0
+    tokens: int = 0
+    """What the request used so far: prompt and answer as the engine counts, or of an answer cut short what was seen."""
+    headers: dict[str, str] = field(default_factory=dict)
+    """More headers for the answer, whatever it is."""
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:

@@ -5,7 +5,7 @@ import ipaddress
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yarl
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, model_validator
@@ -59,6 +59,22 @@ def _check_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(host.lower() for host in hosts)
 
 
+def _check_limits_backend(backend: SecretStr) -> SecretStr:
+    value = backend.get_secret_value()
+    try:
+        is_redis = yarl.URL(value).scheme in ("redis", "rediss") and bool(yarl.URL(value).host)
+    except ValueError:
+        is_redis = False
+    if value != "memory" and not is_redis:
+        raise ValueError("must be memory, redis://host:port/db or rediss://host:port/db")
+    return backend
+
+
+def _check_directory(name: str, directory: Path) -> None:
+    if not directory.is_absolute() or not directory.is_dir() or not os.access(directory, os.W_OK):
+        raise ValueError(f"{PREFIX}{name} must be the absolute path of a writable directory, got '{directory}'")
+
+
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
@@ -71,7 +87,9 @@ class Settings(BaseSettings):
     port: int = Field(default=8080, ge=1, le=65535)
     engines: Annotated[Names, AfterValidator(_check_engines)] = ("http://127.0.0.1:8000",)
     config: Path | None = None
+    allow_open: bool = False
 
+    limits_backend: Annotated[SecretStr, AfterValidator(_check_limits_backend)] = SecretStr("memory")
     max_body_bytes: int = Field(default=96 * MIB, ge=1024)
     body_seconds: float = Field(default=120, gt=0)
     max_concurrency: int = Field(default=128, ge=1)
@@ -79,6 +97,7 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(default=30, ge=0)
     chat_template_kwargs: Names = ("enable_thinking",)
 
+    engine_key_file: Path | None = None
     engine_connect_seconds: float = Field(default=5, gt=0)
     engine_read_seconds: float = Field(default=600, gt=0)
     engine_health_seconds: float = Field(default=5, gt=0)
@@ -101,6 +120,9 @@ class Settings(BaseSettings):
     media_store_seconds: float = Field(default=3600, gt=0)
     media_secret: SecretStr | None = Field(default=None, min_length=16)
 
+    files_dir: Path | None = None
+    files_tenant_bytes: int = Field(default=10_240 * MIB, ge=1024)
+
     log_level: Literal["debug", "info", "warning", "error"] = "info"
 
     @model_validator(mode="after")
@@ -108,19 +130,20 @@ class Settings(BaseSettings):
         if self.media_handoff == "file":
             if self.media_dir is None:
                 raise ValueError(f"{PREFIX}MEDIA_DIR must be set when {PREFIX}MEDIA_HANDOFF is 'file'")
-            if (
-                not self.media_dir.is_absolute()
-                or not self.media_dir.is_dir()
-                or not os.access(self.media_dir, os.W_OK)
-            ):
-                raise ValueError(
-                    f"{PREFIX}MEDIA_DIR must be the absolute path of a writable directory, got '{self.media_dir}'"
-                )
+            _check_directory("MEDIA_DIR", self.media_dir)
             if self.media_store_bytes < self.media_max_bytes:
                 raise ValueError(
                     f"{PREFIX}MEDIA_STORE_BYTES must be at least {PREFIX}MEDIA_MAX_BYTES ({self.media_max_bytes}), "
                     f"got {self.media_store_bytes}"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        if self.files_dir is not None:
+            _check_directory("FILES_DIR", self.files_dir)
+            if self.media_dir is not None and self.files_dir.resolve().is_relative_to(self.media_dir.resolve()):
+                raise ValueError(f"{PREFIX}FILES_DIR must not lie in {PREFIX}MEDIA_DIR, which engines read")
         return self
 
     @classmethod
@@ -163,7 +186,8 @@ def _explain(error: Any) -> str:
     name = PREFIX + str(error["loc"][0]).upper()
     rule = str(error["msg"]).removeprefix("Value error, ").removeprefix("Input should ")
     rule = rule if rule.startswith("must ") else f"must {rule}"
-    if error["loc"][0] == "media_secret":
+    annotation = Settings.model_fields[str(error["loc"][0])].annotation
+    if SecretStr in (annotation, *get_args(annotation)):
         return f"{name} {rule}"
     value = error["input"] if isinstance(error["input"], str) else ",".join(map(str, error["input"]))
     return f"{name} {rule}, got '{value}'"

@@ -6,6 +6,7 @@ from typing import Any
 
 from server.errors import EngineFailed, GatewayError, engine_error
 from server.savings import Savings
+from server.usage import tokens_of
 
 LONGEST_EVENT_BYTES = 16 * 2**20
 _EVENT = re.compile(rb".*?(?:\r\n\r\n|\n\n)", re.DOTALL)
@@ -16,8 +17,9 @@ _TOKEN_FIELDS = ("content", "reasoning", "reasoning_content", "tool_calls", "ref
 class ChatStream:
     """Takes an engine's stream in pieces of any size and returns the bytes for the client.
 
-    After each `feed`: `tokens` counts the chunks that carried output, `failure` is set if the engine reported an
-    error in the stream, and `done` if the stream came to its proper end.
+    After each `feed`: `tokens` counts the chunks that carried output, `total_tokens` is the engine's count of prompt
+    and answer once it has given it, `failure` is set if the engine reported an error in the stream, and `done` if the
+    stream came to its proper end.
     """
 
     def __init__(self, *, savings: Savings | None, usage_wanted: bool) -> None:
@@ -26,6 +28,7 @@ class ChatStream:
         self._usage_wanted = usage_wanted
         self._tail = b""
         self.tokens = 0
+        self.total_tokens = 0
         self.done = False
         self.failure: GatewayError | None = None
 
@@ -69,6 +72,7 @@ class ChatStream:
             self.failure = _stream_error(chunk)
             return b""
         if has_usage and chunk.get("choices") == [] and isinstance(chunk.get("usage"), dict):
+            self.total_tokens = tokens_of(chunk["usage"])
             return self._usage(event, chunk)
         if self.tokens or _carries_output(chunk):
             self.tokens += 1

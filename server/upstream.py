@@ -24,8 +24,9 @@ ERROR_BODY_BYTES = 64 * 1024
 KEEPALIVE_SECONDS = 3.0
 
 
-def new_session(*, connect_seconds: float, read_seconds: float) -> aiohttp.ClientSession:
-    """Return a session for talking to engines. The queue bounds its connections."""
+def new_session(*, connect_seconds: float, read_seconds: float, api_key: str | None = None) -> aiohttp.ClientSession:
+    """Return a session for talking to engines, which may want an API key. The queue bounds its connections."""
+    authorization = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
     timing = aiohttp.TraceConfig()
     timing.on_connection_create_end.append(_note_connected)
     timing.on_connection_reuseconn.append(_note_connected)
@@ -33,7 +34,7 @@ def new_session(*, connect_seconds: float, read_seconds: float) -> aiohttp.Clien
         connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds, sock_read=read_seconds),
         cookie_jar=aiohttp.DummyCookieJar(),
-        headers={"accept-encoding": "identity", "user-agent": "aot-gateway"},
+        headers={"accept-encoding": "identity", "user-agent": "aot-gateway", **authorization},
         trace_configs=[timing],
     )
 

@@ -1,6 +1,5 @@
 """`POST /v1/chat/completions`: in, through, and out again."""
 
-import asyncio
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -11,14 +10,12 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from server.aliases import Alias
+from server.body import consume_body
 from server.catalogue import Catalogue
 from server.errors import (
-    BodyTimeout,
-    BodyTooLarge,
     ClientGone,
     EngineFailed,
     GatewayError,
-    InvalidRequest,
     UnknownModel,
     answer_to,
 )
@@ -27,11 +24,13 @@ from server.limits import Gate
 from server.media.intake import Intake
 from server.metrics import OTHER, Metrics
 from server.middleware import note
+from server.quotas import Quotas
 from server.record import STATE_KEY, RequestRecord
 from server.savings import Savings
 from server.schemas import ChatRequest, parse_chat_request
 from server.sse import ChatStream
 from server.upstream import Exchange, Upstream
+from server.usage import tokens_in
 
 PATH = "/v1/chat/completions"
 
@@ -44,6 +43,7 @@ class ChatCompletions:
     gate: Gate
     intake: Intake
     upstream: Upstream
+    quotas: Quotas
     lifecycle: Lifecycle
     metrics: Metrics
     max_body_bytes: int
@@ -79,6 +79,7 @@ class ChatCompletions:
     async def _serve(self, chat: ChatRequest, alias: Alias, record: RequestRecord, answer: "_Answer") -> bytes:
         """Do everything but send the last piece, which is returned. A video's copies are let go as early as can be."""
         async with self.intake.taken(chat, record):
+            await self.quotas.take_video(record)
             with record.phase("parse"):
                 chat.address_to(alias)
                 body = chat.serialise()
@@ -91,7 +92,7 @@ class ChatCompletions:
                     self._count(exchange.savings, record)
                     if chat.stream:
                         return await self._stream(exchange, chat, record, answer)
-                    return await _whole(exchange, answer)
+                    return await _whole(exchange, record, answer)
 
     def _read(self, body: bytes, record: RequestRecord) -> tuple[ChatRequest, Alias]:
         with record.phase("parse"):
@@ -99,7 +100,7 @@ class ChatCompletions:
         record.stream = chat.stream
         record.has_video = chat.has_video
         try:
-            alias = self.catalogue.resolve(chat.model)
+            alias = self.catalogue.resolve(chat.model, allowed=record.allowed_models)
         except UnknownModel:
             record.model = OTHER
             raise
@@ -110,6 +111,7 @@ class ChatCompletions:
     def _count(self, savings: Savings | None, record: RequestRecord) -> None:
         if savings is not None:
             record.video_tokens = (savings.before, savings.after)
+            record.tokens = savings.after
             self.metrics.video_tokens.labels(record.model, "before").inc(savings.before)
             self.metrics.video_tokens.labels(record.model, "after").inc(savings.after)
             self.metrics.video_retention.labels(record.model).observe(savings.after / savings.before)
@@ -120,9 +122,10 @@ class ChatCompletions:
         answer.address(exchange, {"cache-control": "no-cache", "x-accel-buffering": "no"})
         await answer.start()
         stream = ChatStream(savings=exchange.savings, usage_wanted=chat.usage_wanted)
-        tokens, latest = 0, record.received
+        tokens, latest, prompt_tokens = 0, record.received, record.tokens
         async for piece in exchange.pieces():
             passed = stream.feed(piece)
+            record.tokens = stream.total_tokens or prompt_tokens + stream.tokens
             if stream.tokens > tokens:
                 now = perf_counter()
                 self._time(stream.tokens - tokens, now - latest, is_first=tokens == 0, record=record)
@@ -176,8 +179,9 @@ class _Answer:
         await self._send({"type": "http.response.body", "body": body})
 
 
-async def _whole(exchange: Exchange, answer: _Answer) -> bytes:
+async def _whole(exchange: Exchange, record: RequestRecord, answer: _Answer) -> bytes:
     body = await exchange.read()
+    record.tokens = tokens_in(body)
     if exchange.savings is not None:
         body = _with_savings(body, exchange.savings)
     answer.address(exchange, {"content-length": str(len(body))})
@@ -198,26 +202,11 @@ def _with_savings(body: bytes, savings: Savings) -> bytes:
 
 
 async def read_body(headers: Headers, receive: Receive, *, max_bytes: int, seconds: float) -> bytes:
-    """Return the request's body; raise BodyTooLarge, BodyTimeout or ClientGone. A length that lies changes nothing."""
-    too_large = BodyTooLarge(f"the request body is larger than {max_bytes} bytes")
-    try:
-        if int(headers.get("content-length", "0")) > max_bytes:
-            raise too_large
-    except ValueError:
-        raise InvalidRequest("content-length must be a number") from None
-    pieces, size = [], 0
-    try:
-        async with asyncio.timeout(seconds):
-            while True:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone("the client closed the connection")
-                piece = message.get("body", b"")
-                size += len(piece)
-                if size > max_bytes:
-                    raise too_large
-                pieces.append(piece)
-                if not message.get("more_body", False):
-                    return b"".join(pieces)
-    except TimeoutError:
-        raise BodyTimeout(f"the request body did not arrive within {seconds:g} seconds") from None
+    """Return the request's body; raises as `consume_body` does."""
+    pieces: list[bytes] = []
+
+    async def keep(piece: bytes) -> None:
+        pieces.append(piece)
+
+    await consume_body(headers, receive, keep, max_bytes=max_bytes, seconds=seconds)
+    return b"".join(pieces)

@@ -30,12 +30,12 @@ def free_port() -> int:
 
 
 @contextlib.asynccontextmanager
-async def gateway(engine: EngineDouble | None = None, *, network=None, uploads=None, **settings):
+async def gateway(engine: EngineDouble | None = None, *, network=None, **settings):
     """An HTTP client of the gateway's ASGI app, with `client.registry` to read metrics from."""
     if engine is not None:
         settings.setdefault("engines", (engine.url,))
     registry = CollectorRegistry()
-    app = create_app(Settings(**settings), registry=registry, network=network, uploads=uploads)
+    app = create_app(Settings(**settings), registry=registry, network=network)
     async with app.router.lifespan_context(app), client_of(app) as client:
         client.registry = registry
         yield client

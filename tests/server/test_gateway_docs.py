@@ -1,16 +1,26 @@
 """docs/gateway.md says what the code does."""
 
+import asyncio
+import json
+import os
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
-import yaml
+import pytest
 from prometheus_client import CollectorRegistry
+from pydantic import SecretStr
 
-from server.aliases import load_aliases
+from server.configuration import load
 from server.errors import ENGINE_VERDICTS, INTERNAL, VERDICTS, ClientGone
+from server.keys import digest_of, new_key
 from server.metrics import PREFIX as METRIC_PREFIX
 from server.metrics import Metrics
 from server.settings import PREFIX, Settings
+from tests.server.clips import clip
+from tests.server.harness import served
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = (ROOT / "docs" / "gateway.md").read_text(encoding="utf-8")
@@ -28,6 +38,8 @@ def quoted(cell: str) -> list[str]:
 
 
 def shown(default: object) -> str:
+    if isinstance(default, SecretStr):
+        default = default.get_secret_value()
     if default is None:
         return "none"
     if isinstance(default, tuple):
@@ -72,9 +84,65 @@ def test_the_error_table_names_the_headers():
         assert ("`x-should-retry: false`" in row[3]) == any(v.retry_is_waste for v in verdicts), row
 
 
+def blocks(language: str) -> list[str]:
+    """The examples in a language."""
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
+
+
 def test_the_example_configuration_is_one(tmp_path):
-    example = re.search(r"```yaml\n(.*?)```", TEXT, re.DOTALL)[1]
-    assert yaml.safe_load(example)
     path = tmp_path / "gateway.yaml"
-    path.write_text(example)
-    assert load_aliases(path)["llava-fast"].max_retention == 0.5
+    path.write_text("".join(blocks("yaml")))
+    configuration = load(path)
+    assert configuration.aliases["llava-fast"].max_retention == 0.5
+    assert configuration.tenants["globex"].models == ("llava-fast",)
+
+
+@pytest.fixture
+async def run_example(engine, tmp_path):
+    """Runs a command against a gateway with the example configuration, beside a clip; returns what it printed."""
+    key = new_key()
+    (tmp_path / "clip.mp4").write_bytes(clip())
+    (tmp_path / "files").mkdir()
+    engine.models = ["llava-hf/llava-onevision-qwen2-7b-ov-hf"]
+    config = tmp_path / "gateway.yaml"
+    config.write_text(re.sub(r"[0-9a-f]{64}", digest_of(key.encode()), "".join(blocks("yaml")), count=1))
+    settings = Settings(engines=(engine.url,), config=config, files_dir=tmp_path / "files")
+    async with served(settings) as url:
+
+        async def run(*command: str) -> str:
+            ended = await asyncio.to_thread(
+                subprocess.run,
+                [part.replace("http://127.0.0.1:8080", url) for part in command],
+                cwd=tmp_path,
+                env={"PATH": os.environ["PATH"], "AOT_API_KEY": key},
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+            assert ended.returncode == 0, ended.stderr + ended.stdout
+            return ended.stdout
+
+        run.directory = tmp_path
+        yield run
+
+
+async def test_the_examples_with_the_sdk_run(run_example):
+    printed = await run_example(sys.executable, "-c", "\n".join(blocks("python")))
+    answer, tokens, file = printed.splitlines()
+    assert answer.startswith("Ein Hund")
+    assert "'after': 627" in answer
+    assert tokens == "400000 of 400000 tokens left"
+    assert re.fullmatch(r"file-[0-9a-f]{32} 2\.0 seconds \['clip\.mp4'\]", file)
+    assert (run_example.directory / "copy.mp4").read_bytes() == clip()
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed: the examples with it go untested")
+async def test_the_examples_with_curl_run(run_example):
+    commands = [block.removeprefix("$ ") for block in blocks("console") if block.startswith("$ curl")]
+    assert len(commands) >= 2
+    printed = [
+        await run_example("bash", "-ec", command.replace("curl", "curl -sS --fail-with-body", 1))
+        for command in commands
+    ]
+    assert json.loads(printed[0])["usage"]["video_tokens"]["after"] == 627
+    assert json.loads(printed[1])["filename"] == "clip.mp4"

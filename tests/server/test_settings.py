@@ -22,12 +22,15 @@ GOOD = {
     "PORT": ("9000", 9000),
     "ENGINES": ("http://a:8000/, http://b:8001", ("http://a:8000", "http://b:8001")),
     "CONFIG": ("/etc/aot.yaml", Path("/etc/aot.yaml")),
+    "ALLOW_OPEN": ("true", True),
+    "LIMITS_BACKEND": ("redis://:s3cret@cache:6379/1", SecretStr("redis://:s3cret@cache:6379/1")),
     "MAX_BODY_BYTES": ("4096", 4096),
     "BODY_SECONDS": ("3", 3.0),
     "MAX_CONCURRENCY": ("3", 3),
     "MAX_QUEUE": ("0", 0),
     "DRAIN_SECONDS": ("1.5", 1.5),
     "CHAT_TEMPLATE_KWARGS": ("enable_thinking,add_vision_id", ("enable_thinking", "add_vision_id")),
+    "ENGINE_KEY_FILE": ("/run/secrets/engine", Path("/run/secrets/engine")),
     "ENGINE_CONNECT_SECONDS": ("2", 2.0),
     "ENGINE_READ_SECONDS": ("60", 60.0),
     "ENGINE_HEALTH_SECONDS": ("0.5", 0.5),
@@ -48,6 +51,8 @@ GOOD = {
     "MEDIA_PROBE_SECONDS": ("4", 4.0),
     "MEDIA_STORE_BYTES": ("100000", 100_000),
     "MEDIA_STORE_SECONDS": ("60", 60.0),
+    "FILES_DIR": ("/var/tmp", Path("/var/tmp")),
+    "FILES_TENANT_BYTES": ("4096", 4096),
     "LOG_LEVEL": ("debug", "debug"),
 }
 
@@ -95,6 +100,16 @@ def test_a_bad_value_stops_the_start_naming_setting_value_and_what_is_allowed(na
     assert message.startswith(PREFIX + name)
     assert allowed in message
     assert text in message or text == ","
+
+
+@pytest.mark.parametrize("text", ["rdis://:s3cret@cache", "redis://:s3cret@", "s3cret", "redis://:s3cret@[::1"])
+def test_a_bad_backend_for_limits_is_not_quoted_as_it_may_hold_a_password(text, monkeypatch):
+    monkeypatch.setenv("AOT_GATEWAY_LIMITS_BACKEND", text)
+    with pytest.raises(ConfigurationError, match="AOT_GATEWAY_LIMITS_BACKEND must be memory, redis://") as caught:
+        Settings.from_environment()
+    assert "s3cret" not in str(caught.value)
+    monkeypatch.setenv("AOT_GATEWAY_LIMITS_BACKEND", "redis://:s3cret@cache")
+    assert "s3cret" not in repr(Settings.from_environment())
 
 
 @pytest.mark.parametrize("directory", [None, "relative", "/does/not/exist"])
@@ -153,7 +168,14 @@ def test_loopback_is_recognised(host, loopback):
 
 
 @pytest.mark.parametrize(
-    "environment", [{"AOT_GATEWAY_PORT": "x"}, {"AOT_GATEWAY_PROT": "1"}, {"AOT_GATEWAY_CONFIG": "/no/such.yaml"}]
+    "environment",
+    [
+        {"AOT_GATEWAY_PORT": "x"},
+        {"AOT_GATEWAY_PROT": "1"},
+        {"AOT_GATEWAY_CONFIG": "/no/such.yaml"},
+        {"AOT_GATEWAY_ENGINE_KEY_FILE": "/no/such.key"},
+        {"AOT_GATEWAY_HOST": "0.0.0.0"},
+    ],
 )
 def test_the_process_ends_with_code_2_and_a_readable_message(environment):
     ended = subprocess.run(
@@ -163,3 +185,18 @@ def test_the_process_ends_with_code_2_and_a_readable_message(environment):
     assert ended.stderr.startswith("The gateway can't start:\n")
     assert next(iter(environment.values())) in ended.stderr or next(iter(environment)) in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("directory", ["relative", "/does/not/exist"])
+def test_files_need_a_writable_directory(directory, monkeypatch):
+    monkeypatch.setenv("AOT_GATEWAY_FILES_DIR", directory)
+    with pytest.raises(ConfigurationError, match="AOT_GATEWAY_FILES_DIR must be"):
+        Settings.from_environment()
+
+
+def test_files_must_not_lie_where_engines_read(monkeypatch, tmp_path):
+    (tmp_path / "files").mkdir()
+    monkeypatch.setenv("AOT_GATEWAY_MEDIA_DIR", str(tmp_path))
+    monkeypatch.setenv("AOT_GATEWAY_FILES_DIR", str(tmp_path / "files"))
+    with pytest.raises(ConfigurationError, match="AOT_GATEWAY_FILES_DIR must not lie in AOT_GATEWAY_MEDIA_DIR"):
+        Settings.from_environment()

@@ -219,7 +219,7 @@ async def test_with_nothing_to_finish_sigterm_ends_it_at_once(engine):
 
 
 async def test_off_loopback_the_start_says_that_the_gateway_is_open(engine):
-    async with Process(engine.url, HOST="0.0.0.0") as gateway:
+    async with Process(engine.url, HOST="0.0.0.0", ALLOW_OPEN="true") as gateway:
         gateway.process.send_signal(signal.SIGTERM)
         _, output = await gateway.ended()
     assert "OPEN TO EVERYONE WHO CAN REACH IT" in output

@@ -1,10 +1,11 @@
 import asyncio
 import base64
 import hashlib
+import json
 
 import pytest
 
-from server.errors import RouteNotFound
+from server.keys import digest_of, new_key
 from server.media.intake import Intake
 from tests.server.clips import clip, data_url, picture, sound
 from tests.server.harness import CHAT, ask, ask_about, gateway, until
@@ -29,20 +30,18 @@ def file_part(**file):
     return {"type": "file", "file": file}
 
 
-class Uploads:
-    """Files by id and tenant, on disk."""
+@pytest.fixture
+def files_dir(tmp_path):
+    folder = tmp_path / "files"
+    folder.mkdir()
+    return folder
 
-    def __init__(self, directory):
-        self.directory = directory
 
-    def put(self, file_id, tenant, data):
-        (self.directory / f"{tenant}-{file_id}").write_bytes(data)
-
-    async def path_of(self, file_id, *, tenant):
-        path = self.directory / f"{tenant}-{file_id}"
-        if not path.exists():
-            raise RouteNotFound("no such file")
-        return path
+async def upload(client, content):
+    """Return the id of a video that was uploaded."""
+    answer = await client.post("/v1/files", files={"file": ("clip.mp4", content)}, data={"purpose": "video"})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["id"]
 
 
 async def refusal(client, url):
@@ -239,16 +238,17 @@ async def test_a_large_video_is_handled_off_the_loop_and_arrives_whole(engine):
     assert sent_parts(engine)[0]["video_url"]["url"] == url
 
 
-async def test_videos_are_handed_over_as_files_however_they_come(engine, internet, tmp_path):
-    store, uploads = tmp_path / "store", Uploads(tmp_path)
+async def test_videos_are_handed_over_as_files_however_they_come(engine, internet, tmp_path, files_dir):
+    store = tmp_path / "store"
     store.mkdir()
-    uploads.put("file-1", "", clip())
-    async with gateway(engine, **fetching(internet), media_handoff="file", media_dir=store, uploads=uploads) as client:
+    settings = {"media_handoff": "file", "media_dir": store, "files_dir": files_dir}
+    async with gateway(engine, **fetching(internet), **settings) as client:
+        file_id = await upload(client, clip())
         for part in (
             {"type": "video_url", "video_url": {"url": f"{URL}/clip.mp4"}},
             {"type": "video_url", "video_url": {"url": data_url(clip())}},
             file_part(file_data=base64.b64encode(clip()).decode()),
-            file_part(file_id="file-1"),
+            file_part(file_id=file_id),
         ):
             answer = await client.post(CHAT, json=ask_with(part))
             assert answer.status_code == 200, answer.text
@@ -262,15 +262,13 @@ async def test_videos_are_handed_over_as_files_however_they_come(engine, interne
     assert len({request["messages"][0]["content"][0]["uuid"] for request in engine.requests}) == 1
 
 
-async def test_files_that_were_uploaded_or_come_with_the_request_are_videos_to_the_engine(engine, tmp_path):
-    uploads = Uploads(tmp_path)
-    uploads.put("file-1", "", clip())
-    parts = [
-        file_part(file_id="file-1"),
-        file_part(file_data=base64.b64encode(clip()).decode(), filename="a.mp4"),
-        file_part(file_data=data_url(clip())),
-    ]
-    async with gateway(engine, uploads=uploads) as client:
+async def test_files_that_were_uploaded_or_come_with_the_request_are_videos_to_the_engine(engine, files_dir):
+    async with gateway(engine, files_dir=files_dir) as client:
+        parts = [
+            file_part(file_id=await upload(client, clip())),
+            file_part(file_data=base64.b64encode(clip()).decode(), filename="a.mp4"),
+            file_part(file_data=data_url(clip())),
+        ]
         answer = await client.post(CHAT, json=ask_with(*parts, aot={"retention": 0.2}))
         assert answer.status_code == 200, answer.text
         assert answer.json()["usage"]["video_tokens"]
@@ -280,14 +278,21 @@ async def test_files_that_were_uploaded_or_come_with_the_request_are_videos_to_t
     assert engine.requests[0]["mm_processor_kwargs"] == {"aot_retention": 0.2}
 
 
-async def test_an_upload_that_is_not_there_is_the_uploads_own_error(engine, tmp_path):
-    uploads = Uploads(tmp_path)
-    uploads.put("file-1", "somebody-else", clip())
-    async with gateway(engine, uploads=uploads) as client:
-        answer = await client.post(CHAT, json=ask_with(file_part(file_id="file-1")))
+async def test_a_file_is_there_for_its_own_tenant_alone(engine, files_dir, tmp_path):
+    keys = {name: new_key() for name in ("acme", "globex")}
+    tenants = {name: {"keys": [{"sha256": digest_of(key.encode())}]} for name, key in keys.items()}
+    config = tmp_path / "gateway.yaml"
+    config.write_text(json.dumps({"tenants": tenants}))
+    async with gateway(engine, files_dir=files_dir, config=config) as client:
+        client.headers["authorization"] = f"Bearer {keys['acme']}"
+        request = ask_with(file_part(file_id=await upload(client, clip())))
+        assert (await client.post(CHAT, json=request)).status_code == 200
+        client.headers["authorization"] = f"Bearer {keys['globex']}"
+        answer = await client.post(CHAT, json=request)
     assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "file_not_found"
     assert answer.json()["error"]["param"] == "messages[0].content[0].file.file_id"
-    assert engine.requests == []
+    assert len(engine.requests) == 1
 
 
 async def uuids(engine, *requests, **settings):

@@ -1,0 +1,50 @@
+"""A request's body as it arrives, within limits of size and time."""
+
+import asyncio
+import re
+from collections.abc import Awaitable, Callable
+
+from starlette.datastructures import Headers
+from starlette.types import Receive
+
+from server.errors import BodyTimeout, BodyTooLarge, ClientGone, InvalidRequest
+
+_LENGTH = re.compile(r"[0-9]{1,18}")
+
+
+def declared_length(headers: Headers) -> int | None:
+    """Return what `content-length` says, None if it is not there; raise InvalidRequest if it is no number."""
+    length = headers.get("content-length")
+    if length is None:
+        return None
+    if not _LENGTH.fullmatch(length):
+        raise InvalidRequest("content-length must be a number")
+    return int(length)
+
+
+async def consume_body(
+    headers: Headers, receive: Receive, consume: Callable[[bytes], Awaitable[None]], *, max_bytes: int, seconds: float
+) -> None:
+    """Hand the body's pieces to `consume`. A length that lies changes nothing.
+
+    Raises BodyTooLarge, BodyTimeout or ClientGone, and what `declared_length` raises.
+    """
+    too_large = BodyTooLarge(f"the request body is larger than {max_bytes} bytes")
+    if (declared_length(headers) or 0) > max_bytes:
+        raise too_large
+    size = 0
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone("the client closed the connection")
+                piece = message.get("body", b"")
+                size += len(piece)
+                if size > max_bytes:
+                    raise too_large
+                await consume(piece)
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        raise BodyTimeout(f"the request body did not arrive within {seconds:g} seconds") from None

@@ -1,0 +1,164 @@
+"""The configuration file: the models clients may name, the tenants with their keys, and what each may use."""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from datetime import UTC, date, datetime, time
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    model_validator,
+)
+
+from server.aliases import FINEST_RETENTION, Alias
+from server.errors import ConfigurationError
+
+
+class Section(BaseModel):
+    """A part of the file; keys it does not know are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _hundredths(value: float) -> float:
+    if round(value, 2) != value:
+        raise ValueError("must have at most two decimals")
+    return float(value)
+
+
+Share = Annotated[StrictFloat | StrictInt, Field(ge=FINEST_RETENTION, le=1), AfterValidator(_hundredths)]
+ModelName = Annotated[str, Field(min_length=1, max_length=200)]
+TenantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]  # names directories and metrics
+Amount = Annotated[StrictInt, Field(ge=1)]
+
+
+class ModelEntry(Section):
+    """One model."""
+
+    engine_model: Annotated[str, Field(min_length=1)]
+    retention: Share | None = None
+    min_retention: Share | None = None
+    max_retention: Share | None = None
+
+    @model_validator(mode="after")
+    def _check_order(self) -> Self:
+        low, high = self.min_retention or 0.0, self.max_retention or 1.0
+        if low > high:
+            raise ValueError(f"min_retention must not be above max_retention, got {low:g} and {high:g}")
+        if self.retention is not None and not low <= self.retention <= high:
+            raise ValueError(f"retention must be in [{low:g}, {high:g}], got {self.retention:g}")
+        return self
+
+    def alias(self, name: str) -> Alias:
+        """Return the entry under its name."""
+        return Alias(name, self.engine_model, self.retention, self.min_retention or 0.0, self.max_retention or 1.0)
+
+
+class Key(Section):
+    """An API key, known by its SHA-256 alone."""
+
+    sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{64}$", repr=False)]
+    expires: AwareDatetime | date | None = None
+
+    def is_valid_at(self, moment: datetime) -> bool:
+        """Return whether the key has not expired; a date without a time is midnight UTC, when it begins."""
+        if self.expires is None:
+            return True
+        if isinstance(self.expires, datetime):
+            return moment < self.expires
+        return moment < datetime.combine(self.expires, time(), UTC)
+
+
+class Limits(Section):
+    """How much may be used in any minute, or at a time; what is not named is not limited."""
+
+    requests_per_minute: Amount | None = None
+    tokens_per_minute: Amount | None = None
+    video_seconds_per_minute: Amount | None = None
+    concurrent_requests: Amount | None = None
+
+
+class Tenant(Section):
+    """Who uses the gateway: the keys, and what they open."""
+
+    keys: Annotated[tuple[Key, ...], Field(min_length=1)]
+    models: tuple[ModelName, ...] | None = None
+    limits: Limits | None = None
+
+
+class Configuration(Section):
+    """All of the file. Without one, the gateway offers what its engines serve, to everybody."""
+
+    models: Annotated[dict[ModelName, ModelEntry], Field(min_length=1)] | None = None
+    tenants: Annotated[dict[TenantName, Tenant], Field(min_length=1)] | None = None
+    limits: Limits = Limits()
+    metrics_keys: Annotated[tuple[Key, ...], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check_references(self) -> Self:
+        for name, tenant in (self.tenants or {}).items():
+            for model in tenant.models or ():
+                if self.models is not None and model not in self.models:
+                    raise ValueError(f"tenants.{name}.models: must be among the models of the file, got {model!r}")
+        counts = Counter(key.sha256 for key in self._keys())
+        if counts and max(counts.values()) > 1:
+            raise ValueError("no key may stand there twice")
+        return self
+
+    def _keys(self) -> Iterator[Key]:
+        for tenant in (self.tenants or {}).values():
+            yield from tenant.keys
+        yield from self.metrics_keys or ()
+
+    @property
+    def aliases(self) -> dict[str, Alias] | None:
+        """The models by name; None if the file names none."""
+        if self.models is None:
+            return None
+        return {name: entry.alias(name) for name, entry in self.models.items()}
+
+    def limits_of(self, tenant: str) -> Limits:
+        """Return a tenant's limits; those of the file for who has none of its own, and for all if there are no keys."""
+        entry = (self.tenants or {}).get(tenant)
+        return self.limits if entry is None or entry.limits is None else entry.limits
+
+
+def load(path: Path) -> Configuration:
+    """Return what the file at `path` holds; raise ConfigurationError naming the file and the key otherwise."""
+    try:
+        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigurationError(f"{path}: can't be read ({exc.strerror})") from exc
+    except (UnicodeDecodeError, yaml.YAMLError) as exc:
+        where = getattr(exc, "problem_mark", None)  # without the text around it, which may be a secret's
+        line = "" if where is None else f" (line {where.line + 1})"
+        raise ConfigurationError(f"{path}: is not YAML{line}") from exc
+    try:
+        return Configuration.model_validate(content)
+    except ValidationError as exc:
+        raise ConfigurationError("\n".join(f"{path}: {_explain(error)}" for error in exc.errors())) from exc
+
+
+def _explain(error: Mapping[str, Any]) -> str:
+    steps = [str(step) for step in error["loc"] if step not in _INSIDE_PYDANTIC]
+    key = ".".join(steps) or "the file"
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key"
+    if "sha256" in steps:  # whoever put the key itself there must not find it in a log
+        return f"{key}: must be a key's SHA-256, 64 lower-case hexadecimal digits; python -m server.keys makes one"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    shown = "" if isinstance(error["input"], dict | list) else f", got {error['input']!r}"
+    return f"{key}: {message[0].lower()}{message[1:]}{shown}"
+
+
+_INSIDE_PYDANTIC = ("float", "int", "date", "datetime", "[key]")

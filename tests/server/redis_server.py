@@ -1,0 +1,45 @@
+"""A Redis of the tests' own: on a free port of the loopback address, with nothing written to disk."""
+
+import shutil
+import socket
+import subprocess
+import time
+
+import pytest
+
+from tests.server.harness import free_port
+
+NEEDED = "redis-server is not installed (Debian: apt-get install redis-server): limits shared in Redis go untested"
+
+
+class RedisServer:
+    """The server, to be stopped and started again on the same port."""
+
+    def __init__(self, directory):
+        self._program = shutil.which("redis-server")
+        if self._program is None:
+            pytest.skip(NEEDED)
+        self._directory = directory
+        self._port = free_port()
+        self.url = f"redis://127.0.0.1:{self._port}/0"
+        self._process = None
+
+    def start(self):
+        options = ["--port", str(self._port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
+        self._process = subprocess.Popen(
+            [self._program, *options, "--dir", str(self._directory)], stdout=subprocess.DEVNULL
+        )
+        deadline = time.monotonic() + 20
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", self._port)) == 0:
+                    return
+            assert self._process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def stop(self):
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
