@@ -190,9 +190,7 @@ def test_a_client_that_leaves_frees_the_engine(client, engine, clip_url):
     assert answer.usage.video_tokens["after"] == after(0.15)
 
 
-def test_a_video_handed_over_as_a_file_is_the_same_to_the_engine(
-    client, gateway_with_store, engine, store, tmp_path
-):
+def test_a_video_handed_over_as_a_file_is_the_same_to_the_engine(client, gateway_with_store, engine, store, tmp_path):
     clip = tmp_path / "clip.mp4"
     write_clip(clip, frames=44, height=120, width=160)
     url = "data:video/mp4;base64," + base64.b64encode(clip.read_bytes()).decode()
