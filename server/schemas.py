@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
@@ -18,6 +19,10 @@ OPERATOR_FIELDS = ("mm_processor_kwargs", "media_io_kwargs", "chat_template", "p
 PART_TYPES = {"image_url": "input_image"}  # what else parts with that key may be called
 MEDIA_KEYS = (*URL_KEYS, "input_audio", "file")
 LARGE_VALUE_CHARACTERS = 65_536
+MAX_SET_ASIDE = 1024
+_DATA_URL = re.compile(rb'"data:[a-z]{5}/[a-z0-9.+-]{1,40};base64,')
+_MARK = re.compile(rb"(aot-[0-9a-f]{32})")
+_MARK_CHARACTERS = 36
 
 
 @dataclass
@@ -35,6 +40,8 @@ class MediaPart:
     holder: dict[str, Any] = field(repr=False)
     key: str
     is_plain: bool = False  # verified to be ASCII without a character that JSON escapes
+    payload: memoryview | None = field(default=None, repr=False)
+    """The base64 of a large data URL, as it came; in `value` there is a mark in its place."""
 
     def replace(self, url: str, *, uuid: str | None = None) -> None:
         """Put a URL made by the gateway in the place; a video's with the name that engines know its content by.
@@ -45,6 +52,8 @@ class MediaPart:
             self.holder, self.key = {}, "url"
             self.part.clear()
             self.part.update(type="video_url", video_url=self.holder, uuid=uuid)
+        if url != self.value:
+            self.payload = None
         self.holder[self.key] = self.value = url
         self.is_plain = True
 
@@ -90,26 +99,24 @@ class ChatRequest:
     def serialise(self) -> bytes:
         """Return the request as JSON; raise InvalidRequest for what JSON can't carry.
 
-        Large media are set aside and joined in afterwards: escaping and encoding megabytes of base64 that need
-        neither would be the largest cost of a video request.
+        Large media are joined in afterwards: escaping and encoding megabytes of base64 that need neither would be the
+        largest cost of a video request.
         """
-        aside = [part for part in self.media if part.is_plain and len(part.value) >= LARGE_VALUE_CHARACTERS]
-        marks = [f"aot-{uuid4().hex}" for _ in aside]
-        for part, mark in zip(aside, marks, strict=True):
-            part.holder[part.key] = mark
+        aside = {part.value[-_MARK_CHARACTERS:]: part.payload for part in self.media if part.payload is not None}
+        large = [part for part in self.media if part.is_plain and len(part.value) >= LARGE_VALUE_CHARACTERS]
+        for part in large:
+            part.holder[part.key] = mark = _new_mark()
+            aside[mark] = memoryview(part.value.encode())
         try:
             text = json.dumps(self.fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-            rest = text.encode()
+            pieces = _MARK.split(text.encode())
         except (ValueError, RecursionError) as exc:  # an infinite number, a lone surrogate
             raise InvalidRequest("the request body holds a number or character that JSON can't carry") from exc
         finally:
-            for part in aside:
+            for part in large:
                 part.holder[part.key] = part.value
-        pieces = []
-        for part, mark in zip(aside, marks, strict=True):
-            before, rest = rest.split(mark.encode(), 1)
-            pieces += [before, part.value.encode()]
-        return b"".join([*pieces, rest])
+        by_mark: dict[bytes, memoryview] = {mark.encode(): payload for mark, payload in aside.items()}
+        return b"".join([by_mark.get(piece, piece) for piece in pieces])
 
 
 def parse_chat_request(body: bytes, *, chat_template_kwargs: Collection[str]) -> ChatRequest:
@@ -117,7 +124,42 @@ def parse_chat_request(body: bytes, *, chat_template_kwargs: Collection[str]) ->
 
     Raises InvalidRequest if it is no chat request, ForbiddenField if it sets what only the operator may set, and
     RetentionRefused if `aot.retention` is not a number; `chat_template_kwargs` names the template switches allowed.
+
+    Large data URLs are set aside before the rest is parsed, which is nearly nothing then. What turns out not to be a
+    medium is parsed after all.
     """
+    light, payloads = _set_aside(body)
+    chat = _read_request(light, chat_template_kwargs)
+    for part in chat.media:
+        part.payload = payloads.pop(part.value[-_MARK_CHARACTERS:], None)
+    return chat if not payloads else _read_request(body, chat_template_kwargs)
+
+
+def _set_aside(body: bytes) -> tuple[bytes, dict[str, memoryview]]:
+    """Return `body` with a mark in the place of each large string of base64, and those by their marks."""
+    view = memoryview(body)
+    pieces: list[bytes | memoryview] = []
+    payloads: dict[str, memoryview] = {}
+    done = at = 0
+    for _ in range(MAX_SET_ASIDE):
+        found = _DATA_URL.search(body, at)
+        end = -1 if found is None else body.find(b'"', found.end())
+        if found is None or end < 0:
+            break
+        at, begin = end, found.end()
+        if end - begin >= LARGE_VALUE_CHARACTERS and body.find(b"\\", begin, end) < 0:
+            mark = _new_mark()
+            payloads[mark] = view[begin:end]
+            pieces += [view[done:begin], mark.encode()]
+            done = end
+    return (b"".join([*pieces, view[done:]]) if payloads else body), payloads
+
+
+def _new_mark() -> str:
+    return f"aot-{uuid4().hex}"
+
+
+def _read_request(body: bytes, chat_template_kwargs: Collection[str]) -> ChatRequest:
     fields = _parse_json_object(body)
     _refuse_operator_fields(fields, chat_template_kwargs)
     model = fields.get("model")

@@ -170,11 +170,12 @@ class Intake:
     async def _given(self, part: MediaPart, record: RequestRecord) -> AsyncIterator[Clip]:
         """Give what came in the request."""
         begin = _begin_of_base64(part)
-        if len(part.value) - begin > (self._max_bytes + 2) // 3 * 4:
+        data, begin = (part.value, begin) if part.payload is None else (part.payload, 0)
+        if len(data) - begin > (self._max_bytes + 2) // 3 * 4:
             raise too_large(self._max_bytes)
         with in_memory(max_bytes=self._max_bytes) as file:
             with record.phase("parse"):
-                await off_loop(_decode, part, begin, file, size_bytes=len(part.value))
+                await off_loop(_decode, data, begin, file, part.kind, size_bytes=len(data))
             yield await self._examined(file, part, record)
 
     @asynccontextmanager
@@ -189,7 +190,10 @@ class Intake:
             raise
         with on_disk(self._folder, max_bytes=self._max_bytes) as file:
             with record.phase("fetch"):
-                await asyncio.to_thread(_copy, path, file)
+                try:
+                    await asyncio.to_thread(_copy, path, file)
+                except OSError as exc:
+                    raise MediaRefused("the file could not be read: it may have been deleted just now") from exc
             yield await self._examined(file, part, record)
 
     @asynccontextmanager
@@ -254,18 +258,16 @@ def _begin_of_base64(part: MediaPart) -> int:
     return head.end()
 
 
-def _decode(part: MediaPart, begin: int, file: MediaFile) -> None:
+def _decode(data: str | memoryview, begin: int, file: MediaFile, kind: Kind) -> None:
     """Write what the base64 stands for into `file`, in pieces: there is never a second copy of all of it."""
-    end = len(part.value)
     try:
-        for at in range(begin, end, _DECODED_CHARACTERS):
-            piece = part.value[at : at + _DECODED_CHARACTERS]
-            data = pybase64.b64decode(piece, validate=True)
-            if len(data) < _DECODED_CHARACTERS // 4 * 3 and at + _DECODED_CHARACTERS < end:
+        for at in range(begin, len(data), _DECODED_CHARACTERS):
+            content = pybase64.b64decode(data[at : at + _DECODED_CHARACTERS], validate=True)
+            if len(content) < _DECODED_CHARACTERS // 4 * 3 and at + _DECODED_CHARACTERS < len(data):
                 raise ValueError("padding before the end")
-            file.write(data)
+            file.write(content)
     except ValueError:  # also characters outside ASCII
-        raise MediaRefused(f"the {part.kind}'s data is not valid base64", code="invalid_media_url") from None
+        raise MediaRefused(f"the {kind}'s data is not valid base64", code="invalid_media_url") from None
 
 
 def _encode(prefix: str, content: mmap.mmap) -> str:

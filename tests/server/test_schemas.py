@@ -290,8 +290,51 @@ def test_without_streaming_the_options_are_left_alone():
 @given(st.integers(65_536, 70_000), st.booleans())
 def test_large_urls_are_joined_in_exactly_as_they_came(size, plain):
     url = "data:video/mp4;base64," + "QUJD" * (size // 4)
-    chat = parse(ask_about(url, note='ünïcode "quoted"', temperature=math.pi))
+    fields = ask_about(url, note='ünïcode "quoted"', temperature=math.pi)
+    chat = parse(fields)
     chat.media[0].is_plain = plain
     chat.fields["messages"].append({"role": "user", "content": "later"})
-    assert json.loads(chat.serialise()) == chat.fields
-    assert chat.media[0].holder["url"] == url
+    fields["messages"].append({"role": "user", "content": "later"})
+    assert json.loads(chat.serialise()) == fields
+
+
+LARGE = "data:video/mp4;base64," + "QUJD" * 20_000
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        ask_about(LARGE, user=LARGE),
+        ask(user=f"say {LARGE}", metadata={LARGE: LARGE}),
+        ask(user=f'say "{LARGE}"'),
+        ask(user=LARGE + "\\n" + LARGE),
+        ask(user="data:video/mp4;base64," + "ä" * 70_000),
+        ask_about("https://a/", user=LARGE + " aot-" + "0" * 32),
+        ask(messages=[*ask_about(LARGE)["messages"], *ask_about(LARGE)["messages"]]),
+    ],
+)
+def test_what_looks_like_a_large_medium_anywhere_arrives_as_it_came(fields):
+    assert json.loads(parse(fields).serialise()) == fields
+
+
+def test_of_a_large_medium_only_the_base64_is_set_aside_and_a_new_url_forgets_it():
+    chat = parse(ask_about(LARGE))
+    assert bytes(chat.media[0].payload).decode() == LARGE.partition(",")[2]
+    chat.media[0].replace("file:///a.mp4", uuid="u")
+    assert b"file:///a.mp4" in chat.serialise()
+    assert len(chat.serialise()) < 1000
+
+
+@pytest.mark.parametrize("inside", ["\n", "\x00", "\x7f\x1f"])
+def test_a_control_character_in_a_large_string_that_is_no_medium_is_no_json(inside):
+    body = json.dumps(ask(user=LARGE + "@")).replace("@", inside).encode()
+    with pytest.raises(InvalidRequest, match="JSON"):
+        parse_chat_request(body, chat_template_kwargs=())
+
+
+def test_of_a_url_given_twice_the_engine_sees_the_one_that_was_checked():
+    other = LARGE.replace("QUJD", "REVG")
+    body = json.dumps(ask_about(LARGE)).replace('"url": ', f'"url": "{other}", "url": ').encode()
+    chat = parse_chat_request(body, chat_template_kwargs=())
+    assert chat.media[0].payload is None
+    assert json.loads(chat.serialise()) == ask_about(LARGE)

@@ -115,27 +115,51 @@ async def test_a_damaged_file_has_facts_or_is_refused(name):
     assert {isinstance(outcome, Facts) for outcome in outcomes} == {True, False}
 
 
-VALUES = [None, True, 7, "", "https://a/", "file:///etc/passwd", data_url(b"x"), "data:video/jpeg;base64,a,b", "\ud800"]
-VALUES += ["a" * 70_000, [], ["https://a/"], {}, {"url": None}, {"url": {"url": "https://a/"}}, [{"url": "https://a/"}]]
-URLS = ["video_url", "image_url", "audio_url", "input_audio", "file"]
-TYPES = [*URLS, "text", "input_image", "video_embeds", "refusal", 7, ["video_url"]]
-values = st.sampled_from(VALUES)
-inner = st.dictionaries(
-    st.sampled_from(["url", "url", "data", "file_id", "file_data", "uuid", "detail", "format"]), values, max_size=3
-)
-parts = st.fixed_dictionaries(
+URLS = ["", "https://a/", "file:///etc/passwd", data_url(b"x"), "data:video/jpeg;base64,a,b", "\ud800", "a" * 70_000]
+VALUES = [
+    *URLS,
+    None,
+    True,
+    7,
+    [],
+    ["https://a/"],
     {},
-    optional={
-        "type": st.sampled_from(TYPES),
-        "text": values,
-        "uuid": values,
-        "video_embeds": values,
-        "image_pil": values,
-        **dict.fromkeys(URLS, inner | values),
-    },
-)
-contents = st.lists(parts | values, max_size=4) | values
-messages = st.lists(st.fixed_dictionaries({"role": values, "content": contents}) | values, max_size=3)
+    {"url": None},
+    {"url": {"url": "https://a/"}},
+    [{"url": "https://a/"}],
+]
+KEYS = {"video_url": "url", "image_url": "url", "audio_url": "url", "input_audio": "data", "file": "file_data"}
+NOISE = [{}] * 20 + [
+    {"uuid": "u"},
+    {"video_embeds": "x"},
+    {"image_pil": "x"},
+    {"type": 7},
+    {"type": "text"},
+    {"url": "x"},
+]
+NOISE += [
+    {"file_id": "f"},
+    {"detail": "low"},
+    {"format": "wav"},
+    {"uuid": None},
+    *({key: {"url": "https://b/"}} for key in KEYS),
+]
+
+
+@st.composite
+def media_parts(draw):
+    """A part with a medium, or nearly so."""
+    key = draw(st.sampled_from([*KEYS]))
+    value = draw(st.sampled_from(URLS * 3 + VALUES))
+    inner = value if draw(st.integers(0, 3)) == 0 else {KEYS[key]: value, **draw(st.sampled_from(NOISE))}
+    named = {} if draw(st.booleans()) else {"type": key}
+    return {**named, key: inner, **draw(st.sampled_from(NOISE))}
+
+
+parts = media_parts() | media_parts() | st.just({"type": "text", "text": "<|video_pad|>"}) | st.sampled_from(VALUES)
+contents = st.lists(parts, min_size=1, max_size=3) | st.sampled_from(VALUES)
+message = st.fixed_dictionaries({"role": st.sampled_from(["user", "tool"]), "content": contents})
+messages = st.lists(message, min_size=1, max_size=2)
 
 
 @settings(max_examples=1000, deadline=None, derandomize=True, database=None)
