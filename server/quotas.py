@@ -114,7 +114,8 @@ class Counts:
     def _lost(self, exc: Exception) -> None:
         if not self._resume:
             logger.error(
-                "the shared limits can't be reached: this gateway counts by itself until they can", exc_info=exc
+                "the shared limits can't be reached: this gateway counts by itself until they can",
+                extra={"failure": type(exc).__name__},
             )
         self._resume = monotonic() + REDIS_PAUSE_SECONDS
         self._up.set(0)

@@ -12,9 +12,10 @@ import httpx
 import pytest
 from starlette.datastructures import Headers
 
+from server.app import create_app
 from server.auth import KeyRing
 from server.configuration import Key
-from server.errors import Unauthorized
+from server.errors import ConfigurationError, Unauthorized
 from server.keys import digest_of, new_key
 from server.settings import Settings
 from tests.server.harness import CHAT, ask, gateway, served
@@ -174,23 +175,18 @@ def test_the_command_makes_another_key_each_time_and_prints_its_hash():
     assert pairs[0][0] != pairs[1][0]
 
 
-def test_off_loopback_without_keys_the_start_is_refused_and_the_ways_out_are_named():
-    environment = {"AOT_GATEWAY_HOST": "0.0.0.0"}
-    ended = subprocess.run(
-        [sys.executable, "-m", "server"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert ended.returncode == 2
-    assert all(name in ended.stderr for name in ("AOT_GATEWAY_CONFIG", "127.0.0.1", "AOT_GATEWAY_ALLOW_OPEN=true"))
+def test_off_loopback_without_keys_the_start_is_refused_and_the_ways_out_are_named(config):
+    with pytest.raises(ConfigurationError) as caught:
+        create_app(Settings(host="0.0.0.0"))
+    assert all(name in str(caught.value) for name in ("AOT_GATEWAY_CONFIG", "127.0.0.1", "AOT_GATEWAY_ALLOW_OPEN=true"))
+    create_app(Settings(host="0.0.0.0", config=config))
+    create_app(Settings(host="0.0.0.0", allow_open=True))
 
 
 @pytest.mark.parametrize("content", [b"", b"  \n", b"two words", b"\xff\xfe", b"a\nb"])
 def test_an_engine_key_file_that_holds_no_key_stops_the_start_without_being_quoted(tmp_path, content):
     path = tmp_path / "engine.key"
     path.write_bytes(content)
-    environment = {"AOT_GATEWAY_ENGINE_KEY_FILE": str(path)}
-    ended = subprocess.run(
-        [sys.executable, "-m", "server"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert ended.returncode == 2
-    assert "must be a readable file with an API key" in ended.stderr
-    assert "words" not in ended.stderr
+    with pytest.raises(ConfigurationError, match="must be a readable file with an API key") as caught:
+        create_app(Settings(engine_key_file=path))
+    assert "words" not in str(caught.value)

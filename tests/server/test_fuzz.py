@@ -59,7 +59,7 @@ def an_object(pairs):
 values = st.recursive(
     scalars,
     lambda inner: st.lists(inner, max_size=3).map(array) | st.lists(st.tuples(names, inner), max_size=4).map(an_object),
-    max_leaves=12,
+    max_leaves=8,
 )
 parts = st.lists(
     st.tuples(st.sampled_from(["type", "video_url", "image_url", "file", "text", "uuid"]), values), max_size=3

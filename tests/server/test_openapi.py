@@ -18,7 +18,7 @@ from tests.server.clips import clip
 from tests.server.harness import CHAT, gateway, served
 
 KEY = new_key()
-EXAMPLES = 15  # for each operation, of what the document allows and of what it does not
+EXAMPLES = 10  # for each operation, of what the document allows and of what it does not
 
 
 @pytest.fixture
