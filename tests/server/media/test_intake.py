@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from server.files import FileStore
 from server.keys import digest_of, new_key
 from server.media.intake import Intake
 from tests.server.clips import clip, data_url, picture, sound
@@ -295,22 +296,21 @@ async def test_a_file_is_there_for_its_own_tenant_alone(engine, files_dir, tmp_p
     assert len(engine.requests) == 1
 
 
-async def test_an_upload_that_is_deleted_while_it_is_asked_about_is_a_refusal(engine, tmp_path):
-    uploads = Uploads(tmp_path)
-    uploads.put("file-1", "", clip())
-    path_of = uploads.path_of
+async def test_a_file_that_is_deleted_while_it_is_asked_about_is_a_refusal(engine, files_dir, monkeypatch):
+    path_of = FileStore.path_of
 
-    async def found_and_gone(file_id, *, tenant):
-        path = await path_of(file_id, tenant=tenant)
+    async def found_and_gone(store, file_id, *, tenant):
+        path = await path_of(store, file_id, tenant=tenant)
         path.unlink()
         return path
 
-    uploads.path_of = found_and_gone
-    async with gateway(engine, uploads=uploads) as client:
-        answer = await client.post(CHAT, json=ask_with(file_part(file_id="file-1")))
+    async with gateway(engine, files_dir=files_dir) as client:
+        request = ask_with(file_part(file_id=await upload(client, clip())))
+        monkeypatch.setattr(FileStore, "path_of", found_and_gone)
+        answer = await client.post(CHAT, json=request)
     assert answer.status_code == 400
     assert "deleted" in answer.json()["error"]["message"]
-    assert str(tmp_path) not in answer.text
+    assert str(files_dir) not in answer.text
 
 
 async def uuids(engine, *requests, **settings):
