@@ -69,12 +69,16 @@ class Intake:
         """
         fetched_bytes = num_videos = 0
         async with AsyncExitStack() as files:
+            videos = hashlib.sha256()
             for part in chat.media:  # in turn: a request's videos are few, and one at a time bounds its memory
                 try:
                     num_videos += part.kind == "video"
                     if num_videos > MAX_VIDEOS:
                         raise MediaRefused(f"at most {MAX_VIDEOS} videos are taken in a request")
                     fetched_bytes += await self._take(part, record, files)
+                    if part.kind == "video":
+                        await _off_loop(videos.update, part.url.encode(), size_bytes=len(part.url))
+                        record.media_key = videos.hexdigest()
                     if fetched_bytes > self._max_bytes:
                         raise MediaRefused(
                             f"the media of the request are larger than {self._max_bytes} bytes", code="media_too_large"
