@@ -13,8 +13,8 @@ from server import __version__
 from server.aliases import load_aliases
 from server.catalogue import Catalogue
 from server.engines import EnginePool
+from server.gate import Gate
 from server.lifecycle import Lifecycle
-from server.limits import Gate
 from server.media import fetch
 from server.media.intake import Intake
 from server.media.probe import Prober
@@ -67,7 +67,12 @@ def create_app(
         )
         chat = ChatCompletions(
             catalogue=catalogue,
-            gate=Gate(max_concurrency=settings.max_concurrency, max_queue=settings.max_queue, metrics=metrics),
+            gate=Gate(
+                max_concurrency=settings.max_concurrency,
+                max_queue=settings.max_queue,
+                queue_seconds=settings.queue_seconds,
+                metrics=metrics,
+            ),
             intake=Intake(
                 fetcher=fetcher,
                 prober=prober,
@@ -76,7 +81,9 @@ def create_app(
                 max_seconds=settings.media_max_seconds,
                 metrics=metrics,
             ),
-            upstream=Upstream(session=engines, pool=pool, metrics=metrics),
+            upstream=Upstream(
+                session=engines, pool=pool, metrics=metrics, headers_seconds=settings.engine_headers_seconds
+            ),
             lifecycle=lifecycle,
             metrics=metrics,
             max_body_bytes=settings.max_body_bytes,

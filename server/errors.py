@@ -10,9 +10,9 @@ GatewayError
 ├── RouteNotFound, MethodNotAllowed
 ├── UnknownModel
 ├── BodyTooLarge, BodyTimeout
-├── Overloaded                queue or media store full
+├── Overloaded                queue or media store full, or too long a wait in the queue
 ├── Draining                  the gateway is shutting down
-├── EngineUnavailable         no engine took the request: nothing was spent
+├── EngineUnavailable         no engine took the request, or none that serves its model: nothing was spent
 ├── EngineFailed              an engine took the request and broke
 ├── EngineTimeout             an engine took the request and went silent
 ├── EngineRefused             an engine answered with an error of its own
@@ -20,6 +20,7 @@ GatewayError
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -34,12 +35,20 @@ class ConfigurationError(Exception):
 class GatewayError(Exception):
     """Base of all errors that end a request. `param` and `code` go to the client as OpenAI's fields of those names."""
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        """Keep the message; it must be fit for the client's eyes."""
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        """Keep the message; it must be fit for the client's eyes. `retry_after_seconds`: if it is known when."""
         super().__init__(message)
         self.message = message
         self.param = param
         self.code = code
+        self.retry_after_seconds = retry_after_seconds
 
 
 class InvalidRequest(GatewayError):  # noqa: N818
@@ -84,7 +93,7 @@ class BodyTimeout(GatewayError):  # noqa: N818
 
 
 class Overloaded(GatewayError):  # noqa: N818
-    """Queue or store is full."""
+    """Queue or store is full, or the wait in the queue became too long."""
 
 
 class Draining(GatewayError):  # noqa: N818
@@ -92,7 +101,7 @@ class Draining(GatewayError):  # noqa: N818
 
 
 class EngineUnavailable(GatewayError):  # noqa: N818
-    """No engine could be reached; none has spent anything on the request."""
+    """No engine for the request's model could be reached; none has spent anything on the request."""
 
 
 class EngineFailed(GatewayError):  # noqa: N818
@@ -185,7 +194,7 @@ def answer_to(exc: BaseException) -> ErrorAnswer:
 def _answer(verdict: Verdict, exc: GatewayError) -> ErrorAnswer:
     headers = {}
     if verdict.retry_after_seconds is not None:
-        headers["retry-after"] = str(verdict.retry_after_seconds)
+        headers["retry-after"] = str(max(1, math.ceil(exc.retry_after_seconds or verdict.retry_after_seconds)))
     if verdict.retry_is_waste:
         headers["x-should-retry"] = "false"
     if isinstance(exc, MethodNotAllowed):

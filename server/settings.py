@@ -69,10 +69,12 @@ class Settings(BaseSettings):
     body_seconds: float = Field(default=120, gt=0)
     max_concurrency: int = Field(default=128, ge=1)
     max_queue: int = Field(default=256, ge=0)
+    queue_seconds: float = Field(default=60, gt=0)
     drain_seconds: float = Field(default=30, ge=0)
     chat_template_kwargs: Names = ("enable_thinking",)
 
     engine_connect_seconds: float = Field(default=5, gt=0)
+    engine_headers_seconds: float = Field(default=120, gt=0)
     engine_read_seconds: float = Field(default=600, gt=0)
     engine_health_seconds: float = Field(default=5, gt=0)
 

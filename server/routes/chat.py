@@ -22,8 +22,8 @@ from server.errors import (
     UnknownModel,
     answer_to,
 )
+from server.gate import Gate
 from server.lifecycle import Lifecycle
-from server.limits import Gate
 from server.media.intake import Intake
 from server.metrics import OTHER, Metrics
 from server.middleware import note
@@ -86,7 +86,7 @@ class ChatCompletions:
             queued = perf_counter()
             async with self.gate.engine_slot():
                 record.add("queue", perf_counter() - queued)
-                async with self.upstream.exchange(alias.engine_model, body, record) as exchange:
+                async with self.upstream.exchange(PATH, alias.engine_model, body, record) as exchange:
                     del body
                     self._count(exchange.savings, record)
                     if chat.stream:

@@ -1,8 +1,13 @@
-"""A small HTTP server that speaks vLLM's wire format and does as it is told: slow, failing, dying in a stream."""
+"""A small HTTP server that speaks vLLM's wire format and does as it is told: slow, failing, dying in a stream.
+
+As a process of its own, `python -m tests.server.engine_double PORT`, it is told over HTTP: `POST /double` sets
+attributes, `GET /double` says how many requests it had, has, and had at most at a time.
+"""
 
 import asyncio
 import contextlib
 import json
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -70,6 +75,7 @@ class EngineDouble:
     gap_seconds: float = 0.0
     dies_after: int | None = None
     hold: asyncio.Event | None = None
+    health_hold: asyncio.Event | None = None
     requests: list[dict[str, Any]] = field(default_factory=list)
     request_headers: list[dict[str, str]] = field(default_factory=list)
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
@@ -81,6 +87,8 @@ class EngineDouble:
     @contextlib.asynccontextmanager
     async def serving(self, port: int = 0) -> AsyncIterator["EngineDouble"]:
         app = web.Application(client_max_size=2**30)
+        app.router.add_get("/double", self._told)
+        app.router.add_post("/double", self._tell)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._chat)
@@ -93,7 +101,25 @@ class EngineDouble:
         finally:
             await runner.cleanup()
 
+    async def _told(self, request: web.Request) -> web.Response:
+        return web.json_response(
+            {"requests": len(self.requests), "running": self.running, "most_running": self.most_running}
+        )
+
+    async def _tell(self, request: web.Request) -> web.Response:
+        orders = await request.json()
+        if orders.pop("forget", False):
+            self.requests.clear()
+            self.most_running = 0
+        for name, value in orders.items():
+            if name == "error" and value is not None:
+                value = (value[0], value[1].encode(), value[2])
+            setattr(self, name, value)
+        return web.json_response({})
+
     async def _health(self, request: web.Request) -> web.Response:
+        if self.health_hold is not None:
+            await self.health_hold.wait()
         return web.Response(status=200 if self.healthy else 503)
 
     async def _models(self, request: web.Request) -> web.Response:
@@ -137,3 +163,12 @@ class EngineDouble:
                 await self.hold.wait()
         await answer.write_eof()
         return answer
+
+
+async def main(port: int) -> None:
+    async with EngineDouble().serving(port):
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(int(sys.argv[1])))
