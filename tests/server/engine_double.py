@@ -1,7 +1,7 @@
 """A small HTTP server that speaks vLLM's wire format and does as it is told: slow, failing, dying in a stream.
 
 As a process of its own, `python -m tests.server.engine_double PORT`, it is told over HTTP: `POST /double` sets
-attributes, `GET /double` says how many requests it had, has, and had at most at a time.
+attributes and holds answers back, `GET /double` says how many requests it had and has.
 """
 
 import asyncio
@@ -102,15 +102,16 @@ class EngineDouble:
             await runner.cleanup()
 
     async def _told(self, request: web.Request) -> web.Response:
-        return web.json_response(
-            {"requests": len(self.requests), "running": self.running, "most_running": self.most_running}
-        )
+        return web.json_response({"requests": len(self.requests), "running": self.running})
 
     async def _tell(self, request: web.Request) -> web.Response:
         orders = await request.json()
         if orders.pop("forget", False):
             self.requests.clear()
-            self.most_running = 0
+        if (holding := orders.pop("holding", None)) is not None:
+            if self.hold is not None:
+                self.hold.set()
+            self.hold = asyncio.Event() if holding else None
         for name, value in orders.items():
             if name == "error" and value is not None:
                 value = (value[0], value[1].encode(), value[2])

@@ -50,11 +50,17 @@ async def test_one_video_stays_on_one_engine_until_that_one_has_its_share(client
         assert await gateway.metric("affinity_total", outcome="none") == 3
 
         for engine in engines:
-            await engine.tell(forget=True, delay_seconds=0.5)
-        await asyncio.gather(*(post(ask_about(video(0))) for _ in range(12)))
-        most = [(await engine.told())["most_running"] for engine in engines]
-        assert sum(most) == 12
-        assert max(most) == 5  # 1.25 * 12 / 3
+            await engine.tell(holding=True)
+        asking = [asyncio.create_task(post(ask_about(video(0)))) for _ in range(12)]
+
+        async def running():
+            return [(await engine.told())["running"] for engine in engines]
+
+        await until_true(lambda: _is(_sum(running()), 12))
+        assert max(await running()) == 5  # 1.25 * 12 / 3
+        for engine in engines:
+            await engine.tell(holding=False)
+        await asyncio.gather(*asking)
         assert await gateway.metric("affinity_total", outcome="spilled") == 12 - 5
 
 
@@ -101,23 +107,27 @@ async def _is(value, expected):
     return await value == expected
 
 
+async def _sum(values):
+    return sum(await values)
+
+
 async def test_an_engine_that_never_answers_times_out_and_is_left_alone_until_a_trial_succeeds(client):
     async with (
         EngineProcess() as engine,
         GatewayProcess(engine.url, ENGINE_HEADERS_SECONDS="0.2", ENGINE_READ_SECONDS="30") as gateway,
     ):
         await engine.tell(delay_seconds=3600)
-        for _ in range(FAILURES_TO_OPEN):
-            answer = await client.post(gateway.url + CHAT, json=ask(stream=True))
-            assert answer.status_code == 504
+        timeouts = 0
+        while (answer := await client.post(gateway.url + CHAT, json=ask(stream=True))).status_code == 504:
+            timeouts += 1
             assert answer.json()["error"]["code"] == "engine_timeout"
             assert answer.headers["x-should-retry"] == "false"
+        assert timeouts >= FAILURES_TO_OPEN  # more if this machine was so slow that a trial came in between
+        assert answer.status_code == 503
+        assert int(answer.headers["retry-after"]) >= 1
+        assert (await engine.told())["requests"] == timeouts
         assert await gateway.metric("engine_up") == 1  # its health checks pass
         assert await gateway.metric("engine_breaker_open", engine="engine-0") == 1
-        refused = await client.post(gateway.url + CHAT, json=ask(stream=True))
-        assert refused.status_code == 503
-        assert refused.headers["retry-after"] == "1"
-        assert (await engine.told())["requests"] == FAILURES_TO_OPEN
 
         await engine.tell(delay_seconds=0)
 
@@ -129,7 +139,8 @@ async def test_an_engine_that_never_answers_times_out_and_is_left_alone_until_a_
         gateway.drain()
         _, output = await gateway.ended()
     events = [json.loads(line)["event"] for line in output.splitlines()]
-    assert events.count("engine keeps failing") == events.count("engine answers again") == 1
+    assert events.count("engine keeps failing") == timeouts - FAILURES_TO_OPEN + 1
+    assert events.count("engine answers again") == 1
 
 
 async def test_a_slow_engine_is_passed_over_for_text_and_nothing_is_lost(client):
