@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
@@ -21,9 +22,11 @@ from server.media.probe import Prober
 from server.media.store import MediaStore
 from server.metrics import Metrics
 from server.middleware import ErrorsInOpenAIShape, Observed, RefuseWhileDraining, raise_in_our_terms
-from server.routes.chat import PATH, ChatCompletions
+from server.parameters import Bounds
+from server.routes.chat import ChatCompletions
 from server.routes.models import models_router
 from server.routes.ops import ops_router
+from server.routes.text import Completions, Responses
 from server.settings import Settings
 from server.upstream import Upstream, new_session
 
@@ -65,32 +68,34 @@ def create_app(
             max_bytes=settings.media_max_bytes,
             total_seconds=settings.media_fetch_seconds,
         )
-        chat = ChatCompletions(
-            catalogue=catalogue,
-            gate=Gate(
+        intake = Intake(
+            fetcher=fetcher,
+            prober=prober,
+            store=store,
+            max_bytes=settings.media_max_bytes,
+            max_seconds=settings.media_max_seconds,
+            metrics=metrics,
+        )
+        common: dict[str, Any] = {
+            "catalogue": catalogue,
+            "gate": Gate(
                 max_concurrency=settings.max_concurrency,
                 max_queue=settings.max_queue,
                 queue_seconds=settings.queue_seconds,
                 metrics=metrics,
             ),
-            intake=Intake(
-                fetcher=fetcher,
-                prober=prober,
-                store=store,
-                max_bytes=settings.media_max_bytes,
-                max_seconds=settings.media_max_seconds,
-                metrics=metrics,
-            ),
-            upstream=Upstream(
+            "upstream": Upstream(
                 session=engines, pool=pool, metrics=metrics, headers_seconds=settings.engine_headers_seconds
             ),
-            lifecycle=lifecycle,
-            metrics=metrics,
-            max_body_bytes=settings.max_body_bytes,
-            body_seconds=settings.body_seconds,
-            chat_template_kwargs=frozenset(settings.chat_template_kwargs),
-        )
-        app.router.routes.append(Route(PATH, chat, methods=["POST"]))
+            "lifecycle": lifecycle,
+            "metrics": metrics,
+            "bounds": Bounds(max_choices=settings.max_choices, max_output_tokens=settings.max_output_tokens),
+            "chat_template_kwargs": frozenset(settings.chat_template_kwargs),
+            "max_body_bytes": settings.max_body_bytes,
+            "body_seconds": settings.body_seconds,
+        }
+        for endpoint in (ChatCompletions(**common, intake=intake), Completions(**common), Responses(**common)):
+            app.router.routes.append(Route(endpoint.path, endpoint, methods=["POST"]))
         app.include_router(models_router(catalogue))
         app.include_router(ops_router(lifecycle=lifecycle, pool=pool, registry=metrics.registry))
         await pool.check()

@@ -73,7 +73,7 @@ class Metrics:
         self.affinity = counter(
             "affinity_total", "Requests by whether they went to the engine that their media belong to", "outcome"
         )
-        self.inflight_requests = gauge("inflight_requests", "Chat requests inside the gateway")
-        self.queue_depth = gauge("queue_depth", "Chat requests waiting for an engine")
+        self.inflight_requests = gauge("inflight_requests", "Generating requests inside the gateway")
+        self.queue_depth = gauge("queue_depth", "Generating requests waiting for an engine")
         build = gauge("build_info", "1, labelled with the gateway's version", "version")
         build.labels(__version__).set(1)

@@ -9,12 +9,15 @@ from uuid import uuid4
 
 from server.aliases import Alias
 from server.errors import ForbiddenField, InvalidRequest, RetentionRefused
+from server.parameters import OPERATOR_FIELDS
+from server.savings import Savings
+from server.sse import ChatStream
 
 Kind = Literal["video", "image", "audio"]
 
 URL_KEYS: dict[str, Kind] = {"video_url": "video", "image_url": "image", "audio_url": "audio"}
-OPERATOR_FIELDS = ("mm_processor_kwargs", "media_io_kwargs", "chat_template", "prompt_embeds")
 LARGE_URL_CHARACTERS = 65_536
+MOST_VALUES = 500_000  # parsing more would hold up everybody else's requests, and take a hundred times their size
 
 
 @dataclass
@@ -72,6 +75,10 @@ class ChatRequest:
         self.fields.clear()
         self.media.clear()
 
+    def reader(self, savings: Savings | None) -> ChatStream:
+        """Return what reads the engine's stream."""
+        return ChatStream(savings=savings, usage_wanted=self.usage_wanted)
+
     def serialise(self) -> bytes:
         """Return the request as JSON; raise InvalidRequest for what JSON can't carry.
 
@@ -83,10 +90,7 @@ class ChatRequest:
         for part, mark in zip(aside, marks, strict=True):
             part.holder[part.key] = mark
         try:
-            text = json.dumps(self.fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-            rest = text.encode()
-        except (ValueError, RecursionError) as exc:  # an infinite number, a lone surrogate
-            raise InvalidRequest("the request body holds a number or character that JSON can't carry") from exc
+            rest = dump_json(self.fields)
         finally:
             for part in aside:
                 part.holder[part.key] = part.url
@@ -103,8 +107,23 @@ def parse_chat_request(body: bytes, *, chat_template_kwargs: Collection[str]) ->
     Raises InvalidRequest if it is no chat request, ForbiddenField if it sets what only the operator may set, and
     RetentionRefused if `aot.retention` is not a number; `chat_template_kwargs` names the template switches allowed.
     """
-    fields = _parse_json_object(body)
-    _refuse_operator_fields(fields, chat_template_kwargs)
+    fields = parse_json_object(body)
+    refuse_template_fields(fields, chat_template_kwargs)
+    model, stream, usage_wanted = read_stream_fields(fields)
+    if not isinstance(fields.get("messages"), list):
+        raise InvalidRequest("messages must be an array", param="messages")
+    return ChatRequest(
+        fields=fields,
+        model=model,
+        stream=stream,
+        usage_wanted=usage_wanted,
+        retention=_retention(fields.get("aot")),
+        media=list(_media_parts(fields["messages"])),
+    )
+
+
+def read_stream_fields(fields: dict[str, Any]) -> tuple[str, bool, bool]:
+    """Return the model, whether a stream is wanted and whether its usage is; raise InvalidRequest."""
     model = fields.get("model")
     if not isinstance(model, str) or not model:
         raise InvalidRequest("you must provide a model parameter", param="model")
@@ -114,19 +133,21 @@ def parse_chat_request(body: bytes, *, chat_template_kwargs: Collection[str]) ->
     options = fields.get("stream_options")
     if not isinstance(options, dict | None):
         raise InvalidRequest("stream_options must be an object", param="stream_options")
-    if not isinstance(fields.get("messages"), list):
-        raise InvalidRequest("messages must be an array", param="messages")
-    return ChatRequest(
-        fields=fields,
-        model=model,
-        stream=bool(stream),
-        usage_wanted=bool((options or {}).get("include_usage")),
-        retention=_retention(fields.get("aot")),
-        media=list(_media_parts(fields["messages"])),
-    )
+    return model, bool(stream), bool((options or {}).get("include_usage"))
 
 
-def _parse_json_object(body: bytes) -> dict[str, Any]:
+def dump_json(fields: dict[str, Any]) -> bytes:
+    """Return `fields` as JSON; raise InvalidRequest for what JSON can't carry."""
+    try:
+        return json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except (ValueError, RecursionError) as exc:  # an infinite number, a lone surrogate
+        raise InvalidRequest("the request body holds a number or character that JSON can't carry") from exc
+
+
+def parse_json_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in `body`; raise InvalidRequest if there is none, or one of too many values."""
+    if len(body) > MOST_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise InvalidRequest(f"the request body holds more than {MOST_VALUES} values")
     constants: list[str] = []
 
     def note_constant(name: str) -> float:
@@ -145,10 +166,8 @@ def _parse_json_object(body: bytes) -> dict[str, Any]:
     return fields
 
 
-def _refuse_operator_fields(fields: dict[str, Any], chat_template_kwargs: Collection[str]) -> None:
-    for name in OPERATOR_FIELDS:
-        if fields.get(name) is not None:
-            _forbid(name)
+def refuse_template_fields(fields: dict[str, Any], chat_template_kwargs: Collection[str]) -> None:
+    """Raise ForbiddenField for a switch of the chat template that is not among `chat_template_kwargs`."""
     template_kwargs = fields.get("chat_template_kwargs")
     if template_kwargs is None:
         return

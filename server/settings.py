@@ -71,6 +71,8 @@ class Settings(BaseSettings):
     max_queue: int = Field(default=256, ge=0)
     queue_seconds: float = Field(default=60, gt=0)
     drain_seconds: float = Field(default=30, ge=0)
+    max_choices: int = Field(default=16, ge=1)
+    max_output_tokens: int | None = Field(default=None, ge=1)
     chat_template_kwargs: Names = ("enable_thinking",)
 
     engine_connect_seconds: float = Field(default=5, gt=0)

@@ -26,6 +26,8 @@ GOOD = {
     "MAX_CONCURRENCY": ("3", 3),
     "MAX_QUEUE": ("0", 0),
     "QUEUE_SECONDS": ("0.5", 0.5),
+    "MAX_CHOICES": ("2", 2),
+    "MAX_OUTPUT_TOKENS": ("512", 512),
     "DRAIN_SECONDS": ("1.5", 1.5),
     "CHAT_TEMPLATE_KWARGS": ("enable_thinking,add_vision_id", ("enable_thinking", "add_vision_id")),
     "ENGINE_CONNECT_SECONDS": ("2", 2.0),
