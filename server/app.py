@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
@@ -30,13 +30,21 @@ from server.routes.text import Completions, Responses
 from server.settings import Settings
 from server.upstream import Upstream, new_session
 
+if TYPE_CHECKING:
+    from server.tracing import Tracing
+
 
 def create_app(
-    settings: Settings, *, registry: CollectorRegistry | None = None, lifecycle: Lifecycle | None = None
+    settings: Settings,
+    *,
+    registry: CollectorRegistry | None = None,
+    lifecycle: Lifecycle | None = None,
+    tracing: "Tracing | None" = None,
 ) -> FastAPI:
     """Return the gateway as an application.
 
-    Its metrics go to `registry`, a new one by default; `lifecycle` is how its runner makes it drain.
+    Its metrics go to `registry`, a new one by default; `lifecycle` is how its runner makes it drain;
+    `tracing` makes its spans, none by default.
     Raises ConfigurationError if the file that `settings.config` names is wrong.
     """
     aliases = load_aliases(settings.config) if settings.config is not None else None
@@ -98,6 +106,8 @@ def create_app(
             app.router.routes.append(Route(endpoint.path, endpoint, methods=["POST"]))
         app.include_router(models_router(catalogue))
         app.include_router(ops_router(lifecycle=lifecycle, pool=pool, registry=metrics.registry))
+        if tracing is not None:
+            stack.push_async_callback(tracing.close)
         await pool.check()
         for chore in [pool.watch(), *([] if store is None else [store.watch()])]:
             stack.push_async_callback(_ended, asyncio.create_task(chore))
@@ -112,7 +122,7 @@ def create_app(
     )
     app.add_middleware(RefuseWhileDraining, lifecycle=lifecycle)  # the last added is the outermost
     app.add_middleware(ErrorsInOpenAIShape)
-    app.add_middleware(Observed, metrics=metrics)
+    app.add_middleware(Observed, metrics=metrics, tracing=tracing)
     return app
 
 

@@ -147,6 +147,14 @@ def refuse_unknown_names(environ: Mapping[str, str]) -> None:
         raise ConfigurationError("\n".join(complaints))
 
 
+def traces_are_exported() -> bool:
+    """Return whether OpenTelemetry's own variables name where spans go, and do not turn it off."""
+    environ = os.environ
+    named = environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    is_off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or environ.get("OTEL_TRACES_EXPORTER") == "none"
+    return bool(named) and not is_off
+
+
 def _explain(error: Any) -> str:
     if not error["loc"]:
         return str(error["msg"]).removeprefix("Value error, ")

@@ -18,7 +18,7 @@ class EventStream:
     """Takes an engine's stream in pieces of any size and returns the bytes for the client, in whole events.
 
     After each `feed`: `tokens` counts the chunks that carried output, `failure` is set if the engine reported an
-    error in the stream, and `done` if the stream came to its proper end.
+    error in the stream, and `done` if the stream came to its proper end. `usage` is what the engine said of it.
     """
 
     LANDMARKS: tuple[bytes, ...]
@@ -29,6 +29,7 @@ class EventStream:
         self._tail = b""
         self.tokens = 0
         self.done = False
+        self.usage: dict[str, Any] = {}
         self.failure: GatewayError | None = None
 
     def feed(self, piece: bytes) -> bytes:
@@ -90,6 +91,7 @@ class ChatStream(EventStream):
             self.failure = _stream_error(chunk)
             return b""
         if has_usage and chunk.get("choices") == [] and isinstance(chunk.get("usage"), dict):
+            self.usage = chunk["usage"]
             return self._usage(event, chunk)
         if self.tokens or _carries_output(chunk):
             self.tokens += 1
@@ -121,7 +123,11 @@ class ResponseStream(EventStream):
         if kind in ("error", "response.failed"):
             self.failure = EngineFailed("the engine failed on this request")
             return b""
-        self.done = self.done or kind in ("response.completed", "response.incomplete")
+        if kind in ("response.completed", "response.incomplete"):
+            self.done = True
+            response = fields.get("response")
+            usage = response.get("usage") if isinstance(response, dict) else None
+            self.usage = usage if isinstance(usage, dict) else {}
         self.tokens += isinstance(kind, str) and kind.endswith(".delta")
         return event
 

@@ -123,8 +123,9 @@ class Upstream:
             if tried:
                 self._metrics.upstream_retries.labels(reason).inc()
             tried.append(attempt.engine)
+            traced = held.enter_context(record.trace.engine(attempt.engine.name)) if record.trace else {}
             try:
-                response = await self._send(path, attempt, body, record)
+                response = await self._send(path, attempt, body, traced, record)
             except EngineUnavailable as exc:
                 reason, refusal = "connect", exc
             else:
@@ -138,7 +139,9 @@ class Upstream:
             await held.aclose()
         raise refusal
 
-    async def _send(self, path: str, attempt: Attempt, body: bytes, record: RequestRecord) -> aiohttp.ClientResponse:
+    async def _send(
+        self, path: str, attempt: Attempt, body: bytes, traced: dict[str, str], record: RequestRecord
+    ) -> aiohttp.ClientResponse:
         connecting = _Connecting()
         begin = perf_counter()
         # Without a stream the headers come with the end of the answer: only the limit on silence can hold for them.
@@ -152,6 +155,7 @@ class Upstream:
                         "content-type": "application/json",
                         "content-length": str(len(body)),
                         "x-request-id": record.request_id,
+                        **traced,
                     },
                     allow_redirects=False,
                     trace_request_ctx=connecting,
@@ -164,7 +168,7 @@ class Upstream:
             raise _broken(exc) from exc
         now = perf_counter()
         connected = connecting.finished or begin
-        record.add("connect", connected - begin)
+        record.add("connect", begin, connected)
         record.engine_seconds += now - connected
         record.headers_from_engine = now
         return response

@@ -1,5 +1,6 @@
 """What the generating endpoints have in common: a request goes in, to an engine, and its answer or stream out again."""
 
+import asyncio
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -13,14 +14,22 @@ from starlette.types import Receive, Scope, Send
 
 from server.aliases import Alias
 from server.catalogue import Catalogue
-from server.errors import ClientGone, EngineFailed, GatewayError, UnknownModel, answer_to
+from server.errors import (
+    BodyTimeout,
+    BodyTooLarge,
+    ClientGone,
+    EngineFailed,
+    GatewayError,
+    InvalidRequest,
+    UnknownModel,
+    answer_to,
+)
 from server.gate import Gate
 from server.lifecycle import Lifecycle
 from server.metrics import OTHER, Metrics
 from server.middleware import note
 from server.parameters import Bounds, check_parameters
 from server.record import STATE_KEY, RequestRecord
-from server.routes.body import read_body
 from server.savings import Savings
 from server.sse import EventStream
 from server.upstream import Exchange, Upstream
@@ -117,13 +126,13 @@ class Generation(ABC, Generic[R]):
                 request.forget_content()
             queued = perf_counter()
             async with self.gate.engine_slot():
-                record.add("queue", perf_counter() - queued)
+                record.add("queue", queued, perf_counter())
                 async with self.upstream.exchange(self.path, alias.engine_model, body, record) as exchange:
                     del body
                     self._count(exchange.savings, record)
                     if request.stream:
                         return await self._stream(exchange, request.reader(exchange.savings), record, answer)
-                    return await _whole(exchange, answer)
+                    return await _whole(exchange, record, answer)
 
     def _bound_length(self, fields: dict[str, Any]) -> None:
         most = self.bounds.max_output_tokens
@@ -141,7 +150,7 @@ class Generation(ABC, Generic[R]):
         except UnknownModel:
             record.model = OTHER
             raise
-        record.model = alias.name
+        record.model, record.engine_model = alias.name, alias.engine_model
         self.check(request, alias)
         return request, alias
 
@@ -171,6 +180,7 @@ class Generation(ABC, Generic[R]):
                 await answer.piece(passed)
             if stream.failure is not None:
                 raise stream.failure
+        record.usage = stream.usage
         stream.end()
         if stream.failure is not None:
             raise stream.failure
@@ -179,6 +189,7 @@ class Generation(ABC, Generic[R]):
     def _time(self, num_tokens: int, seconds: float, *, is_first: bool, record: RequestRecord) -> None:
         """Observe chunks that arrived together, `seconds` after the ones before: they share the gap."""
         if is_first:
+            record.seconds_to_first_token = seconds
             self.metrics.time_to_first_token.labels(record.model).observe(seconds)
             return
         gaps = self.metrics.inter_token_latency.labels(record.model)
@@ -216,12 +227,22 @@ class _Answer:
         await self._send({"type": "http.response.body", "body": body})
 
 
-async def _whole(exchange: Exchange, answer: _Answer) -> bytes:
+async def _whole(exchange: Exchange, record: RequestRecord, answer: _Answer) -> bytes:
     body = await exchange.read()
+    if record.trace is not None:
+        record.usage = _usage_of(body)
     if exchange.savings is not None:
         body = _with_savings(body, exchange.savings)
     answer.address(exchange, {"content-length": str(len(body))})
     return body
+
+
+def _usage_of(body: bytes) -> dict[str, Any]:
+    try:
+        usage = json.loads(body)["usage"]
+    except (ValueError, TypeError, KeyError):
+        return {}
+    return usage if isinstance(usage, dict) else {}
 
 
 def _with_savings(body: bytes, savings: Savings) -> bytes:
@@ -245,3 +266,29 @@ def isolate(fields: dict[str, Any], tenant: str) -> None:
     if tenant:
         refined = f"{tenant}\0{fields.get('cache_salt') or ''}"
         fields["cache_salt"] = hashlib.sha256(refined.encode(errors="replace")).hexdigest()
+
+
+async def read_body(headers: Headers, receive: Receive, *, max_bytes: int, seconds: float) -> bytes:
+    """Return the request's body; raise BodyTooLarge, BodyTimeout or ClientGone. A length that lies changes nothing."""
+    too_large = BodyTooLarge(f"the request body is larger than {max_bytes} bytes")
+    try:
+        if int(headers.get("content-length", "0")) > max_bytes:
+            raise too_large
+    except ValueError:
+        raise InvalidRequest("content-length must be a number") from None
+    pieces, size = [], 0
+    try:
+        async with asyncio.timeout(seconds):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone("the client closed the connection")
+                piece = message.get("body", b"")
+                size += len(piece)
+                if size > max_bytes:
+                    raise too_large
+                pieces.append(piece)
+                if not message.get("more_body", False):
+                    return b"".join(pieces)
+    except TimeoutError:
+        raise BodyTimeout(f"the request body did not arrive within {seconds:g} seconds") from None

@@ -118,9 +118,10 @@ class Process:
 class GatewayProcess(Process):
     """`python -m server`, as an operator runs it."""
 
-    def __init__(self, *engine_urls, **settings):
+    def __init__(self, *engine_urls, environment=None, **settings):
         settings = {"PORT": "{port}", "ENGINES": ",".join(engine_urls), "ENGINE_HEALTH_SECONDS": "0.2", **settings}
-        super().__init__("server", environment={f"AOT_GATEWAY_{name}": value for name, value in settings.items()})
+        ours = {f"AOT_GATEWAY_{name}": value for name, value in settings.items()}
+        super().__init__("server", environment={**ours, **(environment or {})})
 
     def drain(self):
         self.process.send_signal(signal.SIGTERM)
