@@ -65,10 +65,7 @@ class ChatRequest:
         if retention is not None and self.has_video:
             self.fields["mm_processor_kwargs"] = {"aot_retention": retention}
         if self.stream:
-            options = dict(self.fields.get("stream_options") or {}, include_usage=True)
-            if not self.usage_wanted:
-                options.pop("continuous_usage_stats", None)  # means nothing to the engine without include_usage
-            self.fields["stream_options"] = options
+            ask_for_usage(self.fields, usage_wanted=self.usage_wanted)
 
     def forget_content(self) -> None:
         """Let go of the messages, which may hold megabytes; what was read from them stays."""
@@ -134,6 +131,14 @@ def read_stream_fields(fields: dict[str, Any]) -> tuple[str, bool, bool]:
     if not isinstance(options, dict | None):
         raise InvalidRequest("stream_options must be an object", param="stream_options")
     return model, bool(stream), bool((options or {}).get("include_usage"))
+
+
+def ask_for_usage(fields: dict[str, Any], *, usage_wanted: bool) -> None:
+    """Have a stream end with its usage, which the gateway counts and hides from a client that does not want it."""
+    options = dict(fields.get("stream_options") or {}, include_usage=True)
+    if not usage_wanted:
+        options.pop("continuous_usage_stats", None)  # means nothing to the engine without include_usage
+    fields["stream_options"] = options
 
 
 def dump_json(fields: dict[str, Any]) -> bytes:

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from server.aliases import Alias
 from server.errors import ForbiddenField, InvalidRequest
 from server.savings import Savings
-from server.schemas import dump_json, parse_json_object, read_stream_fields, refuse_template_fields
+from server.schemas import ask_for_usage, dump_json, parse_json_object, read_stream_fields, refuse_template_fields
 from server.sse import ChatStream, EventStream, ResponseStream
 
 MOST_PROMPTS = 64
@@ -15,8 +15,8 @@ _IMAGE_DATA = "data:image/"
 
 
 @dataclass
-class CompletionRequest:
-    """A completion request as parsed, and what was read from it."""
+class TextRequest:
+    """A request without videos as parsed, and what was read from it."""
 
     fields: dict[str, Any] = field(repr=False)
     model: str
@@ -36,15 +36,23 @@ class CompletionRequest:
         """Let go of the content."""
         self.fields.clear()
 
+
+class CompletionRequest(TextRequest):
+    """A request for a completion."""
+
+    def address_to(self, alias: Alias) -> None:
+        """Rewrite for the engine: its name for the model, and the usage in any case."""
+        super().address_to(alias)
+        if self.stream:
+            ask_for_usage(self.fields, usage_wanted=self.usage_wanted)
+
     def reader(self, savings: Savings | None) -> EventStream:
-        """Return what reads the engine's stream; text has no video tokens to save."""
-        del savings
-        return ChatStream(savings=None, usage_wanted=True)
+        """Return what reads the engine's stream."""
+        return ChatStream(savings=savings, usage_wanted=self.usage_wanted)
 
 
-@dataclass
-class ResponseRequest(CompletionRequest):
-    """A request for a response, as parsed."""
+class ResponseRequest(TextRequest):
+    """A request for a response."""
 
     def address_to(self, alias: Alias) -> None:
         """Rewrite for the engine: its name for the model, and nothing to be kept there, where no key would guard it."""
@@ -52,7 +60,7 @@ class ResponseRequest(CompletionRequest):
         self.fields["store"] = False
 
     def reader(self, savings: Savings | None) -> EventStream:
-        """Return what reads the engine's stream; text has no video tokens to save."""
+        """Return what reads the engine's stream; without videos there are no savings."""
         del savings
         return ResponseStream()
 

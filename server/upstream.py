@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 PIECE_BYTES = 256 * 1024
 WHOLE_BODY_BYTES = 2**20  # above, aiohttp wants bodies in pieces, so that writing one does not hold up the loop
 ERROR_BODY_BYTES = 64 * 1024
+ERROR_BODY_SECONDS = 5.0
 MAX_ATTEMPTS = 3
 # vLLM's uvicorn closes idle connections after 5 s; one reused at that moment would fail a request for good.
 KEEPALIVE_SECONDS = 3.0
@@ -175,7 +176,8 @@ class Upstream:
 
     async def _refusal(self, attempt: Attempt, response: aiohttp.ClientResponse, record: RequestRecord) -> GatewayError:
         try:
-            body = await response.content.read(ERROR_BODY_BYTES)
+            async with asyncio.timeout(ERROR_BODY_SECONDS):
+                body = await response.content.read(ERROR_BODY_BYTES)
         except (aiohttp.ClientError, OSError):
             body = b""
         if response.status >= 500:

@@ -76,7 +76,8 @@ def text_chunk(text: str) -> bytes:
     return b"data: " + json.dumps(fields).encode() + b"\n\n"
 
 
-TEXT_STREAM = [text_chunk("Ein "), text_chunk("Hund"), DONE]
+TEXT_USAGE = b"data: " + json.dumps({**TEXT_COMPLETION, "choices": []}).encode() + b"\n\n"
+TEXT_STREAM = [text_chunk("Ein "), text_chunk("Hund"), TEXT_USAGE, DONE]
 RESPONSE = {
     "id": "resp_1",
     "object": "response",

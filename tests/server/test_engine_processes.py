@@ -41,9 +41,10 @@ async def test_one_video_stays_on_one_engine_until_that_one_has_its_share(client
         assert sorted(counts) == [0, 0, 10]
         assert await gateway.metric("affinity_total", outcome="hit") == 10
 
-        for number in range(12):
+        for number in range(10):
             await post(ask_about(video(number)))
-        assert all([(await engine.told())["requests"] for engine in engines])
+        assert sum([(await engine.told())["requests"] > 0 for engine in engines]) > 1  # not so once in 20,000 runs
+        assert await gateway.metric("affinity_total", outcome="hit") == 20
 
         for _ in range(3):
             await post(ask())

@@ -9,7 +9,14 @@ import pytest
 
 from server.routes.generation import isolate
 from server.settings import Settings
-from tests.server.engine_double import RESPONSE, RESPONSE_STREAM, TEXT_COMPLETION, TEXT_STREAM, response_event
+from tests.server.engine_double import (
+    RESPONSE,
+    RESPONSE_STREAM,
+    TEXT_COMPLETION,
+    TEXT_STREAM,
+    TEXT_USAGE,
+    response_event,
+)
 from tests.server.harness import error_of, gateway, served, value
 
 COMPLETIONS, RESPONSES = "/v1/completions", "/v1/responses"
@@ -53,20 +60,30 @@ async def test_the_sdk_gets_completions_and_responses_whole_and_in_streams(engin
 
 
 @pytest.mark.parametrize(
-    ("path", "whole", "stream"), [(COMPLETIONS, TEXT_COMPLETION, TEXT_STREAM), (RESPONSES, RESPONSE, RESPONSE_STREAM)]
+    ("path", "whole", "stream", "added"),
+    [
+        (COMPLETIONS, TEXT_COMPLETION, TEXT_STREAM, {}),
+        (RESPONSES, RESPONSE, RESPONSE_STREAM, {"store": False}),
+    ],
 )
-async def test_answers_and_streams_are_the_engines_byte_for_byte(engine, client, path, whole, stream):
+async def test_answers_and_streams_are_the_engines_byte_for_byte(engine, client, path, whole, stream, added):
+    wanted = {"stream": True, "stream_options": {"include_usage": True}}
     assert (await client.post(path, json=body(path))).content == json.dumps(whole).encode()
-    assert (await client.post(path, json=body(path, stream=True))).content == b"".join(stream)
-    kept = {} if path == COMPLETIONS else {"store": False}
+    assert (await client.post(path, json=body(path, **wanted))).content == b"".join(stream)
     assert engine.requests == [
-        {**body(path), "model": "llava", **kept},
-        {**body(path), "model": "llava", "stream": True, **kept},
+        {**body(path), "model": "llava", **added},
+        {**body(path), "model": "llava", **wanted, **added},
     ]
     labels = {"route": path, "model": "fast", "status_class": "2xx"}
     assert value(client, "requests_total", **labels, stream="false") == 1
     assert value(client, "requests_total", **labels, stream="true") == 1
     assert value(client, "time_to_first_token_seconds_count", model="fast") == 1
+
+
+async def test_a_completions_usage_is_asked_for_in_any_case_and_hidden_from_who_did_not_ask(engine, client):
+    answer = await client.post(COMPLETIONS, json=body(COMPLETIONS, stream=True))
+    assert answer.content == b"".join(piece for piece in TEXT_STREAM if piece != TEXT_USAGE)
+    assert engine.requests[0]["stream_options"] == {"include_usage": True}
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, RESPONSES])
