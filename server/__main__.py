@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import sys
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 
@@ -11,7 +12,10 @@ from server import logs
 from server.app import create_app
 from server.errors import ConfigurationError
 from server.lifecycle import Lifecycle
-from server.settings import Settings
+from server.settings import Settings, traces_are_exported
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
 
 logger = logging.getLogger("server")
 
@@ -43,12 +47,22 @@ class DrainingServer(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def _tracing() -> "Tracing | None":
+    if not traces_are_exported():
+        return None
+    try:
+        from server import tracing
+    except ImportError as exc:
+        raise ConfigurationError("OTEL_EXPORTER_OTLP_ENDPOINT is set, but aot-vllm[otel] is not installed") from exc
+    return tracing.Tracing.over_otlp()
+
+
 def main() -> int:
     """Run until told to stop; return the exit code."""
     try:
         settings = Settings.from_environment()
         lifecycle = Lifecycle(settings.drain_seconds)
-        app = create_app(settings, lifecycle=lifecycle)
+        app = create_app(settings, lifecycle=lifecycle, tracing=_tracing())
     except ConfigurationError as exc:
         sys.stderr.write(f"The gateway can't start:\n{exc}\n")
         return BAD_SETTINGS

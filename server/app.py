@@ -6,7 +6,7 @@ import functools
 import logging
 import secrets
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
@@ -20,21 +20,26 @@ from server.catalogue import Catalogue
 from server.engines import EnginePool
 from server.errors import ConfigurationError
 from server.files import FileStore
+from server.gate import Gate
 from server.lifecycle import Lifecycle
-from server.limits import Gate
 from server.media import fetch
 from server.media.intake import Intake
 from server.media.probe import Limits, Prober
 from server.media.store import MediaStore
 from server.metrics import Metrics
 from server.middleware import ErrorsInOpenAIShape, Observed, RefuseWhileDraining, raise_in_our_terms
+from server.parameters import Bounds
 from server.quotas import Counts, Limited, Quotas, shared_storage
-from server.routes.chat import PATH, ChatCompletions
+from server.routes.chat import ChatCompletions
 from server.routes.files import files_router
 from server.routes.models import models_router
 from server.routes.ops import ops_router
+from server.routes.text import Completions, Responses
 from server.settings import PREFIX, Settings
 from server.upstream import Upstream, new_session
+
+if TYPE_CHECKING:
+    from server.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +50,12 @@ def create_app(
     registry: CollectorRegistry | None = None,
     lifecycle: Lifecycle | None = None,
     network: fetch.Network | None = None,
+    tracing: "Tracing | None" = None,
 ) -> FastAPI:
     """Return the gateway as an application.
 
-    Its metrics go to `registry`, a new one by default; `lifecycle` is how its runner makes it drain. Media are fetched
-    through `network`, the machine's own by default.
+    Its metrics go to `registry`, a new one by default; `lifecycle` is how its runner makes it drain; `tracing` makes
+    its spans, none by default. Media are fetched through `network`, the machine's own by default.
     Raises ConfigurationError if a file that the settings name is wrong, or if the gateway would be open unawares.
     """
     config = configuration.load(settings.config) if settings.config is not None else configuration.Configuration()
@@ -100,33 +106,44 @@ def create_app(
             max_bytes=settings.media_max_bytes,
             total_seconds=settings.media_fetch_seconds,
         )
-        chat = ChatCompletions(
-            catalogue=catalogue,
-            gate=Gate(max_concurrency=settings.max_concurrency, max_queue=settings.max_queue, metrics=metrics),
-            intake=Intake(
-                fetcher=fetcher,
-                prober=prober,
-                store=store,
-                uploads=files,
-                max_bytes=settings.media_max_bytes,
-                max_decoded_bytes=settings.media_max_decoded_bytes,
-                secret=_secret(settings),
+        intake = Intake(
+            fetcher=fetcher,
+            prober=prober,
+            store=store,
+            uploads=files,
+            max_bytes=settings.media_max_bytes,
+            max_decoded_bytes=settings.media_max_decoded_bytes,
+            secret=_secret(settings),
+            metrics=metrics,
+        )
+        common: dict[str, Any] = {
+            "catalogue": catalogue,
+            "gate": Gate(
+                max_concurrency=settings.max_concurrency,
+                max_queue=settings.max_queue,
+                queue_seconds=settings.queue_seconds,
                 metrics=metrics,
             ),
-            upstream=Upstream(session=engines, pool=pool, metrics=metrics),
-            quotas=quotas,
-            lifecycle=lifecycle,
-            metrics=metrics,
-            max_body_bytes=settings.max_body_bytes,
-            body_seconds=settings.body_seconds,
-            chat_template_kwargs=frozenset(settings.chat_template_kwargs),
-        )
-        app.router.routes.append(Route(PATH, chat, methods=["POST"]))
+            "upstream": Upstream(
+                session=engines, pool=pool, metrics=metrics, headers_seconds=settings.engine_headers_seconds
+            ),
+            "quotas": quotas,
+            "lifecycle": lifecycle,
+            "metrics": metrics,
+            "bounds": Bounds(max_choices=settings.max_choices, max_output_tokens=settings.max_output_tokens),
+            "chat_template_kwargs": frozenset(settings.chat_template_kwargs),
+            "max_body_bytes": settings.max_body_bytes,
+            "body_seconds": settings.body_seconds,
+        }
+        for endpoint in (ChatCompletions(**common, intake=intake), Completions(**common), Responses(**common)):
+            app.router.routes.append(Route(endpoint.path, endpoint, methods=["POST"]))
         app.include_router(models_router(catalogue))
         app.include_router(files_router(files, body_seconds=settings.body_seconds))
         app.include_router(
             ops_router(lifecycle=lifecycle, pool=pool, registry=metrics.registry, document=functools.cache(described))
         )
+        if tracing is not None:
+            stack.push_async_callback(tracing.close)
         await pool.check()
         for chore in [pool.watch(), *(keeper.watch() for keeper in (store, files) if keeper is not None)]:
             stack.push_async_callback(_ended, asyncio.create_task(chore))
@@ -152,7 +169,7 @@ def create_app(
     app.add_middleware(Authenticated, tenants=tenant_keys(config), metrics=metrics_keys(config))
     app.add_middleware(RefuseWhileDraining, lifecycle=lifecycle)
     app.add_middleware(ErrorsInOpenAIShape)
-    app.add_middleware(Observed, metrics=metrics)
+    app.add_middleware(Observed, metrics=metrics, tracing=tracing)
     return app
 
 

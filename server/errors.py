@@ -12,9 +12,9 @@ GatewayError
 ├── UnknownModel, UnknownFile
 ├── BodyTooLarge, BodyTimeout
 ├── RateLimited               the tenant has used up what it may
-├── Overloaded                queue, downloads or media store full
+├── Overloaded                queue, downloads or media store full, or too long a wait in the queue
 ├── Draining                  the gateway is shutting down
-├── EngineUnavailable         no engine took the request: nothing was spent
+├── EngineUnavailable         no engine took the request, or none that serves its model: nothing was spent
 ├── EngineFailed              an engine took the request and broke
 ├── EngineTimeout             an engine took the request and went silent
 ├── EngineRefused             an engine answered with an error of its own
@@ -22,6 +22,7 @@ GatewayError
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -36,12 +37,20 @@ class ConfigurationError(Exception):
 class GatewayError(Exception):
     """Base of all errors that end a request. `param` and `code` go to the client as OpenAI's fields of those names."""
 
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        """Keep the message; it must be fit for the client's eyes."""
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        """Keep the message; it must be fit for the client's eyes. `retry_after_seconds`: if it is known when."""
         super().__init__(message)
         self.message = message
         self.param = param
         self.code = code
+        self.retry_after_seconds = retry_after_seconds
 
 
 class InvalidRequest(GatewayError):  # noqa: N818
@@ -103,7 +112,7 @@ class RateLimited(GatewayError):  # noqa: N818
 
 
 class Overloaded(GatewayError):  # noqa: N818
-    """Queue, downloads or store are full."""
+    """Queue, downloads or store are full, or the wait in the queue became too long."""
 
 
 class Draining(GatewayError):  # noqa: N818
@@ -111,7 +120,7 @@ class Draining(GatewayError):  # noqa: N818
 
 
 class EngineUnavailable(GatewayError):  # noqa: N818
-    """No engine could be reached; none has spent anything on the request."""
+    """No engine for the request's model could be reached; none has spent anything on the request."""
 
 
 class EngineFailed(GatewayError):  # noqa: N818
@@ -207,7 +216,7 @@ def answer_to(exc: BaseException) -> ErrorAnswer:
 def _answer(verdict: Verdict, exc: GatewayError) -> ErrorAnswer:
     headers = {}
     if verdict.retry_after_seconds is not None:
-        headers["retry-after"] = str(verdict.retry_after_seconds)
+        headers["retry-after"] = str(max(1, math.ceil(exc.retry_after_seconds or verdict.retry_after_seconds)))
     if verdict.retry_is_waste:
         headers["x-should-retry"] = "false"
     if isinstance(exc, MethodNotAllowed):

@@ -75,7 +75,13 @@ class Metrics:
             "upstream_retries_total", "Requests sent to another engine, by what the first one did", "reason"
         )
         self.engine_up = gauge("engine_up", "1 if the engine's last health check passed", "engine")
-        self.inflight_requests = gauge("inflight_requests", "Chat requests inside the gateway")
-        self.queue_depth = gauge("queue_depth", "Chat requests waiting for an engine")
+        self.engine_breaker_open = gauge(
+            "engine_breaker_open", "1 while the engine gets no requests, or one on trial, because it failed", "engine"
+        )
+        self.affinity = counter(
+            "affinity_total", "Requests by whether they went to the engine that their media belong to", "outcome"
+        )
+        self.inflight_requests = gauge("inflight_requests", "Generating requests inside the gateway")
+        self.queue_depth = gauge("queue_depth", "Generating requests waiting for an engine")
         build = gauge("build_info", "1, labelled with the gateway's version", "version")
         build.labels(__version__).set(1)

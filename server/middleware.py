@@ -3,6 +3,7 @@
 import logging
 import re
 from time import perf_counter
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from fastapi.exceptions import RequestValidationError
@@ -17,6 +18,9 @@ from server.lifecycle import Lifecycle
 from server.metrics import Metrics
 from server.record import STATE_KEY, RequestRecord
 
+if TYPE_CHECKING:
+    from server.tracing import Tracing
+
 logger = logging.getLogger(__name__)
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -25,32 +29,38 @@ _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 class Observed:
     """Gives every request a record, an id and its headers; counts and logs it when it has been answered."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, tracing: "Tracing | None" = None) -> None:
         """Wrap `app`."""
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = RequestRecord(request_id_of(Headers(scope=scope)))
+        headers = Headers(scope=scope)
+        record = RequestRecord(request_id_of(headers))
+        if self._tracing is not None and scope["path"].startswith("/v1/"):
+            record.trace = self._tracing.begin(headers, scope["method"])
         scope.setdefault("state", {})[STATE_KEY] = record
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = record.request_id
-                headers["x-aot-gateway-overhead-ms"] = f"{record.overhead_ms():.3f}"
-                headers.update(record.headers)
+                answered = MutableHeaders(scope=message)
+                answered["x-request-id"] = record.request_id
+                answered["x-aot-gateway-overhead-ms"] = f"{record.overhead_ms():.3f}"
+                answered.update(record.headers)
             await send(message)
 
         try:
             await self._app(scope, receive, send_marked)
         finally:
             self._observe(record, perf_counter() - record.received)
+            if record.trace is not None:
+                record.trace.end(record)
 
     def _observe(self, record: RequestRecord, seconds: float) -> None:
         status_class = f"{record.status // 100}xx"

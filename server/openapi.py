@@ -35,7 +35,7 @@ from server.errors import (
     UnknownModel,
     Verdict,
 )
-from server.schemas import OPERATOR_FIELDS
+from server.parameters import OPERATOR_FIELDS
 
 Schema = dict[str, Any]
 REF = "#/components/schemas/{model}"
@@ -145,6 +145,27 @@ class ChatCompletionRequest(BaseModel):
     aot: Retention | None = None
 
 
+class CompletionRequest(BaseModel):
+    """OpenAI's request of the older endpoint. Fields that are not described here pass through to the engine."""
+
+    model_config = ChatCompletionRequest.model_config
+
+    model: Annotated[str, Field(min_length=1)]
+    prompt: str | list[Any]
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+
+
+class ResponseRequest(BaseModel):
+    """OpenAI's request of the newer endpoint, without videos. What is not described here passes through."""
+
+    model_config = ChatCompletionRequest.model_config
+
+    model: Annotated[str, Field(min_length=1)]
+    input: str | list[Any]
+    stream: bool | None = None
+
+
 class VideoTokens(BaseModel):
     """What the reduction saved on the request's videos together, as the engine counts."""
 
@@ -168,6 +189,14 @@ class ChatCompletion(BaseModel):
 
     choices: list[dict[str, Any]]
     usage: Usage | None = None
+
+
+class Passed(BaseModel):
+    """The engine's answer, as it came."""
+
+    model_config = ConfigDict(extra="allow")
+
+    usage: dict[str, Any] | None = None
 
 
 EVENT: Schema = {
@@ -209,18 +238,35 @@ class Operation:
         }
 
 
+_REFUSALS = (
+    *(InvalidRequest, ForbiddenField, UnknownModel, BodyTooLarge, BodyTimeout),
+    *(Overloaded, EngineUnavailable, EngineFailed, EngineTimeout),
+)
 OPERATIONS: dict[str, Operation] = {
     "/v1/chat/completions": Operation(
         name="create_chat_completion",
         summary="Answer a conversation about videos, whole or as a stream",
         request=ChatCompletionRequest,
         answer=ChatCompletion,
-        refusals=(
-            *(InvalidRequest, ForbiddenField, RetentionRefused, MediaRefused, UnknownModel, BodyTooLarge, BodyTimeout),
-            *(Overloaded, EngineUnavailable, EngineFailed, EngineTimeout),
-        ),
+        refusals=(*_REFUSALS, RetentionRefused, MediaRefused),
         headers=_SAVINGS,
-    )
+    ),
+    "/v1/completions": Operation(
+        name="create_completion",
+        summary="Continue a text, whole or as a stream",
+        request=CompletionRequest,
+        answer=Passed,
+        refusals=_REFUSALS,
+        headers={},
+    ),
+    "/v1/responses": Operation(
+        name="create_response",
+        summary="Answer a conversation without videos, keeping nothing, whole or as a stream",
+        request=ResponseRequest,
+        answer=Passed,
+        refusals=_REFUSALS,
+        headers={},
+    ),
 }
 
 

@@ -4,9 +4,12 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from server.metrics import NO_MODEL
+
+if TYPE_CHECKING:
+    from server.tracing import RequestTrace
 
 STATE_KEY: Final = "aot_record"
 
@@ -41,6 +44,11 @@ class RequestRecord:
     """What the request used so far: prompt and answer as the engine counts, or of an answer cut short what was seen."""
     headers: dict[str, str] = field(default_factory=dict)
     """More headers for the answer, whatever it is."""
+    engine_model: str | None = None
+    seconds_to_first_token: float | None = None
+    usage: dict[str, Any] = field(default_factory=dict)
+    """The engine's, in a stream or where the request is traced."""
+    trace: "RequestTrace | None" = None
 
     @contextmanager
     def phase(self, name: Phase) -> Iterator[None]:
@@ -49,11 +57,13 @@ class RequestRecord:
         try:
             yield
         finally:
-            self.add(name, perf_counter() - begin)
+            self.add(name, begin, perf_counter())
 
-    def add(self, name: Phase, seconds: float) -> None:
-        """Add `seconds` to a phase."""
-        self.phases[name] = self.phases.get(name, 0.0) + seconds
+    def add(self, name: Phase, begin: float, end: float) -> None:
+        """Add the time between two moments to a phase."""
+        self.phases[name] = self.phases.get(name, 0.0) + end - begin
+        if self.trace is not None:
+            self.trace.phase(name, begin, end)
 
     def overhead_ms(self) -> float:
         """Return the gateway's own share of the time so far, in milliseconds.

@@ -10,16 +10,19 @@ from uuid import uuid4
 
 from server.aliases import Alias
 from server.errors import ForbiddenField, InvalidRequest, RetentionRefused
+from server.parameters import OPERATOR_FIELDS
+from server.savings import Savings
+from server.sse import ChatStream
 
 Kind = Literal["video", "image", "audio"]
 Source = Literal["url", "base64", "upload"]
 
 URL_KEYS: dict[str, Kind] = {"video_url": "video", "image_url": "image", "audio_url": "audio"}
-OPERATOR_FIELDS = ("mm_processor_kwargs", "media_io_kwargs", "chat_template", "prompt_embeds")
 PART_TYPES = {"image_url": "input_image"}  # what else parts with that key may be called
 MEDIA_KEYS = (*URL_KEYS, "input_audio", "file")
 LARGE_VALUE_CHARACTERS = 65_536
 MAX_SET_ASIDE = 1024
+MOST_VALUES = 500_000  # parsing more would hold up everybody else's requests, and take a hundred times their size
 _DATA_URL = re.compile(rb'"data:[a-z]{5}/[a-z0-9.+-]{1,40};base64,')
 _MARK = re.compile(rb"(aot-[0-9a-f]{32})")
 _MARK_CHARACTERS = 36
@@ -86,15 +89,16 @@ class ChatRequest:
         if retention is not None and self.has_video:
             self.fields["mm_processor_kwargs"] = {"aot_retention": retention}
         if self.stream:
-            options = dict(self.fields.get("stream_options") or {}, include_usage=True)
-            if not self.usage_wanted:
-                options.pop("continuous_usage_stats", None)  # means nothing to the engine without include_usage
-            self.fields["stream_options"] = options
+            ask_for_usage(self.fields, usage_wanted=self.usage_wanted)
 
     def forget_content(self) -> None:
         """Let go of the messages, which may hold megabytes; what was read from them stays."""
         self.fields.clear()
         self.media.clear()
+
+    def reader(self, savings: Savings | None) -> ChatStream:
+        """Return what reads the engine's stream."""
+        return ChatStream(savings=savings, usage_wanted=self.usage_wanted)
 
     def serialise(self) -> bytes:
         """Return the request as JSON; raise InvalidRequest for what JSON can't carry.
@@ -108,10 +112,7 @@ class ChatRequest:
             part.holder[part.key] = mark = _new_mark()
             aside[mark] = memoryview(part.value.encode())
         try:
-            text = json.dumps(self.fields, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-            pieces = _MARK.split(text.encode())
-        except (ValueError, RecursionError) as exc:  # an infinite number, a lone surrogate
-            raise InvalidRequest("the request body holds a number or character that JSON can't carry") from exc
+            pieces = _MARK.split(dump_json(self.fields))
         finally:
             for part in large:
                 part.holder[part.key] = part.value
@@ -160,8 +161,23 @@ def _new_mark() -> str:
 
 
 def _read_request(body: bytes, chat_template_kwargs: Collection[str]) -> ChatRequest:
-    fields = _parse_json_object(body)
-    _refuse_operator_fields(fields, chat_template_kwargs)
+    fields = parse_json_object(body)
+    refuse_template_fields(fields, chat_template_kwargs)
+    model, stream, usage_wanted = read_stream_fields(fields)
+    if not isinstance(fields.get("messages"), list):
+        raise InvalidRequest("messages must be an array", param="messages")
+    return ChatRequest(
+        fields=fields,
+        model=model,
+        stream=stream,
+        usage_wanted=usage_wanted,
+        retention=_retention(fields.get("aot")),
+        media=list(_media_parts(fields["messages"])),
+    )
+
+
+def read_stream_fields(fields: dict[str, Any]) -> tuple[str, bool, bool]:
+    """Return the model, whether a stream is wanted and whether its usage is; raise InvalidRequest."""
     model = fields.get("model")
     if not isinstance(model, str) or not model:
         raise InvalidRequest("you must provide a model parameter", param="model")
@@ -171,19 +187,29 @@ def _read_request(body: bytes, chat_template_kwargs: Collection[str]) -> ChatReq
     options = fields.get("stream_options")
     if not isinstance(options, dict | None):
         raise InvalidRequest("stream_options must be an object", param="stream_options")
-    if not isinstance(fields.get("messages"), list):
-        raise InvalidRequest("messages must be an array", param="messages")
-    return ChatRequest(
-        fields=fields,
-        model=model,
-        stream=bool(stream),
-        usage_wanted=bool((options or {}).get("include_usage")),
-        retention=_retention(fields.get("aot")),
-        media=list(_media_parts(fields["messages"])),
-    )
+    return model, bool(stream), bool((options or {}).get("include_usage"))
 
 
-def _parse_json_object(body: bytes) -> dict[str, Any]:
+def ask_for_usage(fields: dict[str, Any], *, usage_wanted: bool) -> None:
+    """Have a stream end with its usage, which the gateway counts and hides from a client that does not want it."""
+    options = dict(fields.get("stream_options") or {}, include_usage=True)
+    if not usage_wanted:
+        options.pop("continuous_usage_stats", None)  # means nothing to the engine without include_usage
+    fields["stream_options"] = options
+
+
+def dump_json(fields: dict[str, Any]) -> bytes:
+    """Return `fields` as JSON; raise InvalidRequest for what JSON can't carry."""
+    try:
+        return json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except (ValueError, RecursionError) as exc:  # an infinite number, a lone surrogate
+        raise InvalidRequest("the request body holds a number or character that JSON can't carry") from exc
+
+
+def parse_json_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in `body`; raise InvalidRequest if there is none, or one of too many values."""
+    if len(body) > MOST_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise InvalidRequest(f"the request body holds more than {MOST_VALUES} values")
     constants: list[str] = []
 
     def note_constant(name: str) -> float:
@@ -202,10 +228,8 @@ def _parse_json_object(body: bytes) -> dict[str, Any]:
     return fields
 
 
-def _refuse_operator_fields(fields: dict[str, Any], chat_template_kwargs: Collection[str]) -> None:
-    for name in OPERATOR_FIELDS:
-        if fields.get(name) is not None:
-            _forbid(name)
+def refuse_template_fields(fields: dict[str, Any], chat_template_kwargs: Collection[str]) -> None:
+    """Raise ForbiddenField for a switch of the chat template that is not among `chat_template_kwargs`."""
     template_kwargs = fields.get("chat_template_kwargs")
     if template_kwargs is None:
         return

@@ -94,11 +94,15 @@ class Settings(BaseSettings):
     body_seconds: float = Field(default=120, gt=0)
     max_concurrency: int = Field(default=128, ge=1)
     max_queue: int = Field(default=256, ge=0)
+    queue_seconds: float = Field(default=60, gt=0)
     drain_seconds: float = Field(default=30, ge=0)
+    max_choices: int = Field(default=16, ge=1)
+    max_output_tokens: int | None = Field(default=None, ge=1)
     chat_template_kwargs: Names = ("enable_thinking",)
 
     engine_key_file: Path | None = None
     engine_connect_seconds: float = Field(default=5, gt=0)
+    engine_headers_seconds: float = Field(default=120, gt=0)
     engine_read_seconds: float = Field(default=600, gt=0)
     engine_health_seconds: float = Field(default=5, gt=0)
 
@@ -178,6 +182,14 @@ def refuse_unknown_names(environ: Mapping[str, str]) -> None:
             complaints.append(f"{name} is not a setting of the gateway; {hint}")
     if complaints:
         raise ConfigurationError("\n".join(complaints))
+
+
+def traces_are_exported() -> bool:
+    """Return whether OpenTelemetry's own variables name where spans go, and do not turn it off."""
+    environ = os.environ
+    named = environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
+    is_off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or environ.get("OTEL_TRACES_EXPORTER") == "none"
+    return bool(named) and not is_off
 
 
 def _explain(error: Any) -> str:

@@ -1,39 +1,39 @@
-"""A chat stream on its way through: forwarded as bytes, read only where the gateway has to know or to add."""
+"""A stream on its way through: forwarded as bytes, read only where the gateway has to know or to add."""
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
-from server.errors import EngineFailed, GatewayError, engine_error
+from server.errors import EngineFailed, ErrorAnswer, GatewayError, engine_error
 from server.savings import Savings
-from server.usage import tokens_of
 
 LONGEST_EVENT_BYTES = 16 * 2**20
 _EVENT = re.compile(rb".*?(?:\r\n\r\n|\n\n)", re.DOTALL)
 _EMPTY_CHOICES = re.compile(rb'"choices":\s*\[\s*\]')
-_TOKEN_FIELDS = ("content", "reasoning", "reasoning_content", "tool_calls", "refusal")
+_TOKEN_FIELDS = ("content", "reasoning", "reasoning_content", "tool_calls", "refusal", "text")  # completions: text
 
 
-class ChatStream:
-    """Takes an engine's stream in pieces of any size and returns the bytes for the client.
+class EventStream:
+    """Takes an engine's stream in pieces of any size and returns the bytes for the client, in whole events.
 
-    After each `feed`: `tokens` counts the chunks that carried output, `total_tokens` is the engine's count of prompt
-    and answer once it has given it, `failure` is set if the engine reported an error in the stream, and `done` if the
-    stream came to its proper end.
+    After each `feed`: `tokens` counts the chunks that carried output, `failure` is set if the engine reported an
+    error in the stream, and `done` if the stream came to its proper end. `usage` is what the engine said of it.
     """
 
-    def __init__(self, *, savings: Savings | None, usage_wanted: bool) -> None:
-        """Report `savings` in the usage chunk, or hide that chunk from a client that did not ask for it."""
-        self._savings = savings
-        self._usage_wanted = usage_wanted
+    LANDMARKS: tuple[bytes, ...]
+    """What an event that is more than output contains. Pieces without it are passed on unread."""
+
+    def __init__(self) -> None:
+        """Start before the first byte."""
         self._tail = b""
         self.tokens = 0
-        self.total_tokens = 0
         self.done = False
+        self.usage: dict[str, Any] = {}
         self.failure: GatewayError | None = None
 
     def feed(self, piece: bytes) -> bytes:
-        """Return what may go to the client now: all whole events so far, as they came but for the usage chunk."""
+        """Return what may go to the client now."""
         data = self._tail + piece if self._tail else piece
         lf, crlf = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
         cut = max(lf + 2 if lf >= 0 else 0, crlf + 4 if crlf >= 0 else 0)
@@ -43,7 +43,7 @@ class ChatStream:
             return whole
         if not whole:
             return b""
-        if self.tokens and b'"usage"' not in whole and b'"error"' not in whole and b"[DONE]" not in whole:
+        if self.tokens and not any(mark in whole for mark in self.LANDMARKS):
             self.tokens += whole.count(b"\ndata:") + whole.startswith(b"data:")
             return whole
         passed = []
@@ -58,8 +58,27 @@ class ChatStream:
         if not self.done and self.failure is None:
             self.failure = EngineFailed("the engine's stream ended early")
 
+    def farewell(self, told: ErrorAnswer) -> bytes:
+        """Return an error as the last event of this kind of stream."""
+        return told.event()
+
     def _pass(self, event: bytes) -> bytes:
-        payload = b"\n".join(line[5:].strip() for line in event.splitlines() if line.startswith(b"data:"))
+        raise NotImplementedError
+
+
+class ChatStream(EventStream):
+    """A stream of chat or completion chunks: as they came but for the usage chunk."""
+
+    LANDMARKS = (b'"usage"', b'"error"', b"[DONE]")
+
+    def __init__(self, *, savings: Savings | None, usage_wanted: bool) -> None:
+        """Report `savings` in the usage chunk, or hide that chunk from a client that did not ask for it."""
+        super().__init__()
+        self._savings = savings
+        self._usage_wanted = usage_wanted
+
+    def _pass(self, event: bytes) -> bytes:
+        payload = _payload(event)
         if payload == b"[DONE]":
             self.done = True
             return event
@@ -72,7 +91,7 @@ class ChatStream:
             self.failure = _stream_error(chunk)
             return b""
         if has_usage and chunk.get("choices") == [] and isinstance(chunk.get("usage"), dict):
-            self.total_tokens = tokens_of(chunk["usage"])
+            self.usage = chunk["usage"]
             return self._usage(event, chunk)
         if self.tokens or _carries_output(chunk):
             self.tokens += 1
@@ -87,6 +106,36 @@ class ChatStream:
         return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
+class ResponseStream(EventStream):
+    """A stream of a response's events, as they came."""
+
+    LANDMARKS = (b'"response.completed"', b'"response.incomplete"', b'"response.failed"', b'"error"')
+
+    def farewell(self, told: ErrorAnswer) -> bytes:
+        """Return an error as the last event of the stream, of the type that response streams have for it."""
+        error = told.content["error"]
+        flat = {"type": "error", "code": error["code"], "message": error["message"], "param": error["param"]}
+        return b"event: error\n" + replace(told, content={**flat, **told.content}).event()
+
+    def _pass(self, event: bytes) -> bytes:
+        fields = _object(_payload(event))
+        kind = fields.get("type", "error" if "error" in fields else None)
+        if kind in ("error", "response.failed"):
+            self.failure = EngineFailed("the engine failed on this request")
+            return b""
+        if kind in ("response.completed", "response.incomplete"):
+            self.done = True
+            response = fields.get("response")
+            usage = response.get("usage") if isinstance(response, dict) else None
+            self.usage = usage if isinstance(usage, dict) else {}
+        self.tokens += isinstance(kind, str) and kind.endswith(".delta")
+        return event
+
+
+def _payload(event: bytes) -> bytes:
+    return b"\n".join(line[5:].strip() for line in event.splitlines() if line.startswith(b"data:"))
+
+
 def _object(payload: bytes) -> dict[str, Any]:
     try:
         parsed = json.loads(payload)
@@ -99,7 +148,7 @@ def _carries_output(chunk: dict[str, Any]) -> bool:
     choices = chunk.get("choices")
     if not isinstance(choices, list):
         return False
-    deltas = [choice.get("delta") for choice in choices if isinstance(choice, dict)]
+    deltas = [choice.get("delta", choice) for choice in choices if isinstance(choice, dict)]
     return any(isinstance(delta, dict) and any(delta.get(name) for name in _TOKEN_FIELDS) for delta in deltas)
 
 

@@ -1,8 +1,13 @@
-"""A small HTTP server that speaks vLLM's wire format and does as it is told: slow, failing, dying in a stream."""
+"""A small HTTP server that speaks vLLM's wire format and does as it is told: slow, failing, dying in a stream.
+
+As a process of its own, `python -m tests.server.engine_double PORT`, it is told over HTTP: `POST /double` sets
+attributes and holds answers back, `GET /double` says how many requests it had and has.
+"""
 
 import asyncio
 import contextlib
 import json
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -55,6 +60,58 @@ TEXT = [delta("Ein "), delta('Hund "usage" läuft 🐕'), delta("\n\n"), delta("
 USAGE = chunk(choices=[], usage={"prompt_tokens": 640, "total_tokens": 652, "completion_tokens": 12})
 DONE = b"data: [DONE]\n\n"
 
+TEXT_COMPLETION = {
+    "id": "cmpl-1",
+    "object": "text_completion",
+    "created": 1790000000,
+    "model": "llava",
+    "choices": [{"index": 0, "text": "Hund", "logprobs": None, "finish_reason": "length"}],
+    "usage": {"prompt_tokens": 2, "total_tokens": 3, "completion_tokens": 1},
+}
+
+
+def text_chunk(text: str) -> bytes:
+    """Return an event of a completion's stream."""
+    fields = {**TEXT_COMPLETION, "choices": [{"index": 0, "text": text}], "usage": None}
+    return b"data: " + json.dumps(fields).encode() + b"\n\n"
+
+
+TEXT_USAGE = b"data: " + json.dumps({**TEXT_COMPLETION, "choices": []}).encode() + b"\n\n"
+TEXT_STREAM = [text_chunk("Ein "), text_chunk("Hund"), TEXT_USAGE, DONE]
+RESPONSE = {
+    "id": "resp_1",
+    "object": "response",
+    "created_at": 1790000000,
+    "model": "llava",
+    "status": "completed",
+    "output": [
+        {
+            "id": "msg_1",
+            "type": "message",
+            "role": "assistant",
+            "status": "completed",
+            "content": [{"type": "output_text", "text": "Hund", "annotations": []}],
+        }
+    ],
+    "parallel_tool_calls": True,
+    "tool_choice": "auto",
+    "tools": [],
+}
+
+
+def response_event(kind: str, **fields: Any) -> bytes:
+    """Return one event of a response's stream as vLLM writes it."""
+    return f"event: {kind}\ndata: {json.dumps({**fields, 'type': kind})}\n\n".encode()
+
+
+_PLACE = {"item_id": "msg_1", "output_index": 0, "content_index": 0, "logprobs": []}
+RESPONSE_STREAM = [
+    response_event("response.created", response={**RESPONSE, "status": "in_progress", "output": []}, sequence_number=0),
+    response_event("response.output_text.delta", delta="Ein ", sequence_number=1, **_PLACE),
+    response_event("response.output_text.delta", delta="Hund", sequence_number=2, **_PLACE),
+    response_event("response.completed", response=RESPONSE, sequence_number=3),
+]
+
 
 @dataclass
 class EngineDouble:
@@ -65,11 +122,13 @@ class EngineDouble:
     headers: dict[str, str] = field(default_factory=lambda: dict(SAVED))
     completion: bytes = field(default_factory=lambda: json.dumps(COMPLETION, ensure_ascii=False).encode())
     pieces: list[bytes] = field(default_factory=lambda: [ROLE, *TEXT, USAGE, DONE])
+    response_pieces: list[bytes] = field(default_factory=lambda: list(RESPONSE_STREAM))
     error: tuple[int, bytes, str] | None = None
     delay_seconds: float = 0.0
     gap_seconds: float = 0.0
     dies_after: int | None = None
     hold: asyncio.Event | None = None
+    health_hold: asyncio.Event | None = None
     requests: list[dict[str, Any]] = field(default_factory=list)
     request_headers: list[dict[str, str]] = field(default_factory=list)
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
@@ -81,9 +140,12 @@ class EngineDouble:
     @contextlib.asynccontextmanager
     async def serving(self, port: int = 0) -> AsyncIterator["EngineDouble"]:
         app = web.Application(client_max_size=2**30)
+        app.router.add_get("/double", self._told)
+        app.router.add_post("/double", self._tell)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
-        app.router.add_post("/v1/chat/completions", self._chat)
+        for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
+            app.router.add_post(path, self._generate)
         self.runner = runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.2)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", port).start()
@@ -93,14 +155,33 @@ class EngineDouble:
         finally:
             await runner.cleanup()
 
+    async def _told(self, request: web.Request) -> web.Response:
+        return web.json_response({"requests": len(self.requests), "running": self.running})
+
+    async def _tell(self, request: web.Request) -> web.Response:
+        orders = await request.json()
+        if orders.pop("forget", False):
+            self.requests.clear()
+        if (holding := orders.pop("holding", None)) is not None:
+            if self.hold is not None:
+                self.hold.set()
+            self.hold = asyncio.Event() if holding else None
+        for name, value in orders.items():
+            if name == "error" and value is not None:
+                value = (value[0], value[1].encode(), value[2])
+            setattr(self, name, value)
+        return web.json_response({})
+
     async def _health(self, request: web.Request) -> web.Response:
+        if self.health_hold is not None:
+            await self.health_hold.wait()
         return web.Response(status=200 if self.healthy else 503)
 
     async def _models(self, request: web.Request) -> web.Response:
         cards = [{"id": m, "object": "model", "root": "/secret/path", "max_model_len": 4096} for m in self.models]
         return web.json_response({"object": "list", "data": cards})
 
-    async def _chat(self, request: web.Request) -> web.StreamResponse:
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
@@ -116,17 +197,28 @@ class EngineDouble:
                 return await self._stream(request)
             if self.dies_after is not None:
                 request.transport.abort()
-            return web.Response(body=self.completion, content_type="application/json", headers=self.headers)
+            return web.Response(
+                body=self._whole(request), content_type="application/json", headers=self._headers(request)
+            )
         except asyncio.CancelledError:
             self.aborted.set()
             raise
         finally:
             self.running -= 1
 
+    def _headers(self, request: web.Request) -> dict[str, str]:
+        return self.headers if request.path == "/v1/chat/completions" else {}
+
+    def _whole(self, request: web.Request) -> bytes:
+        texts = {"/v1/completions": TEXT_COMPLETION, "/v1/responses": RESPONSE}
+        return json.dumps(texts[request.path]).encode() if request.path in texts else self.completion
+
     async def _stream(self, request: web.Request) -> web.StreamResponse:
-        answer = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8", **self.headers})
+        headers = {"content-type": "text/event-stream; charset=utf-8", **self._headers(request)}
+        answer = web.StreamResponse(headers=headers)
         await answer.prepare(request)
-        for i, piece in enumerate(self.pieces):
+        streams = {"/v1/completions": TEXT_STREAM, "/v1/responses": self.response_pieces}
+        for i, piece in enumerate(streams.get(request.path, self.pieces)):
             if i == self.dies_after:
                 await asyncio.sleep(0.05)
                 request.transport.abort()
@@ -137,3 +229,12 @@ class EngineDouble:
                 await self.hold.wait()
         await answer.write_eof()
         return answer
+
+
+async def main(port: int) -> None:
+    async with EngineDouble().serving(port):
+        await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(int(sys.argv[1])))

@@ -18,7 +18,19 @@ from server.errors import ENGINE_VERDICTS, INTERNAL, VERDICTS, ClientGone
 from server.keys import digest_of, new_key
 from server.metrics import PREFIX as METRIC_PREFIX
 from server.metrics import Metrics
+from server.parameters import (
+    CHOICES,
+    LENGTHS,
+    LOGPROBS,
+    LONGEST_REPETITION,
+    MOST_CHARACTERS,
+    MOST_ITEMS,
+    MOST_LOGPROBS,
+    OPERATOR_FIELDS,
+)
+from server.schemas import MOST_VALUES
 from server.settings import PREFIX, Settings
+from server.text_requests import MOST_PROMPTS
 from tests.server.clips import clip
 from tests.server.harness import served
 
@@ -146,3 +158,19 @@ async def test_the_examples_with_curl_run(run_example):
     ]
     assert json.loads(printed[0])["usage"]["video_tokens"]["after"] == 627
     assert json.loads(printed[1])["filename"] == "clip.mp4"
+
+
+def test_the_table_of_fields_names_every_rule_and_its_bound():
+    table = {name: row[1] for row in rows("What a request may set") for name in quoted(row[0])}
+    assert set(OPERATOR_FIELDS) <= set(table)
+    assert all(table[name].startswith("refused") for name in OPERATOR_FIELDS)
+    assert {*CHOICES, *LENGTHS, *LOGPROBS, *MOST_ITEMS, *MOST_CHARACTERS} <= set(table)
+    for name, most in MOST_ITEMS.items():
+        assert re.search(rf"\b{most}\b", table[name]), name
+    for name, most in MOST_CHARACTERS.items():
+        shown = f"{most // 1024} Ki" if most > 4096 else str(most)
+        assert name == "repetition_detection" or shown in table[name], name
+    assert str(MOST_PROMPTS) in table["prompt"]
+    assert f"0 to {MOST_LOGPROBS}" in table["logprobs"]
+    assert str(LONGEST_REPETITION) in table["repetition_detection"]
+    assert f"{MOST_VALUES:,} JSON values" in TEXT

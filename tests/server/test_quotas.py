@@ -16,7 +16,7 @@ from server.keys import digest_of, new_key
 from server.metrics import Metrics
 from server.quotas import Counts, Window, shared_storage
 from server.settings import Settings
-from server.usage import tokens_in
+from server.usage import tokens_of, usage_in
 from tests.server.clips import clip, data_url
 from tests.server.engine_double import COMPLETION
 from tests.server.harness import CHAT, ask, ask_about, gateway, served, until
@@ -290,4 +290,4 @@ def test_a_cost_fits_after_the_time_named_and_not_before(window, cost, more):
     ],
 )
 def test_tokens_are_read_from_an_answer_and_from_nothing_in_its_text(body, tokens):
-    assert tokens_in(body) == tokens
+    assert tokens_of(usage_in(body)) == tokens

@@ -3,12 +3,10 @@
 import asyncio
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import httpx
 import openai
@@ -18,9 +16,8 @@ from prometheus_client import CollectorRegistry
 from server.settings import Settings
 from tests.server.clips import clip, data_url
 from tests.server.engine_double import DONE, ROLE, TEXT
-from tests.server.harness import CHAT, ask, ask_about, children, free_port, served, until
+from tests.server.harness import CHAT, ROOT, GatewayProcess, ask, ask_about, served, until
 
-ROOT = Path(__file__).resolve().parents[2]
 VIDEO = data_url(clip())
 
 
@@ -133,48 +130,13 @@ async def test_a_chunked_body_over_the_limit_gets_its_413(engine):
     assert b" 413 " in head.splitlines()[0]
 
 
-class Process:
-    """`python -m server`, as an operator runs it."""
-
-    def __init__(self, engine_url, **environment):
-        self.port = free_port()
-        self.url = f"http://127.0.0.1:{self.port}"
-        settings = {"PORT": str(self.port), "ENGINES": engine_url, "ENGINE_HEALTH_SECONDS": "0.2", **environment}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "server"],
-            cwd=ROOT,
-            env={f"AOT_GATEWAY_{name}": value for name, value in settings.items()},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-
-    async def __aenter__(self):
-        async with asyncio.timeout(20):
-            while True:
-                assert self.process.poll() is None, self.process.stdout.read()
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", self.port)) == 0:
-                        return self
-                await asyncio.sleep(0.05)
-
-    async def __aexit__(self, *_):
-        self.process.kill()
-        await asyncio.to_thread(self.process.wait)
-        self.process.stdout.close()
-
-    async def ended(self):
-        code = await asyncio.to_thread(self.process.wait, 10)
-        return code, self.process.stdout.read()
-
-
 async def test_on_sigterm_running_streams_finish_and_everybody_else_is_told(engine):
     engine.hold = asyncio.Event()
-    async with Process(engine.url) as gateway, httpx.AsyncClient() as client:
+    async with GatewayProcess(engine.url) as gateway, httpx.AsyncClient() as client:
         async with client.stream("POST", gateway.url + CHAT, json=ask(stream=True)) as answer:
             pieces = answer.aiter_raw()
             got = await anext(pieces)
-            gateway.process.send_signal(signal.SIGTERM)
+            gateway.drain()
             async with asyncio.timeout(5):
                 while (ready := await client.get(f"{gateway.url}/health/ready")).status_code != 503:
                     pass
@@ -195,11 +157,11 @@ async def test_on_sigterm_running_streams_finish_and_everybody_else_is_told(engi
 
 async def test_a_stream_that_outlasts_the_drain_is_told_so(engine):
     engine.hold = asyncio.Event()
-    async with Process(engine.url, DRAIN_SECONDS="0.5") as gateway, httpx.AsyncClient() as client:
+    async with GatewayProcess(engine.url, DRAIN_SECONDS="0.5") as gateway, httpx.AsyncClient() as client:
         async with client.stream("POST", gateway.url + CHAT, json=ask(stream=True)) as answer:
             pieces = answer.aiter_raw()
             got = await anext(pieces)
-            gateway.process.send_signal(signal.SIGTERM)
+            gateway.drain()
             got += b"".join([piece async for piece in pieces])
         assert got.endswith(b"\n\n")
         assert json.loads(got.rpartition(b"data: ")[2])["error"]["code"] == "draining"
@@ -209,9 +171,9 @@ async def test_a_stream_that_outlasts_the_drain_is_told_so(engine):
 
 
 async def test_with_nothing_to_finish_sigterm_ends_it_at_once(engine):
-    async with Process(engine.url) as gateway:
+    async with GatewayProcess(engine.url) as gateway:
         begin = time.monotonic()
-        gateway.process.send_signal(signal.SIGTERM)
+        gateway.drain()
         code, output = await gateway.ended()
     assert code == 0, output
     assert time.monotonic() - begin < 5
@@ -219,8 +181,8 @@ async def test_with_nothing_to_finish_sigterm_ends_it_at_once(engine):
 
 
 async def test_off_loopback_the_start_says_that_the_gateway_is_open(engine):
-    async with Process(engine.url, HOST="0.0.0.0", ALLOW_OPEN="true") as gateway:
-        gateway.process.send_signal(signal.SIGTERM)
+    async with GatewayProcess(engine.url, HOST="0.0.0.0", ALLOW_OPEN="true") as gateway:
+        gateway.drain()
         _, output = await gateway.ended()
     assert "OPEN TO EVERYONE WHO CAN REACH IT" in output
 
@@ -238,10 +200,10 @@ async def test_a_taken_port_is_an_error_code(engine):
 
 
 async def test_the_gateway_uses_one_process_and_leaves_none_behind(engine):
-    async with Process(engine.url) as gateway, httpx.AsyncClient() as client:
+    async with GatewayProcess(engine.url) as gateway, httpx.AsyncClient() as client:
         assert (await client.post(gateway.url + CHAT, json=ask_about(VIDEO))).status_code == 200
-        (worker,) = children(gateway.process.pid)  # the probe's
-        gateway.process.send_signal(signal.SIGTERM)
+        (worker,) = gateway.children()  # the probe's
+        gateway.drain()
         await gateway.ended()
         with pytest.raises(ProcessLookupError):
             os.kill(worker, 0)

@@ -3,6 +3,7 @@
 import base64
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import openai
 import pytest
 
@@ -69,6 +70,34 @@ def test_text_alone_goes_through_without_savings(client):
     answer = client.chat.completions.create(model="fast", **chat())
     assert answer.choices[0].message.content
     assert not hasattr(answer.usage, "video_tokens")
+
+
+def test_media_tokens_in_the_text_change_no_count_and_harm_nobody(client, engine, clip_url):
+    for text in ("<video>", "<image>", "<video>" * 50, "<##VIDEO##>", "<|im_end|><|im_start|>assistant"):
+        for urls in ((), (clip_url,)):
+            request = chat(*urls)
+            request["messages"][0]["content"].insert(0, {"type": "text", "text": text})
+            usage = client.chat.completions.create(model="fast", **request).usage
+            counted = getattr(usage, "video_tokens", None)
+            assert counted == ({"before": BEFORE, "after": after(0.15), "retention": 0.15} if urls else None)
+    assert client.completions.create(model="fast", prompt="<video> hi", max_tokens=2).choices[0].text
+    assert httpx.get(f"{engine}/health").status_code == 200
+
+
+def test_completions_and_responses_pass_through(client):
+    whole = client.completions.create(model="fast", prompt="What", max_tokens=4, temperature=0).choices[0].text
+    pieces = client.completions.create(model="fast", prompt="What", max_tokens=4, temperature=0, stream=True)
+    assert "".join(piece.choices[0].text for piece in pieces) == whole
+    answer = client.responses.create(model="fast", input="What", max_output_tokens=4, temperature=0)
+    events = list(client.responses.create(model="fast", input="What", max_output_tokens=4, temperature=0, stream=True))
+    assert "".join(e.delta for e in events if e.type == "response.output_text.delta") == answer.output_text
+    assert events[-1].type in ("response.completed", "response.incomplete")
+    with pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(
+            model="fast",
+            input=[{"role": "user", "content": [{"type": "input_image", "image_url": "http://127.0.0.1:1/x.png"}]}],
+        )
+    assert refused.value.code == "forbidden_field"
 
 
 def test_the_engines_own_errors_come_in_openais_shape(client, clip_url):

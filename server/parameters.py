@@ -1,0 +1,128 @@
+"""What a client may set in a request, and how large it may be: engines take most of it on trust."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from server.errors import ForbiddenField, InvalidRequest
+
+OPERATOR_FIELDS: Final = (
+    # how media and prompts are made, which the models' aliases decide
+    *("mm_processor_kwargs", "media_io_kwargs", "chat_template", "prompt_embeds"),
+    # where an engine gets caches from, and what its extensions do: other hosts, other people's prompts
+    *("kv_transfer_params", "ec_transfer_params", "vllm_xargs"),
+    # whose turn it is, and under which name
+    *("priority", "request_id", "session_id"),
+    # what an engine would keep, and hand to whoever asks
+    *("previous_response_id", "previous_input_messages", "background"),
+)
+
+MOST_ITEMS: Final = {
+    "messages": 2048,
+    "input": 2048,
+    "tools": 128,
+    "functions": 128,
+    "documents": 128,
+    "stop": 16,
+    "stop_token_ids": 256,
+    "bad_words": 128,
+    "logit_bias": 1024,
+    "allowed_token_ids": 1024,
+    "logprob_token_ids": 128,
+}
+MOST_LOGPROBS: Final = 20
+LOGPROBS: Final = ("logprobs", "top_logprobs", "prompt_logprobs")
+MOST_CHARACTERS: Final = {
+    "tools": 512 * 1024,
+    "functions": 512 * 1024,
+    "response_format": 64 * 1024,
+    "structured_outputs": 64 * 1024,
+    "text": 64 * 1024,
+    "stop": 4096,
+    "bad_words": 16 * 1024,
+    "repetition_detection": 1024,
+}
+MOST_REGEX_CHARACTERS: Final = 4096
+LONGEST_REPETITION: Final = 128
+DEEPEST: Final = 32
+CHOICES: Final = ("n", "best_of")
+LENGTHS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens")
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The bounds that operators set: choices for one request, and tokens for one choice (None: the engine's own)."""
+
+    max_choices: int
+    max_output_tokens: int | None
+
+
+def check_parameters(fields: Mapping[str, Any], bounds: Bounds) -> None:
+    """Raise ForbiddenField for what only the operator may set, InvalidRequest for what is too much.
+
+    Types are left to the engine, which knows them; a wrong one is no way around a bound.
+    """
+    for name in OPERATOR_FIELDS:
+        if fields.get(name) is not None:
+            raise ForbiddenField(f"{name} can't be set in a request", param=name)
+    for name, most in MOST_ITEMS.items():
+        value = fields.get(name)
+        if isinstance(value, list | dict) and len(value) > most:
+            raise InvalidRequest(f"{name} must have at most {most} items, got {len(value)}", param=name)
+    for name, most in MOST_CHARACTERS.items():
+        if fields.get(name) is not None:
+            _check_size(fields[name], name, most)
+    for name in LOGPROBS:
+        _check_number(fields.get(name), name, 0, MOST_LOGPROBS)
+    for name in CHOICES:
+        _check_number(fields.get(name), name, 1, bounds.max_choices)
+    for name in LENGTHS:
+        _check_number(fields.get(name), name, 0, bounds.max_output_tokens)
+    _check_grammar(fields.get("structured_outputs"))
+    repetition = fields.get("repetition_detection")
+    if isinstance(repetition, dict):
+        name = "max_pattern_size"
+        _check_number(repetition.get(name), f"repetition_detection.{name}", 0, LONGEST_REPETITION)
+
+
+def _check_number(value: object, name: str, least: int, most: int | None) -> None:
+    if isinstance(value, bool) or value is None:
+        return
+    if not isinstance(value, int | float) or value < least:
+        raise InvalidRequest(f"{name} must be a number from {least} on", param=name)
+    if most is not None and value > most:
+        raise InvalidRequest(f"{name} must be at most {most}", param=name)
+
+
+def _check_grammar(structured: object) -> None:
+    if not isinstance(structured, dict):
+        return
+    for name in ("regex", "whitespace_pattern"):
+        value = structured.get(name)
+        if isinstance(value, str) and len(value) > MOST_REGEX_CHARACTERS:
+            raise InvalidRequest(
+                f"structured_outputs.{name} must have at most {MOST_REGEX_CHARACTERS} characters",
+                param=f"structured_outputs.{name}",
+            )
+
+
+def _check_size(value: object, name: str, most_characters: int) -> None:
+    """Walk a value level by level; each container counts as two characters, each other value as at least one."""
+    size, level = 0, [value]
+    for _ in range(DEEPEST):
+        below: list[object] = []
+        for item in level:
+            if isinstance(item, dict):
+                below += item.values()
+                size += 2 + sum(len(key) for key in item)
+            elif isinstance(item, list):
+                below += item
+                size += 2
+            else:
+                size += max(1, len(item)) if isinstance(item, str) else 1
+        if size > most_characters:
+            raise InvalidRequest(f"{name} must have at most {most_characters} characters", param=name)
+        if not below:
+            return
+        level = below
+    raise InvalidRequest(f"{name} must be nested at most {DEEPEST} levels deep", param=name)

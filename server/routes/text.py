@@ -1,0 +1,30 @@
+"""`POST /v1/completions` and `POST /v1/responses`: passed through."""
+
+from server.routes.generation import Generation
+from server.text_requests import (
+    CompletionRequest,
+    ResponseRequest,
+    parse_completion_request,
+    parse_response_request,
+)
+
+
+class Completions(Generation[CompletionRequest]):
+    """The older endpoint: a prompt, no chat."""
+
+    path = "/v1/completions"
+
+    def parse(self, body: bytes) -> CompletionRequest:
+        """Return the completion request in `body`."""
+        return parse_completion_request(body, chat_template_kwargs=self.chat_template_kwargs)
+
+
+class Responses(Generation[ResponseRequest]):
+    """The newer endpoint, without what engines would keep between requests."""
+
+    path = "/v1/responses"
+    length_fields = ("max_output_tokens",)
+
+    def parse(self, body: bytes) -> ResponseRequest:
+        """Return the request for a response in `body`."""
+        return parse_response_request(body, chat_template_kwargs=self.chat_template_kwargs)
