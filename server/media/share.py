@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -68,5 +68,4 @@ class _Lease(Generic[T]):
             self._unused.set()
         else:
             self._task.cancel()
-        with suppress(asyncio.CancelledError):
-            await self._task
+        await asyncio.wait([self._task])  # unlike awaiting it, this neither cancels it nor hides a cancellation

@@ -32,7 +32,11 @@ async def opened_off_loop(work: Callable[..., C], *arguments: object) -> C:
     try:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:
+        opening.add_done_callback(_close)
         await asyncio.wait([opening])
-        if opening.exception() is None:
-            opening.result().close()
         raise
+
+
+def _close(opening: asyncio.Future[C]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()

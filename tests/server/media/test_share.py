@@ -104,3 +104,23 @@ async def test_what_fails_fails_for_all_and_is_tried_anew_by_the_next(thing):
     assert thing.opened == 1
     thing.fault = None
     assert await hold(shared, thing) == 2
+
+
+async def test_one_who_is_cancelled_while_the_thing_closes_is_cancelled(thing):
+    shared, closing = Shared(), asyncio.Event()
+    thing.gate.set()
+
+    @contextlib.asynccontextmanager
+    async def slow_to_close():
+        async with thing() as number:
+            yield number
+            await closing.wait()
+
+    holder = asyncio.create_task(hold(shared, slow_to_close))
+    await asyncio.sleep(0.01)
+    holder.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await holder
+    closing.set()
+    await asyncio.sleep(0.01)
+    assert thing.closed == 1
