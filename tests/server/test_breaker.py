@@ -1,5 +1,5 @@
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.breaker import FAILURES_TO_OPEN, FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS, Breaker
@@ -77,6 +77,7 @@ def test_requests_that_were_under_way_when_it_opened_do_not_prolong_it(opened, c
     assert opened.seconds_to_trial() == FIRST_DELAY_SECONDS - 0.5
 
 
+@settings(deadline=None)
 @given(st.lists(st.sampled_from(["begin", "fail", "succeed", "leave", "wait"]), max_size=60))
 def test_it_never_lets_two_trials_run_and_never_locks_up(events):
     clock = Clock()

@@ -150,10 +150,16 @@ async def test_a_slow_engine_is_passed_over_for_text_and_nothing_is_lost(client)
         EngineProcess() as fast,
         GatewayProcess(slow.url, fast.url, MAX_CONCURRENCY="4") as gateway,
     ):
-        await slow.tell(delay_seconds=1)
-        answers = await asyncio.gather(*(client.post(gateway.url + CHAT, json=ask()) for _ in range(40)))
-        assert {answer.status_code for answer in answers} == {200}
-        assert (await slow.told())["requests"] < (await fast.told())["requests"] / 3
+        await slow.tell(holding=True)
+        asking = [asyncio.create_task(client.post(gateway.url + CHAT, json=ask())) for _ in range(40)]
+        await until_true(lambda: _is(_count(slow, fast), 40))
+        assert (await slow.told())["requests"] <= 2  # half of those in flight, which it never answers
+        await slow.tell(holding=False)
+        assert {answer.status_code for answer in await asyncio.gather(*asking)} == {200}
+
+
+async def _count(*engines):
+    return sum([(await engine.told())["requests"] for engine in engines])
 
 
 async def test_no_stream_is_cut_when_the_gateway_is_told_to_end_under_load(client):

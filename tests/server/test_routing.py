@@ -3,7 +3,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.routing import choose, load_bound, rendezvous_order
@@ -25,6 +25,7 @@ def pool(count, loads=None):
 loads = st.lists(st.integers(0, 200), min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(st.integers(2, 12), st.data())
 def test_an_engine_that_goes_moves_only_its_own_keys(count, data):
     engines = pool(count)
@@ -35,6 +36,7 @@ def test_an_engine_that_goes_moves_only_its_own_keys(count, data):
         assert after is before or before is gone
 
 
+@settings(deadline=None)
 @given(loads, st.text(max_size=8))
 def test_no_engine_is_given_more_than_the_bound(loads, key):
     engines = pool(len(loads), loads)
@@ -47,6 +49,7 @@ def test_no_engine_is_given_more_than_the_bound(loads, key):
         assert home.inflight + 1 > load_bound(engines)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 8), st.lists(st.sampled_from(KEYS[:5]), max_size=150))
 def test_the_bound_holds_while_requests_pile_up(count, keys):
     engines = pool(count)
@@ -55,6 +58,7 @@ def test_the_bound_holds_while_requests_pile_up(count, keys):
         assert max(engine.inflight for engine in engines) <= math.ceil(max(1.25 * placed / count, placed / count + 1))
 
 
+@settings(deadline=None)
 @given(st.permutations(range(6)))
 def test_the_order_in_which_engines_are_listed_does_not_matter(order):
     engines = pool(6)
@@ -87,6 +91,7 @@ def test_another_process_makes_the_same_choices():
     assert outputs == {here.encode()}
 
 
+@settings(deadline=None)
 @given(loads)
 def test_without_a_key_the_least_loaded_engine_is_chosen(loads):
     engines = pool(len(loads), loads)
