@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from server.aliases import Alias
 from server.errors import ForbiddenField, InvalidRequest, RetentionRefused
+from server.parameters import OPERATOR_FIELDS
 from server.schemas import parse_chat_request, parse_json_object
 from tests.server.clips import data_url
 from tests.server.harness import ask, ask_about
@@ -30,7 +31,7 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(text, inner, max_size=3),
     max_leaves=8,
 )
-READ = {"model", "messages", "stream", "stream_options", "aot", "chat_template_kwargs"}
+READ = {"model", "messages", "stream", "stream_options", "aot", "chat_template_kwargs", *OPERATOR_FIELDS}
 
 
 @given(st.dictionaries(text.filter(lambda name: name not in READ), json_values, max_size=5))
