@@ -26,7 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.machine import describe  # noqa: E402 - found through the line above
+from bench.machine import describe, engine_versions  # noqa: E402 - found through the line above
 
 FRAMES = 64
 RUNNING = (1, 16)
@@ -187,14 +187,8 @@ def main() -> None:
     finally:
         for process in processes.values():
             process.close()
-    versions = subprocess.run(
-        [sys.executable, "-c", "import torch, vllm; print(f'torch {torch.__version__}, vLLM {vllm.__version__}')"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()[-1]
     rows = {arm.name: (processes[key].prompt_tokens, rounds[key]) for key, arm in ARMS.items()}
-    text = table(rows, f"{arguments.model} with 2 text layers, float32, Model Runner V1. {describe(versions)}")
+    text = table(rows, f"{arguments.model} with 2 text layers, float32, Model Runner V1. {describe(engine_versions())}")
     print(text)
     if arguments.out:
         arguments.out.write_text(text)

@@ -19,14 +19,13 @@ import base64
 import importlib.metadata
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,51 +35,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.machine import describe  # noqa: E402 - found through the line above
+from bench.servers import free_port, process  # noqa: E402
 from demo.clip import write_clip  # noqa: E402
 
 PEERS = ROOT / ".cache" / "bench" / "peers"
 BODIES = {"200 B": 200, "1 MiB": 2**20, "8 MiB": 8 * 2**20}
 MANY = 64
 CHAT = "/v1/chat/completions"
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def process(command: list[str], *, health: str, environment: dict[str, str] | None = None) -> Iterator[int]:
-    """Run a server, give its process id once `health` answers, and end it."""
-    import httpx
-
-    with tempfile.TemporaryFile("w+") as log:
-        started = subprocess.Popen(
-            command, env={**os.environ, **(environment or {})}, stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            for _ in range(600):
-                try:
-                    if httpx.get(health, timeout=2).status_code == 200:
-                        break
-                except httpx.TransportError:
-                    pass
-                if started.poll() is not None:
-                    log.seek(0)
-                    sys.exit(f"{command} ended:\n{log.read()[-3000:]}")
-                time.sleep(0.2)
-            else:
-                sys.exit(f"{command} was not up in time")
-            yield started.pid
-        finally:
-            started.terminate()
-            try:
-                started.wait(10)
-            except subprocess.TimeoutExpired:
-                started.kill()
-                started.wait()
 
 
 def family(pid: int) -> list[int]:

@@ -3,6 +3,7 @@
 import os
 import platform
 import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,3 +28,10 @@ def describe(*versions: str) -> str:
             f"commit {commit or 'unknown'}{state}",
         ]
     )
+
+
+def engine_versions() -> str:
+    """Return the versions of torch and vLLM, which a process of its own imports: both start threads."""
+    code = "import torch, vllm; print(f'torch {torch.__version__}, vLLM {vllm.__version__}')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.splitlines()[-1]

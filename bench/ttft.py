@@ -15,7 +15,6 @@ import asyncio
 import base64
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -29,7 +28,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench.machine import describe  # noqa: E402 - found through the line above
+from bench.machine import describe, engine_versions  # noqa: E402 - found through the line above
+from bench.servers import free_port, process  # noqa: E402
 from demo.clip import write_clip  # noqa: E402
 
 FRAMES = 32
@@ -73,9 +73,7 @@ def messages(url: str) -> list[dict[str, Any]]:
 @contextmanager
 def server(retention: float) -> Iterator[str]:
     """Run a server with every token (retention 1) or with AOT, and yield its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     command = [
         *(str(Path(sys.executable).with_name("vllm")), "serve", str(CHECKPOINT), "--served-model-name", "bench"),
         *("--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "bfloat16"),
@@ -85,31 +83,9 @@ def server(retention: float) -> Iterator[str]:
     ]
     if retention < 1:
         command += ["--video-pruning-rate", f"{1 - retention:.6g}"]
-    import httpx
-
     address = f"http://127.0.0.1:{port}"
-    with tempfile.NamedTemporaryFile("w+", suffix=".log") as log:
-        process = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            for _ in range(600):
-                if process.poll() is not None:
-                    sys.exit(f"the engine ended:\n{Path(log.name).read_text()[-3000:]}")
-                try:
-                    if httpx.get(f"{address}/health", timeout=2).status_code == 200:
-                        break
-                except httpx.TransportError:
-                    pass
-                time.sleep(0.5)
-            else:
-                sys.exit(f"the engine was not up in time:\n{Path(log.name).read_text()[-3000:]}")
-            yield address
-        finally:
-            process.terminate()
-            try:
-                process.wait(30)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+    with process(command, health=f"{address}/health", environment=ENVIRONMENT):
+        yield address
 
 
 async def ask(client: Any, url: str) -> tuple[float, int]:
@@ -277,13 +253,7 @@ def main() -> None:
                 loads[concurrency] = asyncio.run(load(address, urls, concurrency=concurrency))
         arms[retention] = {"load": loads, "stages": stages_in_process(retention, 2)}
         print(name(retention), json.dumps(arms[retention]), flush=True)
-    versions = subprocess.run(
-        [sys.executable, "-c", "import torch, vllm; print(f'torch {torch.__version__}, vLLM {vllm.__version__}')"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.splitlines()[-1]
-    text = table(arms, f"{FRAMES} frames of 196 tokens, bfloat16. {describe(versions)}")
+    text = table(arms, f"{FRAMES} frames of 196 tokens, bfloat16. {describe(engine_versions())}")
     print(text)
     if arguments.out:
         arguments.out.write_text(text)
