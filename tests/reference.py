@@ -151,13 +151,13 @@ def _absorb(anchor, weights, tokens):
     ]
 
 
-def merge_within_frames(features, anchors, rows, cols, settings):
+def merge_within_frames(features, anchors, rows, cols, settings, compared=None):
     """Merged anchors of every frame, and the iterations taken; all frames stop together."""
     sources = [[p for p in range(rows * cols) if p not in chosen] for chosen in anchors]
     if not sources[0]:
         return [[frame[p] for p in chosen] for frame, chosen in zip(features, anchors, strict=True)], None
     similarity = [
-        [[cosine(frame[i], frame[j]) for j in chosen] for i in others]
+        [[cosine(frame[i][:compared], frame[j][:compared]) for j in chosen] for i in others]
         for frame, chosen, others in zip(features, anchors, sources, strict=True)
     ]
     costs = [
@@ -186,7 +186,7 @@ def merge_within_frames(features, anchors, rows, cols, settings):
     return merged, taken
 
 
-def merge_across_frames(tokens, clip_lengths, keep_per_frame, originals_per_clip, settings):
+def merge_across_frames(tokens, clip_lengths, keep_per_frame, originals_per_clip, settings, compared=None):
     """Surviving (token, frame, slot) in output order, and the iterations of each solve."""
     survivors, taken, first = [], [], 0
     for length, originals in zip(clip_lengths, originals_per_clip, strict=True):
@@ -194,7 +194,7 @@ def merge_across_frames(tokens, clip_lengths, keep_per_frame, originals_per_clip
         merged, absorbed, kept = [list(y) for y in key], [0.0] * len(key), []
         for step in range(1, length):
             frame = tokens[first + step]
-            cost = [[1 - cosine(x, y) for y in merged] for x in frame]
+            cost = [[1 - cosine(x[:compared], y[:compared]) for y in merged] for x in frame]
             lowest = min(map(min, cost))
             discount = 1 - math.exp(-(step**2) / (2 * settings["temporal_sigma"] ** 2))
             cost = [[(entry - lowest) * discount for entry in row] for row in cost]
@@ -217,8 +217,8 @@ def merge_across_frames(tokens, clip_lengths, keep_per_frame, originals_per_clip
     return survivors, taken
 
 
-def reduce_video(features, local, glob, rows, cols, retention, settings):
-    """Surviving (token, frame, position) in output order."""
+def reduce_video(features, local, glob, rows, cols, retention, settings, compared=None):
+    """Surviving (token, frame, position) in output order; tokens are compared by their first `compared` entries."""
     counts = budget(len(features), rows * cols, retention, settings)
     if counts["identity"]:
         return [(token, t, p) for t, frame in enumerate(features) for p, token in enumerate(frame)]
@@ -232,13 +232,14 @@ def reduce_video(features, local, glob, rows, cols, retention, settings):
             select_anchors(local[t], glob[t], rows, cols, size, settings["global_ratio"], settings["window"])
             for t in frames
         ]
-        merged, _ = merge_within_frames([features[t] for t in frames], anchors, rows, cols, settings)
+        merged, _ = merge_within_frames([features[t] for t in frames], anchors, rows, cols, settings, compared)
         tokens, _ = merge_across_frames(
             merged,
             lengths,
             [counts["keep_per_frame"][t] for t in frames],
             [counts["originals_per_clip"][clip] for clip in clips],
             settings,
+            compared,
         )
         survivors += [(token, first + t, anchors[t][slot]) for token, t, slot in tokens]
         first += len(frames)

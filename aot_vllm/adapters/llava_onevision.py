@@ -25,6 +25,7 @@ from vllm.multimodal.parse import ModalityDataItems, MultiModalDataItems, VideoP
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 from vllm.utils.tensor_schema import TensorShape
 
+from aot_vllm.adapters.blocks import frames_at_once, in_blocks
 from aot_vllm.adapters.processing import RETENTION, ReducedVideoProcessor, without_retention
 from aot_vllm.adapters.scores import AttentionScores, scoring_layers
 from aot_vllm.adapters.settings import Reduction, from_ppm
@@ -35,7 +36,7 @@ from aot_vllm.core.reduce import reduce_video
 from aot_vllm.errors import UnsupportedError
 
 TOWER_FRAMES = _MAX_FRAMES_PER_VIDEO
-"""Frames the vision tower sees at a time: as many as vLLM profiles the model's memory with."""
+"""Most frames the vision tower sees at a time: as many as vLLM profiles the model's memory with."""
 
 
 class ReducedVideoPixels(LlavaOnevisionVideoPixelInputs):
@@ -150,8 +151,7 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
 
     def _embed_video(self, pixels: Tensor, *, retention: float) -> Tensor:
         """Return the rows of one video, (kept + 1, hidden), from (frames, 3, height, width)."""
-        side = math.ceil(self.config.vision_config.image_size // self.config.vision_config.patch_size / 2)
-        grid = VideoGrid(frames=len(pixels), rows=side, cols=side)
+        grid = self._grid(len(pixels))
         if budget(grid, retention=retention, config=self.method).identity:
             tokens = self._tower(pixels).flatten(0, 1)
         else:
@@ -168,8 +168,21 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
 
     def _tower(self, pixels: Tensor) -> Tensor:
         """Return pooled features (frames, side * side, hidden), a block of frames at a time."""
-        blocks = pixels.split(TOWER_FRAMES)
-        return torch.cat([self._video_pixels_to_features(self.vision_tower, block) for block in blocks])
+        vision = self.config.vision_config
+        patches = (vision.image_size // vision.patch_size) ** 2
+        activations = patches * (2 * vision.intermediate_size + vision.hidden_size)
+        features = self._grid(1).positions * self.config.text_config.hidden_size
+        at_once = frames_at_once(len(pixels), profiled=TOWER_FRAMES, waiting_share=features / activations)
+
+        def tower(block: Tensor) -> Tensor:
+            return self._video_pixels_to_features(self.vision_tower, block)
+
+        return in_blocks(tower, pixels.split(at_once), frames=len(pixels))
+
+    def _grid(self, frames: int) -> VideoGrid:
+        """Return the grid of tokens of a video, whose frames are pooled."""
+        side = math.ceil(self.config.vision_config.image_size // self.config.vision_config.patch_size / 2)
+        return VideoGrid(frames=frames, rows=side, cols=side)
 
     def _pool(self, scores: Tensor) -> Tensor:
         """Return scores (frames, tokens of the encoder) on the pooled grid, as the model pools its features."""

@@ -20,6 +20,7 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdate
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from aot_vllm.adapters.blocks import frames_at_once, in_blocks
 from aot_vllm.adapters.compat import let_cpu_runner_recompute_positions
 from aot_vllm.adapters.positions import (
     VisionRun,
@@ -199,13 +200,19 @@ class ReducedQwenVL:
         Each rank computes all of a video, also where vLLM would deal whole items out to ranks
         (`--mm-encoder-tp-mode data`): scores and plans need the video in one place.
         """
-        merge = self.config.vision_config.spatial_merge_size
-        frame = grid.positions * merge**2
-        at_once = max(1, self._tower_tokens // grid.positions)
-        size = [grid.rows * merge, grid.cols * merge]
-        blocks = patches.split(at_once * frame)
-        features = [self.visual(block, grid_thw=[[len(block) // frame, *size]]) for block in blocks]
-        return torch.cat(features).view(grid.frames, grid.positions, -1)
+        vision = self.config.vision_config
+        merge = vision.spatial_merge_size
+        patches_per_frame = grid.positions * merge**2
+        activations = merge**2 * (2 * vision.intermediate_size + vision.hidden_size)
+        at_once = frames_at_once(
+            grid.frames, profiled=self._tower_tokens / grid.positions, waiting_share=self._width / activations
+        )
+
+        def tower(block: Tensor) -> Tensor:
+            size = [len(block) // patches_per_frame, grid.rows * merge, grid.cols * merge]
+            return self.visual(block, grid_thw=[size]).view(-1, grid.positions, self._width)
+
+        return in_blocks(tower, patches.split(at_once * patches_per_frame), frames=grid.frames)
 
     def _embedded(self, embeddings: Tensor, grid: VideoGrid) -> Tensor:
         return embeddings.to(self.visual.dtype).view(grid.frames, grid.positions, -1)
@@ -214,6 +221,11 @@ class ReducedQwenVL:
     def _main_width(self) -> int:
         """Columns of an embedding that the language model takes in; those of deepstack come after them."""
         return int(self.config.vision_config.out_hidden_size)
+
+    @cached_property
+    def _width(self) -> int:
+        """Columns of an embedding, with those of deepstack."""
+        return int(self.visual.out_hidden_size)
 
     @cached_property
     def _tower_tokens(self) -> int:
@@ -258,7 +270,7 @@ class ReducedQwenVL:
         """
         if not multimodal_embeddings:
             return multimodal_embeddings, mrope_positions, position_delta(mrope_positions)
-        width = self.visual.out_hidden_size
+        width = self._width
         with gpu_sync_allowed():
             carried = [coordinates_of(rows, width=width) for rows in multimodal_embeddings if rows.shape[1] > width]
             if carried:

@@ -20,6 +20,10 @@ MAP_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
 """Most memory for attention maps at a time; a SigLIP-so400m frame takes 34 MB (16 heads, 729 x 729, float32). On a CPU
 maps that stay near its caches take less than half the time; a GPU would rather be launched less often."""
 
+QUERIES_OF_MAPS = 2
+"""Nor do maps, with the copies they are made from, take more memory than so many tensors of queries: a layer's MLP, for
+which memory was profiled, needs more than its attention by 2.5 (SigLIP-so400m, Qwen3-VL) or 3 (Qwen2.5-VL) of them."""
+
 PAPER_LOCAL_DEPTH = 5 / 26
 """The released code scores locally in layer 5 of the 26 that LLaVA-OneVision executes."""
 
@@ -59,21 +63,33 @@ def attention_received(query: Tensor, key: Tensor, *, num_heads: int, scale: flo
     """Return the attention each token receives, summed over queries and heads: (frames, tokens), float32.
 
     `query`, `key`: (frames, tokens, num_heads * head_size), as they enter the attention module. Attention is within a
-    frame. At most `MAP_BYTES` of maps exist at a time, but never less than those of one query.
+    frame. At most `MAP_BYTES` of maps exist at a time, and `QUERIES_OF_MAPS`, but never less than the map of one query.
     """
     frames, tokens, _ = query.shape
-    map_bytes = MAP_BYTES.get(query.device.type, MAP_BYTES["cuda"])
-    query_bytes = num_heads * tokens * 4
-    frames_at_once = max(1, map_bytes // (query_bytes * tokens))
+    map_bytes = min(MAP_BYTES.get(query.device.type, MAP_BYTES["cuda"]), QUERIES_OF_MAPS * query.nbytes)
+    # logits of half precision are there together with their copy in float32, which becomes the map
+    query_bytes = num_heads * tokens * (4 if query.dtype == torch.float32 else 4 + query.itemsize)
+    copies_bytes = 3 * query[0].nbytes  # queries twice, for they are scaled, and keys
+    frames_at_once = max(1, map_bytes // (query_bytes * tokens + copies_bytes))
     queries_at_once = min(tokens, max(1, map_bytes // query_bytes))
     received = torch.zeros(frames, tokens, dtype=torch.float32, device=query.device)
     for frame in range(0, frames, frames_at_once):
         block = slice(frame, frame + frames_at_once)
         queries, keys = (part[block].unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key))
         for some in queries.split(queries_at_once, dim=2):
-            logits = torch.matmul(some * scale, keys.transpose(-1, -2))
-            received[block] += logits.softmax(dim=-1, dtype=torch.float32).sum(dim=(1, 2))
+            received[block] += _received_from(some * scale, keys)
     return received
+
+
+def _received_from(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return the attention that some queries give, (frames, tokens), from (frames, heads, queries or tokens, size).
+
+    The softmax is taken in place, its denominators go into the sum over queries: there is one map, not three.
+    """
+    maps = torch.matmul(queries, keys.transpose(-1, -2)).float()
+    maps.sub_(maps.amax(dim=-1, keepdim=True)).exp_()
+    shares = maps.sum(dim=-1, keepdim=True).reciprocal_()
+    return torch.matmul(shares.transpose(-1, -2), maps).sum(dim=(1, 2))
 
 
 class AttentionScores:

@@ -4,6 +4,7 @@ from itertools import product
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import strategies as st
 
 from aot_vllm import AOTConfig, VideoGrid, budget, reduce_video
 from aot_vllm.errors import SettingError, ShapeError
@@ -18,12 +19,18 @@ def same_bits(one, other):
 
 
 @few
-@given(grid=grids(frames=9, side=4), seed=seeds, retention=retentions, config=configs)
-def test_the_reduction_is_that_of_the_oracle(grid, seed, retention, config):
+@given(
+    grid=grids(frames=9, side=4),
+    seed=seeds,
+    retention=retentions,
+    config=configs,
+    compared=st.sampled_from([None, 3, 6, 11]),
+)
+def test_the_reduction_is_that_of_the_oracle(grid, seed, retention, config, compared):
     inputs = video(seed, grid)
-    reduced = reduce_video(*inputs, grid=grid, retention=retention, config=config)
+    reduced = reduce_video(*inputs, grid=grid, retention=retention, config=config, compared=compared)
     survivors = reference.reduce_video(
-        *(tensor.tolist() for tensor in inputs), grid.rows, grid.cols, retention, config.settings()
+        *(tensor.tolist() for tensor in inputs), grid.rows, grid.cols, retention, config.settings(), compared
     )
     assert reduced.frames.tolist() == [frame for _, frame, _ in survivors]
     assert (reduced.rows * grid.cols + reduced.cols).tolist() == [cell for _, _, cell in survivors]

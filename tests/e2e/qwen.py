@@ -2,6 +2,8 @@
 
 import torch
 
+from tests.e2e.engines import image, video
+
 SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
 PADS = {"video": "<|video_pad|>", "image": "<|image_pad|>"}
 
@@ -26,6 +28,42 @@ def qwen_request(*parts, retention=None, system=True, fps=2.0):
     return asked
 
 
+def made(parts):
+    """Return what `qwen_request` takes, from parts that JSON can carry: text, or kind, number of frames and seed."""
+    return [part if isinstance(part, str) else MAKERS[part[0]](*part[1:]) for part in parts]
+
+
+MAKERS = {
+    "image": lambda _, seed: image(seed=seed),
+    "video": lambda frames, seed: video(frames, side=168, seed=seed)[:, :112],
+}
+
+
+def watch_positions(model, steps):
+    """Append to `steps` the positions (3, tokens) that each step of the language model is given; return the hook."""
+
+    def remember(module, inputs, named):
+        positions = inputs[0] if inputs else named["positions"]
+        steps.append(positions.clone())
+
+    return model.language_model.model.layers[0].register_forward_pre_hook(remember, with_kwargs=True)
+
+
+def watch_recomputations(model, calls):
+    """Append to `calls`, for each call of vLLM's hook for pruning models, what it was given and what it gave back.
+
+    The number of embeddings, and whether positions came back as the very object that went in.
+    """
+    recompute = model.recompute_mrope_positions
+
+    def remember(*, multimodal_embeddings, mrope_positions, **rest):
+        returned = recompute(multimodal_embeddings=multimodal_embeddings, mrope_positions=mrope_positions, **rest)
+        calls.append([len(multimodal_embeddings), returned[1] is mrope_positions])
+        return returned
+
+    model.recompute_mrope_positions = remember
+
+
 def metadata(frames, fps):
     return {
         "fps": fps,
@@ -44,7 +82,7 @@ class Probe:
         from aot_vllm.adapters import qwen_vl
 
         self.steps, self.reductions, self.features = [], [], []
-        engine.llm.apply_model(self._watch)
+        (self._hook,) = engine.llm.apply_model(lambda model: watch_positions(model, self.steps))
         reduce_video = qwen_vl.reduce_video
         runs = qwen_vl.ReducedQwenVL._runs
 
@@ -60,20 +98,13 @@ class Probe:
         monkeypatch.setattr(qwen_vl, "reduce_video", remember_reduction)
         monkeypatch.setattr(qwen_vl.ReducedQwenVL, "_runs", remember_features)
 
-    def _watch(self, model):
-        def remember(module, inputs, named):
-            positions = inputs[0] if inputs else named["positions"]
-            self.steps.append(positions.clone())
-
-        layer = model.language_model.model.layers[0]
-        self._hook = layer.register_forward_pre_hook(remember, with_kwargs=True)
-
     def close(self):
         self._hook.remove()
 
     def positions(self):
         """Return (3, tokens) of all steps since the last call, one after the other."""
-        positions, self.steps = torch.cat(self.steps, dim=1), []
+        positions = torch.cat(self.steps, dim=1)
+        self.steps.clear()
         return positions
 
     def kept_cells(self):

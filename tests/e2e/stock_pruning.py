@@ -9,26 +9,31 @@ sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..",
 
 
 def main():
-    from tests.e2e.engines import Engine, image, video
-    from tests.e2e.qwen import qwen_request
+    from aot_vllm.adapters.compat import let_cpu_runner_recompute_positions
+    from tests.e2e.engines import Engine
+    from tests.e2e.qwen import made, qwen_request, watch_positions, watch_recomputations
 
     spec = json.load(sys.stdin)
     engine = Engine(spec["model"], **spec["arguments"])
+    if spec["as_on_a_gpu"]:
+        let_cpu_runner_recompute_positions()
+    steps, recomputations = [], []
+    engine.llm.apply_model(lambda model: watch_positions(model, steps) and watch_recomputations(model, recomputations))
     for parts, options in spec["requests"]:
-        media = [
-            part
-            if isinstance(part, str)
-            else image(seed=part[2])
-            if part[0] == "image"
-            else video(part[1], side=168, seed=part[2])[:, :112]
-            for part in parts
-        ]
+        steps.clear()
+        recomputations.clear()
         try:
-            (answer,) = engine.ask(qwen_request(*media, **options))
+            (answer,) = engine.ask(qwen_request(*made(parts), **options))
         except BaseException as error:
             print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
             os._exit(0)  # an engine that failed amid a step may never end
-        print(json.dumps({"prompt": answer.prompt, "logprobs": answer.logprobs}), flush=True)
+        seen = {
+            "prompt": answer.prompt,
+            "logprobs": answer.logprobs,
+            "times": [time for step in steps for time in step[0].tolist()],
+            "recomputations": recomputations,
+        }
+        print(json.dumps(seen), flush=True)
     os._exit(0)
 
 

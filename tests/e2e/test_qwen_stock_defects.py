@@ -1,7 +1,8 @@
 """Defects of vLLM 0.32's own pruning that AOT must not inherit: each shown on the stock path, then absent from ours.
 
 The stock half documents vLLM: where it fails after an upgrade, vLLM has mended something. On a CPU, stock Model Runner
-V1 ends at the first pruned video, so all other defects are shown on V2.
+V1 ends at the first pruned video, so all other defects are shown on V2, but for what V1 does in every step: there the
+one flag is set that it forgets.
 """
 
 import json
@@ -10,23 +11,29 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.e2e.checkpoints import checkpoint
-from tests.e2e.engines import image, video
-from tests.e2e.qwen import qwen_request
+from tests.e2e.qwen import Probe, made, qwen_request, watch_recomputations
 
 RATE = 0.75
 CLOSE = {"rel": 0, "abs": 2e-4}
 CLIP, OTHER, PICTURE = ["video", 9, 1], ["video", 6, 2], ["image", 0, 3]
+QUESTION = [CLIP, "What happens here?"]
 CHUNKED = {"max_num_batched_tokens": 16, "max_num_seqs": 4}
+PREFIX_CACHE = {"enable_prefix_caching": True, "block_size": 32}
 
 
-def stock(name, *requests, **arguments):
-    """Return what vLLM as it ships makes of requests with pruning on, up to the one that ends it."""
+def stock(name, *requests, as_on_a_gpu=False, **arguments):
+    """Return what vLLM as it ships makes of requests with pruning on, up to the one that ends it.
+
+    `as_on_a_gpu`: set the flag that Model Runner V1 forgets on a CPU.
+    """
     spec = {
         "model": str(checkpoint(name)),
         "arguments": {"video_pruning_rate": RATE, **arguments},
         "requests": [[parts, options] for parts, options in requests],
+        "as_on_a_gpu": as_on_a_gpu,
     }
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("stock_pruning.py"))],
@@ -42,15 +49,7 @@ def stock(name, *requests, **arguments):
 
 
 def ours(engine, parts, **options):
-    media = [
-        part
-        if isinstance(part, str)
-        else image(seed=part[2])
-        if part[0] == "image"
-        else video(part[1], side=168, seed=part[2])[:, :112]
-        for part in parts
-    ]
-    (answer,) = engine.ask(qwen_request(*media, **options))
+    (answer,) = engine.ask(qwen_request(*made(parts), **options))
     return answer
 
 
@@ -69,31 +68,34 @@ def test_stock_dies_of_a_second_item_after_a_video_and_ours_does_not(start_engin
     assert ours(start_engine("qwen2.5-vl", video_pruning_rate=RATE), parts).tokens
 
 
-@pytest.mark.only_on("v2")
-def test_stock_answers_the_same_request_otherwise_out_of_the_prefix_cache_and_ours_does_not(start_engine):
-    settings = {"enable_prefix_caching": True, "block_size": 32}
-    parts = [CLIP, "What happens here?"]
-    first, second = stock("qwen3-vl", (parts, {}), (parts, {}), **settings)
-    assert second["logprobs"] != pytest.approx(first["logprobs"], **CLOSE)
-    engine = start_engine("qwen3-vl", video_pruning_rate=RATE, **settings)
-    assert ours(engine, parts).logprobs == pytest.approx(ours(engine, parts).logprobs, **CLOSE)
+@pytest.fixture(scope="module", params=["evs", "vidcom2"])
+def qwen3_vl(request):
+    """Return what stock vLLM makes of a video: asked, asked again, asked without a system message, in chunks."""
+    method = {"video_pruning_method": request.param}
+    asked, again, without_system = stock(
+        "qwen3-vl", (QUESTION, {}), (QUESTION, {}), (QUESTION, {"system": False}), **method, **PREFIX_CACHE
+    )
+    (in_chunks,) = stock("qwen3-vl", (QUESTION, {}), **method, **CHUNKED)
+    return {"asked": asked, "again": again, "without system": without_system, "in chunks": in_chunks}
 
 
 @pytest.mark.only_on("v2")
-def test_stock_answers_otherwise_in_chunks_and_ours_does_not(start_engine):
-    parts = [CLIP, "?"]
-    whole, chunked = stock("qwen3-vl", (parts, {})), stock("qwen3-vl", (parts, {}), **CHUNKED)
-    assert chunked[0]["logprobs"] != pytest.approx(whole[0]["logprobs"], **CLOSE)
-    answers = [ours(start_engine("qwen3-vl", video_pruning_rate=RATE, **cut), parts) for cut in ({}, CHUNKED)]
-    assert answers[0].logprobs == pytest.approx(answers[1].logprobs, **CLOSE)
+def test_stock_answers_otherwise_out_of_the_prefix_cache_and_in_chunks_and_fails_without_a_system_message(qwen3_vl):
+    """Qwen3-VL, whichever method prunes; the marker before the whole video is taken for that of a frame."""
+    for other in ("again", "in chunks"):
+        assert qwen3_vl[other]["prompt"] == qwen3_vl["asked"]["prompt"]
+        assert qwen3_vl[other]["logprobs"] != pytest.approx(qwen3_vl["asked"]["logprobs"], **CLOSE)
+    assert "RuntimeError" in qwen3_vl["without system"]["error"]
 
 
 @pytest.mark.only_on("v2")
-def test_stock_fails_without_a_system_message_and_ours_does_not(start_engine):
-    """Qwen3-VL: the marker before the whole video is taken for that of a frame."""
-    parts = [CLIP, "?"]
-    assert "RuntimeError" in stock("qwen3-vl", (parts, {"system": False}))[0]["error"]
-    assert ours(start_engine("qwen3-vl", video_pruning_rate=RATE), parts, system=False).tokens
+def test_ours_answers_alike_out_of_the_prefix_cache_and_in_chunks_and_without_a_system_message(start_engine):
+    in_chunks = ours(start_engine("qwen3-vl", video_pruning_rate=RATE, **CHUNKED), QUESTION)
+    engine = start_engine("qwen3-vl", video_pruning_rate=RATE, **PREFIX_CACHE)
+    asked, again = ours(engine, QUESTION), ours(engine, QUESTION)
+    assert asked.logprobs == pytest.approx(again.logprobs, **CLOSE)
+    assert asked.logprobs == pytest.approx(in_chunks.logprobs, **CLOSE)
+    assert ours(engine, QUESTION, system=False).tokens
 
 
 @pytest.mark.only_on("v2")
@@ -102,3 +104,53 @@ def test_stock_drops_a_token_at_a_rate_of_next_to_nothing_and_ours_does_not(star
     whole = len(ours(start_engine("qwen2.5-vl"), parts).prompt)
     assert len(stock("qwen2.5-vl", (parts, {}), video_pruning_rate=rate)[0]["prompt"]) == whole - 1
     assert len(ours(start_engine("qwen2.5-vl", video_pruning_rate=rate), parts).prompt) == whole
+
+
+ONE_A_SECOND = {"dtype": "bfloat16", "hf_overrides": {"vision_config": {"tokens_per_second": 1}}}
+"""Qwen2.5-VL with as many units of time between two frames as there are seconds, so that odd ones can be had."""
+FAR_APART = [(171, 512), (1000, 3008)]
+"""Seconds between two frames, which bfloat16 holds, for vLLM's processor casts them; and to what it rounds the fourth
+frame's time, which it doesn't hold."""
+
+
+def video_times(prompt, times):
+    """Return the times of a prompt's video tokens, counted from that of the first."""
+    of_video = [time for token, time in zip(prompt, times, strict=False) if token == max(prompt)]
+    return {time - of_video[0] for time in of_video}
+
+
+@pytest.mark.only_on("v2")
+def test_stock_rounds_positions_to_what_bfloat16_holds():
+    seen = stock("qwen2.5-vl", *(([CLIP, "?"], {"fps": 2 / apart}) for apart, _ in FAR_APART), **ONE_A_SECOND)
+    for (apart, rounded), answer in zip(FAR_APART, seen, strict=True):
+        times = video_times(answer["prompt"], answer["times"])
+        assert rounded in times
+        assert 3 * apart not in times
+
+
+def test_ours_keeps_positions_exact_in_bfloat16(start_engine, monkeypatch):
+    engine = start_engine("qwen2.5-vl", video_pruning_rate=RATE, **ONE_A_SECOND)
+    probe = Probe(engine, monkeypatch)
+    for apart, _ in FAR_APART:
+        answer = ours(engine, [["video", 9, apart], "?"], fps=2 / apart)
+        *_, reduced = probe.reductions[-1]
+        assert reduced.tokens.dtype == torch.bfloat16
+        kept = sorted(zip(reduced.frames.tolist(), reduced.rows.tolist(), reduced.cols.tolist(), strict=True))
+        assert any(frame == 3 for frame, _, _ in kept)
+        positions = probe.positions()[:, : len(answer.prompt)]
+        first = answer.prompt.index(max(answer.prompt))
+        assert (positions[:, first : first + len(kept)] - first).T.tolist() == [[apart * t, r, c] for t, r, c in kept]
+    probe.close()
+
+
+@pytest.mark.only_on("v1")
+def test_stock_works_through_the_whole_prompt_at_every_decoded_token_and_ours_does_not(start_engine):
+    (answer,) = stock("qwen2.5-vl", ([CLIP, "?"], {}), as_on_a_gpu=True)
+    assert answer["recomputations"] == [[1, False], [0, False], [0, False], [0, False]]
+
+    calls = []
+    engine = start_engine("qwen2.5-vl", video_pruning_rate=RATE)
+    engine.llm.apply_model(lambda model: watch_recomputations(model, calls))
+    ours(engine, [CLIP, "?"])
+    engine.llm.apply_model(lambda model: vars(model).pop("recompute_mrope_positions"))
+    assert calls == [[1, False], [0, True], [0, True], [0, True]]
