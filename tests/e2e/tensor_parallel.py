@@ -1,4 +1,4 @@
-"""Answers on two CPU processes, and what each rank kept; one JSON line on stdout."""
+"""Answers on two CPU processes, and what each rank kept; one JSON line on stdout for each checkpoint and tower mode."""
 
 import json
 import os
@@ -11,19 +11,24 @@ os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "
 
 
 def main():
-    from tests.e2e.engines import Engine, request, video
+    from tests.e2e.checkpoints import checkpoint
+    from tests.e2e.engines import Engine
+    from tests.e2e.ranks import requests_to
 
-    engine = Engine(
-        sys.argv[1],
-        video_pruning_rate=0.75,
-        tensor_parallel_size=2,
-        worker_extension_cls="tests.e2e.ranks.RankProbe",
-    )
-    engine.llm.collective_rpc("probe_kept_cells")
-    answers = [engine.ask(request(video(frames, seed=frames)))[0] for frames in (1, 8, 33)]
-    ranks = engine.llm.collective_rpc("read_kept_cells")
-    print(json.dumps({"answers": [[a.prompt_tokens, a.tokens, a.logprobs] for a in answers], "ranks": ranks}))
-    engine.close()
+    for name, mode in json.load(sys.stdin):
+        engine = Engine(
+            checkpoint(name),
+            video_pruning_rate=0.75,
+            tensor_parallel_size=2,
+            mm_encoder_tp_mode=mode,
+            worker_extension_cls="tests.e2e.ranks.RankProbe",
+        )
+        engine.llm.collective_rpc("probe_kept_cells")
+        answers = [engine.ask(asked)[0] for asked in requests_to(name)]
+        ranks = engine.llm.collective_rpc("read_kept_cells")
+        engine.close()
+        seen = {"answers": [[a.prompt_tokens, a.tokens, a.logprobs] for a in answers], "ranks": ranks}
+        print(json.dumps(seen), flush=True)
 
 
 if __name__ == "__main__":

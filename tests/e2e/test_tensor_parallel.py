@@ -1,4 +1,4 @@
-"""Two ranks, each with half of the attention heads, must keep the same tokens."""
+"""Two ranks must keep the same tokens: where each has half of the attention heads, and where it has them all."""
 
 import json
 import subprocess
@@ -7,23 +7,42 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.checkpoints import checkpoint
-from tests.e2e.engines import request, video
+from tests.e2e.ranks import requests_to
 
 
-def test_two_ranks_keep_the_same_cells_and_answer_as_one(start_engine):
-    script = Path(__file__).with_name("tensor_parallel.py")
+def answers_of_two_ranks(*engines):
+    """Return answers and kept cells for each checkpoint and tower mode, started in turn in one process."""
     done = subprocess.run(
-        [sys.executable, str(script), str(checkpoint("tiny"))], capture_output=True, text=True, check=False, timeout=240
+        [sys.executable, str(Path(__file__).with_name("tensor_parallel.py"))],
+        input=json.dumps(engines),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    seen = json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"answers"')))
-    first, second = seen["ranks"]
-    assert len(first) == 3
-    assert first == second
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"answers"')]
 
-    engine = start_engine("tiny", video_pruning_rate=0.75)
-    for frames, (prompt_tokens, tokens, logprobs) in zip((1, 8, 33), seen["answers"], strict=True):
-        (alone,) = engine.ask(request(video(frames, seed=frames)))
-        assert (prompt_tokens, tuple(tokens)) == (alone.prompt_tokens, alone.tokens)
-        assert logprobs == pytest.approx(alone.logprobs, rel=0, abs=2e-4)
+
+@pytest.mark.parametrize(
+    "engines",
+    [
+        pytest.param(
+            [("tiny", "weights"), ("qwen2.5-vl", "weights"), ("qwen3-vl", "data")], marks=pytest.mark.only_on("v1")
+        ),
+        pytest.param([("qwen3-vl", "weights"), ("qwen2.5-vl", "data")], marks=pytest.mark.only_on("v2")),
+    ],
+    ids=lambda engines: ", ".join(f"{name} {mode}" for name, mode in engines),
+)
+def test_two_ranks_keep_the_same_cells_and_answer_as_one(start_engine, engines):
+    """They share a tower's weights, or each has all of them (`data`), where vLLM would deal out items."""
+    for (name, _), seen in zip(engines, answers_of_two_ranks(*engines), strict=True):
+        first, second = seen["ranks"]
+        assert len(first) == 3
+        assert first == second
+
+        engine = start_engine(name, video_pruning_rate=0.75)
+        for asked, (prompt_tokens, tokens, logprobs) in zip(requests_to(name), seen["answers"], strict=True):
+            (alone,) = engine.ask(asked)
+            assert (prompt_tokens, tuple(tokens)) == (alone.prompt_tokens, alone.tokens)
+            assert logprobs == pytest.approx(alone.logprobs, rel=0, abs=2e-4)
