@@ -5,6 +5,7 @@ import logging
 import pytest
 
 from aot_vllm.adapters import compat
+from aot_vllm.adapters.registry import reduced_architecture
 from aot_vllm.adapters.settings import Reduction
 from aot_vllm.config import AOTConfig
 from aot_vllm.errors import SettingError, UnsupportedError
@@ -26,12 +27,12 @@ def lines(monkeypatch):
     logger.removeHandler(handler)
 
 
-def configure(name="tiny", **arguments):
+def configure(name="tiny", *, dtype="float32", **arguments):
     """Return the engine configuration for a checkpoint and arguments; nothing is started from it."""
     from vllm.engine.arg_utils import EngineArgs
 
     return EngineArgs(
-        model=str(checkpoint(name)), enforce_eager=True, dtype="float32", max_model_len=2048, **arguments
+        model=str(checkpoint(name)), enforce_eager=True, dtype=dtype, max_model_len=2048, **arguments
     ).create_engine_config()
 
 
@@ -65,6 +66,25 @@ def test_a_server_without_the_endpoint_plugin_is_told_what_it_misses(lines, monk
     monkeypatch.delenv("VLLM_PLUGINS")
     configure(video_pruning_rate=0.9)
     assert lines[-1].endswith("set VLLM_PLUGINS=aot.")
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "qwen3.5", "qwen3.5-moe"])
+def test_a_rate_changes_nothing_that_vllm_settles_by_the_name_of_an_architecture(name):
+    """For hybrid models that is how their states are kept: in blocks of which size, of which type, and when at all."""
+    stock, ours = (configure(name, dtype="bfloat16", video_pruning_rate=rate) for rate in (None, 0.9))
+    assert reduced_architecture(ours.model_config.architecture) in ours.model_config.hf_config.architectures
+    assert ours.cache_config == stock.cache_config
+    assert ours.scheduler_config == stock.scheduler_config
+    for settled in ("architecture", "architectures", "is_hybrid", "is_moe", "uses_mrope", "has_inner_state"):
+        assert getattr(ours.model_config, settled) == getattr(stock.model_config, settled), settled
+
+
+@pytest.mark.parametrize("name", ["qwen3.5", "qwen3.5-moe"])
+def test_the_states_of_a_hybrid_have_the_type_that_its_checkpoint_names(name):
+    other = {"text_config": {"mamba_ssm_dtype": "bfloat16"}}
+    for overrides, expected in (({}, "float32"), (other, "bfloat16")):
+        config = configure(name, dtype="bfloat16", video_pruning_rate=0.9, hf_overrides=overrides)
+        assert config.cache_config.mamba_ssm_cache_dtype == expected
 
 
 @pytest.mark.parametrize("rate", [0.125, 0.3, 0.75, 0.9, 0.95, 0.999])
