@@ -128,3 +128,33 @@ def let_cpu_runner_recompute_positions() -> None:
         # the runner's own value, set to False before the model is there, is of no interest
         model_has_it = property(lambda self: getattr(getattr(self, "model", None), flag, False), lambda *_: None)
         setattr(cpu_runner, flag, model_has_it)
+
+
+def let_proposer_know_reduced_models() -> None:
+    """Make Model Runner V1 take a reduced model for the in-tree one it is made of, where another model drafts for it.
+
+    Without it an engine with speculative decoding ends at start: `SpecDecodeBaseProposer.load_model` finds out which
+    field of the configuration holds the image token by the name of the model's class. 0.32; can go when it asks the
+    model. Model Runner V2 doesn't ask at all.
+    """
+    module = sys.modules.get("vllm.v1.spec_decode.llm_base_proposer")
+    if module is None:
+        return
+    original = getattr(getattr(module, "SpecDecodeBaseProposer", None), "get_model_name", None)
+    if original is None:
+        raise UnsupportedError(
+            f"vLLM {vllm_version()} has no SpecDecodeBaseProposer.get_model_name, by which it tells models apart that "
+            "others draft for; install vllm 0.32.*"
+        )
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def get_model_name(self: Any, model: Any) -> str:
+        classes = type(getattr(model, "module", model)).__mro__
+        if not classes[0].__module__.startswith("aot_vllm."):
+            return str(original(self, model))
+        return next(cls.__name__ for cls in classes if cls.__module__.startswith("vllm."))
+
+    setattr(get_model_name, _MARK, True)
+    module.SpecDecodeBaseProposer.get_model_name = get_model_name

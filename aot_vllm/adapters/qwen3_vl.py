@@ -42,13 +42,8 @@ class AOTQwen3VLProcessor(ReducedQwenProcessor, Qwen3VLMultiModalProcessor):
         )
 
 
-@MULTIMODAL_REGISTRY.register_processor(
-    AOTQwen3VLProcessor,
-    info=AOTQwen3VLProcessingInfo,
-    dummy_inputs=Qwen3VLDummyInputsBuilder,
-)
-class AOTQwen3VL(ReducedQwenVL, Qwen3VLForConditionalGeneration):
-    """Qwen3-VL that reduces each video between its vision tower and its language model."""
+class ReducedFramedQwenVL(ReducedQwenVL):
+    """Mixed in before a model of Qwen3-VL's kind: every layer attends to a whole frame, and text sets frames apart."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model") -> None:
         """Build the model and hook the two layers that score.
@@ -56,7 +51,7 @@ class AOTQwen3VL(ReducedQwenVL, Qwen3VLForConditionalGeneration):
         Raises:
             SettingError: a scoring layer that the tower does not have.
         """
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.score_by()
 
     def frame_times(self, frames: int, seconds_per_frame: float) -> Sequence[int]:
@@ -74,3 +69,12 @@ class AOTQwen3VL(ReducedQwenVL, Qwen3VLForConditionalGeneration):
         for kept in kept_per_frame:
             yield VisionRun(place.offset + offsets[token], (0,), grid.rows, grid.cols, (kept,))
             token += kept
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    AOTQwen3VLProcessor,
+    info=AOTQwen3VLProcessingInfo,
+    dummy_inputs=Qwen3VLDummyInputsBuilder,
+)
+class AOTQwen3VL(ReducedFramedQwenVL, Qwen3VLForConditionalGeneration):
+    """Qwen3-VL that reduces each video between its vision tower and its language model."""

@@ -21,7 +21,7 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from aot_vllm.adapters.blocks import frames_at_once, in_blocks
-from aot_vllm.adapters.compat import let_cpu_runner_recompute_positions
+from aot_vllm.adapters.compat import let_cpu_runner_recompute_positions, let_proposer_know_reduced_models
 from aot_vllm.adapters.positions import (
     VisionRun,
     coordinates_of,
@@ -107,6 +107,7 @@ class ReducedQwenVL:
             SettingError: a scoring layer that the tower does not have.
         """
         let_cpu_runner_recompute_positions()
+        let_proposer_know_reduced_models()
         self.method = Reduction.of(self.config).method
         blocks = self.visual.blocks
         local, global_ = scoring_layers(self.method, num_layers=len(blocks), whole_frame=whole_frame)

@@ -7,6 +7,9 @@ ARCHITECTURES = {
     "LlavaOnevisionForConditionalGeneration": "aot_vllm.adapters.llava_onevision:AOTLlavaOnevision",
     "Qwen2_5_VLForConditionalGeneration": "aot_vllm.adapters.qwen2_5_vl:AOTQwen2_5_VL",
     "Qwen3VLForConditionalGeneration": "aot_vllm.adapters.qwen3_vl:AOTQwen3VL",
+    "Qwen3VLMoeForConditionalGeneration": "aot_vllm.adapters.qwen3_vl_moe:AOTQwen3VLMoe",
+    "Qwen3_5ForConditionalGeneration": "aot_vllm.adapters.qwen3_5:AOTQwen3_5",
+    "Qwen3_5MoeForConditionalGeneration": "aot_vllm.adapters.qwen3_5:AOTQwen3_5Moe",
 }
 """In-tree architecture -> the class that serves it with AOT."""
 

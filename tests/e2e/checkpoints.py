@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 from demo import checkpoint as maker
 
@@ -46,7 +47,7 @@ def _qwen_parts(*, mrope_section, **text):
     tokenizer = maker.train_tokenizer((*maker.SPECIAL_TOKENS, *QWEN_SPECIALS))
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": mrope_section, **text.pop("rope", {})}
     settings = {
-        "text_config": maker.text_config(tokenizer, **TEXT, rope_parameters=rope, **text),
+        "text_config": maker.text_config(tokenizer, rope_parameters=rope, **{**TEXT, **text}),
         "tie_word_embeddings": False,
         "image_token_id": tokenizer.convert_tokens_to_ids("<|image_pad|>"),
         "video_token_id": tokenizer.convert_tokens_to_ids("<|video_pad|>"),
@@ -94,19 +95,87 @@ def _qwen2_5_vl(directory):
 
 def _qwen3_vl(directory):
     """Three layers, the first two of which feed deepstack."""
-    tokenizer, settings = _qwen_parts(mrope_section=[6, 5, 5], head_dim=32, rope={"mrope_interleaved": True})
-    config = transformers.Qwen3VLConfig(
-        vision_config={
-            "depth": 3,
-            "patch_size": 16,
-            "num_position_embeddings": 2304,
-            "deepstack_visual_indexes": [0, 1],
-            **TOWER,
-        },
+    _framed(
+        directory,
+        transformers.Qwen3VLConfig,
+        transformers.Qwen3VLForConditionalGeneration,
+        tower={"deepstack_visual_indexes": [0, 1]},
+    )
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+
+
+def _qwen3_vl_moe(directory):
+    """The same with experts instead of an MLP in each layer, laid out as in the published checkpoints."""
+    _framed(
+        directory,
+        transformers.Qwen3VLMoeConfig,
+        transformers.Qwen3VLMoeForConditionalGeneration,
+        tower={"deepstack_visual_indexes": [0, 1]},
+        text={**EXPERTS, "norm_topk_prob": True},
+    )
+    file = directory / "model.safetensors"
+    weights = {
+        name: tensor.mT.contiguous() if ".mlp.experts." in name else tensor for name, tensor in load_file(file).items()
+    }
+    save_file(weights, file, metadata={"format": "pt"})
+
+
+HYBRID = {
+    "rope": {"partial_rotary_factor": 0.25},
+    "mrope_section": [3, 3, 2],
+    "head_dim": 64,
+    "num_key_value_heads": 2,  # so that 64 tokens' keys and values take no less room than the linear layer's state
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_key_head_dim": 64,
+    "linear_value_head_dim": 64,
+    "linear_num_key_heads": 1,
+    "linear_num_value_heads": 1,
+    "mamba_ssm_dtype": "float32",
+}
+"""One layer of linear and one of full attention. For the linear one vLLM's kernels for a CPU take heads of 64 or
+128, and nothing but bfloat16."""
+
+
+def _qwen3_5(directory):
+    """No deepstack, said as the published checkpoints say it: by an empty list."""
+    _framed(
+        directory,
+        transformers.Qwen3_5Config,
+        transformers.Qwen3_5ForConditionalGeneration,
+        tower={"deepstack_visual_indexes": []},
+        text=HYBRID,
+        dtype=torch.bfloat16,
+    )
+
+
+def _qwen3_5_moe(directory):
+    """The same with experts, one of them shared, and deepstack not mentioned."""
+    _framed(
+        directory,
+        transformers.Qwen3_5MoeConfig,
+        transformers.Qwen3_5MoeForConditionalGeneration,
+        text={**HYBRID, **EXPERTS, "shared_expert_intermediate_size": 64},
+        dtype=torch.bfloat16,
+    )
+
+
+def _framed(directory, config_class, model_class, *, tower=None, text=None, dtype=torch.float32):
+    """Make a model of Qwen3-VL's kind, whose frames are set apart in the prompt."""
+    text = {"mrope_section": [6, 5, 5], "head_dim": 32, **(text or {})}
+    rope = {"mrope_interleaved": True, **text.pop("rope", {})}
+    tokenizer, settings = _qwen_parts(rope=rope, **text)
+    config = config_class(
+        vision_config={"depth": 3, "patch_size": 16, "num_position_embeddings": 2304, **TOWER, **(tower or {})},
         **settings,
     )
-    model = transformers.Qwen3VLForConditionalGeneration(config)
+    model = model_class(config)
     maker.randomise(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".experts." in name:  # (experts, out, in), so what comes in is its last dimension alone
+                parameter *= parameter.shape[1] ** 0.5
     pixels = {
         "patch_size": 16,
         "merge_size": 2,
@@ -126,7 +195,7 @@ def _qwen3_vl(directory):
         tokenizer=tokenizer,
         chat_template=QWEN_TEMPLATE,
     )
-    maker.save(model, processor, tokenizer, directory, dtype=torch.float32)
+    maker.save(model, processor, tokenizer, directory, dtype=dtype)
 
 
 def _qwen2(directory):
@@ -143,6 +212,9 @@ MAKERS = {
     "tiny-384": _tiny_384,
     "qwen2.5-vl": _qwen2_5_vl,
     "qwen3-vl": _qwen3_vl,
+    "qwen3-vl-moe": _qwen3_vl_moe,
+    "qwen3.5": _qwen3_5,
+    "qwen3.5-moe": _qwen3_5_moe,
     "qwen2": _qwen2,
 }
 

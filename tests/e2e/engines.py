@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import json
 import os
 import socket
 import subprocess
@@ -17,7 +18,6 @@ KV_BYTES = 64 * 2**20
 COMMON = {
     "enforce_eager": True,
     "max_model_len": 8192,
-    "dtype": "float32",
     "kv_cache_memory_bytes": KV_BYTES,
     "max_num_batched_tokens": 8192,
 }
@@ -60,8 +60,11 @@ class Engine:
     def __init__(self, model, **arguments):
         from vllm import LLM
 
+        # as it is saved: vLLM would rather calculate in bfloat16
+        dtype = json.loads((Path(model) / "config.json").read_text())["dtype"]
         limits = {"limit_mm_per_prompt": {"image": 2, "video": 3}}
-        self.llm = LLM(model=str(model), **{**COMMON, **limits, "seed": 0, "disable_log_stats": True, **arguments})
+        settings = {**COMMON, "dtype": dtype, **limits, "seed": 0, "disable_log_stats": True, **arguments}
+        self.llm = LLM(model=str(model), **settings)
 
     def ask(self, *requests, max_tokens=4):
         """Answer requests made by `request`, all handed over at once."""

@@ -1,10 +1,12 @@
 """What `--video-pruning-rate` does at start: AOT, vLLM's own pruning, or a refusal that says why and what to do."""
 
+import importlib
 import logging
 
 import pytest
 
 from aot_vllm.adapters import compat
+from aot_vllm.adapters.registry import ARCHITECTURES, reduced_architecture
 from aot_vllm.adapters.settings import Reduction
 from aot_vllm.config import AOTConfig
 from aot_vllm.errors import SettingError, UnsupportedError
@@ -26,12 +28,12 @@ def lines(monkeypatch):
     logger.removeHandler(handler)
 
 
-def configure(name="tiny", **arguments):
+def configure(name="tiny", *, dtype="float32", **arguments):
     """Return the engine configuration for a checkpoint and arguments; nothing is started from it."""
     from vllm.engine.arg_utils import EngineArgs
 
     return EngineArgs(
-        model=str(checkpoint(name)), enforce_eager=True, dtype="float32", max_model_len=2048, **arguments
+        model=str(checkpoint(name)), enforce_eager=True, dtype=dtype, max_model_len=2048, **arguments
     ).create_engine_config()
 
 
@@ -65,6 +67,37 @@ def test_a_server_without_the_endpoint_plugin_is_told_what_it_misses(lines, monk
     monkeypatch.delenv("VLLM_PLUGINS")
     configure(video_pruning_rate=0.9)
     assert lines[-1].endswith("set VLLM_PLUGINS=aot.")
+
+
+@pytest.mark.parametrize("name", ["tiny", "qwen2.5-vl", "qwen3-vl", "qwen3-vl-moe", "qwen3.5", "qwen3.5-moe"])
+def test_a_rate_changes_nothing_that_vllm_settles_by_the_name_of_an_architecture(name):
+    """For hybrid models that is how their states are kept: in blocks of which size, of which type, and when at all."""
+    stock, ours = (configure(name, dtype="bfloat16", video_pruning_rate=rate) for rate in (None, 0.9))
+    assert reduced_architecture(ours.model_config.architecture) in ours.model_config.hf_config.architectures
+    assert ours.cache_config == stock.cache_config
+    assert ours.scheduler_config == stock.scheduler_config
+    for settled in ("architecture", "architectures", "is_hybrid", "is_moe", "uses_mrope", "has_inner_state"):
+        assert getattr(ours.model_config, settled) == getattr(stock.model_config, settled), settled
+
+
+@pytest.mark.parametrize("name", ["qwen3.5", "qwen3.5-moe"])
+def test_the_states_of_a_hybrid_have_the_type_that_its_checkpoint_names(name):
+    other = {"text_config": {"mamba_ssm_dtype": "bfloat16"}}
+    for overrides, expected in (({}, "float32"), (other, "bfloat16")):
+        config = configure(name, dtype="bfloat16", video_pruning_rate=0.9, hf_overrides=overrides)
+        assert config.cache_config.mamba_ssm_cache_dtype == expected
+
+
+@pytest.mark.parametrize(("architecture", "reduced_by"), ARCHITECTURES.items())
+def test_a_proposer_takes_a_reduced_model_for_the_one_it_is_made_of(architecture, reduced_by):
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    compat.let_proposer_know_reduced_models()
+    module, name = reduced_by.split(":")
+    reduced = getattr(importlib.import_module(module), name)
+    for model_class in (reduced, next(cls for cls in reduced.__mro__ if cls.__name__ == architecture)):
+        model = model_class.__new__(model_class)
+        assert SpecDecodeBaseProposer.get_model_name(None, model) == architecture
 
 
 @pytest.mark.parametrize("rate", [0.125, 0.3, 0.75, 0.9, 0.95, 0.999])
@@ -164,3 +197,11 @@ def test_a_vllm_that_does_not_tell_its_pruning_methods_is_refused():
 def test_a_vllm_without_a_chat_renderer_is_refused():
     with pytest.raises(UnsupportedError, match=r"online_renderer\.render_chat"):
         compat.observe_rendered_chats(object(), lambda _: None)
+
+
+def test_a_vllm_that_tells_models_apart_in_another_way_is_refused(monkeypatch):
+    from vllm.v1.spec_decode.llm_base_proposer import SpecDecodeBaseProposer
+
+    monkeypatch.delattr(SpecDecodeBaseProposer, "get_model_name")
+    with pytest.raises(UnsupportedError, match=r"has no SpecDecodeBaseProposer\.get_model_name"):
+        compat.let_proposer_know_reduced_models()

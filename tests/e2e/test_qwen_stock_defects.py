@@ -1,8 +1,8 @@
 """Defects of vLLM 0.32's own pruning that AOT must not inherit: each shown on the stock path, then absent from ours.
 
 The stock half documents vLLM: where it fails after an upgrade, vLLM has mended something. On a CPU, stock Model Runner
-V1 ends at the first pruned video, so all other defects are shown on V2, but for what V1 does in every step: there the
-one flag is set that it forgets.
+V1 ends at the first pruned video, so defects that come later are shown on V2, but for what V1 does in every step: there
+the one flag is set that it forgets.
 """
 
 import json
@@ -154,3 +154,10 @@ def test_stock_works_through_the_whole_prompt_at_every_decoded_token_and_ours_do
     ours(engine, [CLIP, "?"])
     engine.llm.apply_model(lambda model: vars(model).pop("recompute_mrope_positions"))
     assert calls == [[1, False], [0, True], [0, True], [0, True]]
+
+
+@pytest.mark.only_on("v1")
+def test_stock_dies_of_qwen3_5_s_first_pruned_video_and_ours_does_not(start_engine):
+    """It asks the model for its pruning method, which only Qwen3-VL's own classes settle; on V2 too."""
+    assert "no attribute 'video_pruning_method'" in stock("qwen3.5", ([CLIP, "?"], {}))[0]["error"]
+    assert ours(start_engine("qwen3.5", video_pruning_rate=RATE), [CLIP, "?"]).tokens

@@ -4,10 +4,12 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
+from interpreted_triton.bfloat16 import calculate_in_bfloat16
+
 
 class InterpretedDriver(DriverBase):
     def __init__(self):
-        pass
+        calculate_in_bfloat16()
 
     @classmethod
     def is_active(cls):
