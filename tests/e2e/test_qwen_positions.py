@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from tests.e2e.checkpoints import checkpoint
-from tests.e2e.engines import image, video
-from tests.e2e.qwen import Probe, agree, qwen_request, rounding, survivors
+from tests.e2e.engines import EAGER, agree, image, rounding, video
+from tests.e2e.qwen import Probe, qwen_request, survivors
 
 RATE = 0.75
 MODELS = ("qwen2.5-vl", "qwen3-vl")
@@ -79,7 +79,7 @@ def probed(start_engine, monkeypatch):
     probes = []
 
     def start(name, **arguments):
-        engine = start_engine(name, video_pruning_rate=RATE, **arguments)
+        engine = start_engine(name, video_pruning_rate=RATE, **EAGER, **arguments)
         probes.append(Probe(engine, monkeypatch))
         return engine, probes[-1]
 
