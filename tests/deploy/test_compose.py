@@ -45,10 +45,10 @@ def test_where_a_variable_may_be_left_out_the_example_shows_what_holds_then():
 
 
 def test_each_profile_has_one_engine_under_the_name_that_the_gateway_asks():
-    assert SERVICES["gateway"]["environment"]["AOT_GATEWAY_ENGINES"] == "http://vllm:8000"
-    for engine, profile in zip(ENGINES, ["gpu", "cpu"], strict=True):
-        assert SERVICES[engine]["profiles"] == [profile]
-        assert SERVICES[engine]["networks"]["engines"]["aliases"] == ["vllm"]
+    assert SERVICES["gateway"]["environment"]["AOT_GATEWAY_ENGINES"] == "http://engine:8000"
+    assert {name: SERVICES[name]["profiles"] for name in ENGINES} == {"engine": ["gpu"], "engine-cpu": ["cpu"]}
+    assert SERVICES["engine"]["networks"] == ["engines"]
+    assert SERVICES["engine-cpu"]["networks"] == {"engines": {"aliases": ["engine"]}}
     assert set(example_variables()["COMPOSE_PROFILES"].split(",")) == {"gpu", "monitoring"}
 
 
