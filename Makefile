@@ -3,9 +3,11 @@ VENV := .venv/bin
 MODEL ?=
 VIDEO ?=
 RETENTION ?= 0.10
+USERS ?= 2
+DURATION ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo test test-fast check format
+.PHONY: help install install-test demo loadtest test test-fast check format
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -18,6 +20,10 @@ install-test:
 
 demo: install  ## ask a real engine about a real video, whole and reduced; MODEL=… VIDEO=… RETENTION=…
 	@$(VENV)/python demo/run.py $(if $(MODEL),--model "$(MODEL)") $(if $(VIDEO),--video "$(VIDEO)") --retention "$(RETENTION)"
+
+loadtest:  ## users who ask a real engine about videos, whole and then reduced; USERS=… DURATION=… MODEL=… RETENTION=…
+	@$(PYTHON) demo/environment.py --with loadtest
+	@$(VENV)/python loadtest/run.py $(if $(MODEL),--model "$(MODEL)") --retention "$(RETENTION)" --users "$(USERS)" --seconds "$(DURATION)"
 
 test: test-fast  ## all tests, with real engines on both of vLLM's model runners
 	@echo "Real engines, on both model runners side by side; the second one's tests are shown when they are done."

@@ -1,9 +1,9 @@
 """Make `.venv`: vLLM for this machine (its GPU, or the CPU), the plugin, the gateway. Standard library only.
 
-Run by `make install`; `--with test` adds what the tests and checks need. A second run with nothing changed takes no
-time. Package versions are those of `constraints.txt` and, on a CPU, `constraints-cpu.txt`. Set TORCH_INDEX to the
-address of a package index that carries CPU builds of torch to take torch and torchvision from there: they are much
-smaller than the CUDA builds that the default index has for Linux.
+Run by `make install`; `--with test` adds what the tests and checks need, `--with loadtest` what the load test needs. A
+second run with nothing changed takes no time. Package versions are those of `constraints.txt` and, on a CPU,
+`constraints-cpu.txt`. Set TORCH_INDEX to the address of a package index that carries CPU builds of torch to take torch
+and torchvision from there: they are much smaller than the CUDA builds that the default index has for Linux.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def settle_cpu() -> None:
 def main() -> None:
     """Bring `.venv` to what was asked for, or find that it is."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--with", dest="extras", action="append", default=[], choices=["test"])
+    parser.add_argument("--with", dest="extras", action="append", default=[], choices=["loadtest", "test"])
     extras = parser.parse_args().extras
     if sys.version_info < (3, 11):  # noqa: UP036 - it runs under whatever python3 the machine has
         sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; set PYTHON=python3.11")

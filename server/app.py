@@ -135,7 +135,11 @@ def create_app(
             "max_body_bytes": settings.max_body_bytes,
             "body_seconds": settings.body_seconds,
         }
-        for endpoint in (ChatCompletions(**common, intake=intake), Completions(**common), Responses(**common)):
+        for endpoint in (
+            ChatCompletions(**common, intake=intake, llm_d_headers=settings.llm_d_headers),
+            Completions(**common),
+            Responses(**common),
+        ):
             app.router.routes.append(Route(endpoint.path, endpoint, methods=["POST"]))
         app.include_router(models_router(catalogue))
         app.include_router(files_router(files, body_seconds=settings.body_seconds))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from server.metrics import NO_MODEL
 
 if TYPE_CHECKING:
+    from server.media.probe import Facts
     from server.tracing import RequestTrace
 
 STATE_KEY: Final = "aot_record"
@@ -40,10 +41,13 @@ class RequestRecord:
     media_key: str | None = None
     """What the request's media are, by content: requests with the same key go to the same engine."""
     video_seconds: float = 0.0
+    longest_video: "Facts | None" = None
     tokens: int = 0
     """What the request used so far: prompt and answer as the engine counts, or of an answer cut short what was seen."""
     headers: dict[str, str] = field(default_factory=dict)
     """More headers for the answer, whatever it is."""
+    engine_headers: dict[str, str] = field(default_factory=dict)
+    """More headers for the engine."""
     engine_model: str | None = None
     seconds_to_first_token: float | None = None
     usage: dict[str, Any] = field(default_factory=dict)

@@ -105,6 +105,7 @@ class Settings(BaseSettings):
     engine_headers_seconds: float = Field(default=120, gt=0)
     engine_read_seconds: float = Field(default=600, gt=0)
     engine_health_seconds: float = Field(default=5, gt=0)
+    llm_d_headers: bool = False
 
     media_handoff: Literal["inline", "file"] = "inline"
     media_dir: Path | None = None

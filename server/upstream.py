@@ -157,6 +157,7 @@ class Upstream:
                         "content-type": "application/json",
                         "content-length": str(len(body)),
                         "x-request-id": record.request_id,
+                        **record.engine_headers,
                         **traced,
                     },
                     allow_redirects=False,

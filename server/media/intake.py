@@ -149,6 +149,8 @@ class Intake:
         name = hmac.digest(self._secret, f"{record.tenant} {clip.file.digest}".encode(), "sha256")
         part.replace(url, uuid=name.hex())
         record.video_seconds += clip.facts.duration_seconds
+        if record.longest_video is None or clip.facts.duration_seconds > record.longest_video.duration_seconds:
+            record.longest_video = clip.facts
         self._metrics.video_bytes.observe(clip.file.size_bytes)
         self._metrics.video_duration.observe(clip.facts.duration_seconds)
 

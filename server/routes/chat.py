@@ -4,6 +4,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 from server.aliases import Alias
+from server.llm_d import video_headers
 from server.media.intake import Intake
 from server.record import RequestRecord
 from server.routes.generation import Generation
@@ -20,6 +21,7 @@ class ChatCompletions(Generation[ChatRequest]):
     length_fields = ("max_completion_tokens", "max_tokens")
 
     intake: Intake
+    llm_d_headers: bool
 
     def parse(self, body: bytes) -> ChatRequest:
         """Return the chat request in `body`."""
@@ -32,3 +34,9 @@ class ChatCompletions(Generation[ChatRequest]):
     def prepared(self, request: ChatRequest, record: RequestRecord) -> AbstractAsyncContextManager[None]:
         """Take in the request's media."""
         return self.intake.taken(request, record)
+
+    def describe(self, request: ChatRequest, alias: Alias, record: RequestRecord) -> None:
+        """Tell llm-d's router of the longest video."""
+        if self.llm_d_headers and record.longest_video is not None:
+            retention = alias.retention_for(request.retention)
+            record.engine_headers.update(video_headers(record.longest_video, retention=retention))

@@ -89,6 +89,9 @@ class Generation(ABC, Generic[R]):
         """Make ready what the engine needs besides the request, until the block ends."""
         return nullcontext()
 
+    def describe(self, request: R, alias: Alias, record: RequestRecord) -> None:
+        """Write down in `record` what the engine's router is told besides the request."""
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         record: RequestRecord = scope["state"][STATE_KEY]
@@ -119,6 +122,7 @@ class Generation(ABC, Generic[R]):
         """Do everything but send the last piece, which is returned. A video's copies are let go as early as can be."""
         async with self.prepared(request, record):
             await self.quotas.take_video(record)
+            self.describe(request, alias, record)
             with record.phase("parse"):
                 request.address_to(alias)
                 self._bound_length(request.fields)

@@ -38,6 +38,7 @@ GOOD = {
     "ENGINE_HEADERS_SECONDS": ("30", 30.0),
     "ENGINE_READ_SECONDS": ("60", 60.0),
     "ENGINE_HEALTH_SECONDS": ("0.5", 0.5),
+    "LLM_D_HEADERS": ("true", True),
     "MEDIA_HANDOFF": ("inline", "inline"),
     "MEDIA_DIR": ("/tmp", Path("/tmp")),
     "MEDIA_ALLOW_HOSTS": ("Media.Example,10.0.0.7:8443", ("media.example", "10.0.0.7:8443")),

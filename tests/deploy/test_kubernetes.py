@@ -1,0 +1,169 @@
+"""deploy/kubernetes: what kustomize makes of it is valid, locked down, and agrees with the gateway."""
+
+import ipaddress
+import shutil
+import subprocess
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from server.__main__ import LAST_WORDS_SECONDS
+from server.media.addresses import is_public
+from server.settings import PREFIX, Settings, refuse_unknown_names
+
+MANIFESTS = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes"
+VERSION = "1.37"
+CUSTOM = {"LeaderWorkerSet", "PrometheusRule", "ServiceMonitor"}  # kinds without a schema in Kubernetes itself
+WORKLOADS = {"Deployment", "StatefulSet", "Job"}
+with_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed: nothing renders")
+
+
+def read(text: str) -> list[dict]:
+    return [document for document in yaml.safe_load_all(text) if document]
+
+
+def sources() -> list[Path]:
+    return [
+        path
+        for path in sorted(MANIFESTS.rglob("*.yaml"))
+        if path.name not in ("kustomization.yaml", "llm-d-values.yaml")
+    ]
+
+
+def rendered(overlay: str) -> list[dict]:
+    command = ["kubectl", "kustomize", str(MANIFESTS / "overlays" / overlay)]
+    return read(subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout)
+
+
+def of(documents: list[dict], kind: str, name: str) -> dict:
+    [found] = [d for d in documents if d["kind"] == kind and d["metadata"]["name"].startswith(name)]
+    return found
+
+
+def pods(documents: list[dict]) -> list[dict]:
+    plain = [d["spec"]["template"]["spec"] for d in documents if d["kind"] in WORKLOADS]
+    groups = [d["spec"]["leaderWorkerTemplate"] for d in documents if d["kind"] == "LeaderWorkerSet"]
+    return plain + [group[part]["spec"] for group in groups for part in ("leaderTemplate", "workerTemplate")]
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(MANIFESTS)))
+def test_each_manifest_is_valid(path):
+    for document in read(path.read_text()):
+        if document["kind"] not in CUSTOM:
+            kubernetes_validate.validate(document, VERSION, strict=True)
+
+
+@with_kubectl
+@pytest.mark.parametrize("overlay", ["one-gpu", "replicas"])
+def test_what_an_overlay_renders_is_valid_and_its_services_find_pods(overlay):
+    documents = rendered(overlay)
+    for document in documents:
+        if document["kind"] not in CUSTOM:
+            kubernetes_validate.validate(document, VERSION, strict=True)
+        assert document["metadata"]["namespace"] == "aot"
+    labels = [d["spec"]["template"]["metadata"]["labels"] for d in documents if d["kind"] in WORKLOADS]
+    selectors = [d["spec"]["selector"] for d in documents if d["kind"] == "Service"]
+    assert len(selectors) >= 2
+    for selector in selectors:
+        assert sum(selector.items() <= of_pod.items() for of_pod in labels) == 1
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(MANIFESTS)))
+def test_no_container_is_more_than_it_needs_to_be(path):
+    for pod in pods(read(path.read_text())):
+        assert pod["automountServiceAccountToken"] is False
+        assert pod["enableServiceLinks"] is False
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in pod["containers"]:
+            assert container["securityContext"] == {
+                "allowPrivilegeEscalation": False,
+                "readOnlyRootFilesystem": True,
+                "capabilities": {"drop": ["ALL"]},
+            }
+            assert container["resources"]["limits"]["memory"]
+
+
+@with_kubectl
+@pytest.mark.parametrize("overlay", ["one-gpu", "replicas"])
+def test_the_gateways_environment_is_one_it_starts_with(overlay, monkeypatch):
+    documents = rendered(overlay)
+    environment = dict(of(documents, "ConfigMap", "gateway")["data"])
+    [container] = of(documents, "Deployment", "gateway")["spec"]["template"]["spec"]["containers"]
+    secret = {entry["name"]: "s" * 32 for entry in container["env"]}
+    refuse_unknown_names({**environment, **secret})
+    for name, value in {**environment, **secret}.items():
+        assert name.startswith(PREFIX)
+        monkeypatch.setenv(name, value)
+    settings = Settings.from_environment()
+    assert settings.media_handoff == "inline"
+    most = [
+        d["spec"]["maxReplicas"]
+        for d in documents
+        if d["kind"] == "HorizontalPodAutoscaler" and d["metadata"]["name"] == "engine"
+    ]
+    assert settings.engines == tuple(f"http://engine-{i}.engine:8000" for i in range(most[0] if most else 1))
+
+
+@with_kubectl
+def test_pods_are_given_the_time_they_need_to_drain():
+    documents = rendered("one-gpu")
+    drain = float(of(documents, "ConfigMap", "gateway")["data"]["AOT_GATEWAY_DRAIN_SECONDS"])
+    pod = of(documents, "Deployment", "gateway")["spec"]["template"]["spec"]
+    rest = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod["terminationGracePeriodSeconds"] > rest + drain + LAST_WORDS_SECONDS
+    pod = of(documents, "StatefulSet", "engine")["spec"]["template"]["spec"]
+    [shutdown] = [a for a in pod["containers"][0]["args"] if a.startswith("--shutdown-timeout=")]
+    rest = pod["containers"][0]["lifecycle"]["preStop"]["sleep"]["seconds"]
+    assert pod["terminationGracePeriodSeconds"] > rest + float(shutdown.partition("=")[2])
+    assert float(shutdown.partition("=")[2]) >= drain, "an engine must not end before the streams of a draining gateway"
+
+
+def policies() -> dict[str, dict]:
+    documents = read((MANIFESTS / "base" / "network.yaml").read_text())
+    return {document["metadata"]["name"]: document["spec"] for document in documents}
+
+
+def test_engines_are_reached_by_the_gateway_alone_and_reach_nobody():
+    engine = policies()["engine"]
+    assert engine["egress"] == []
+    [rule] = engine["ingress"]
+    assert rule["from"] == [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "gateway"}}}]
+    assert rule["ports"] == [{"port": 8000}]
+    assert "engine" not in policies()["public-web"]["podSelector"]["matchExpressions"][0]["values"]
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("10.1.2.3", "172.31.0.1", "192.168.1.1", "127.0.0.1", "169.254.169.254", "100.100.100.200", "168.63.129.16"),
+        *("192.0.0.192", "198.18.0.1", "224.0.0.1", "255.255.255.255", "0.0.0.0", "fd00:ec2::254", "fe80::1", "::1"),
+        *("64:ff9b::a9fe:a9fe", "::ffff:10.0.0.1", "2002:a00::1", "2001::1", "1.1.1.1", "2606:4700::1111"),
+    ],
+)
+def test_the_public_web_is_what_the_gateway_takes_for_public(address):
+    blocks = [to["ipBlock"] for to in policies()["public-web"]["egress"][1]["to"]]
+    parsed = ipaddress.ip_address(address)
+    allowed = any(
+        parsed in ipaddress.ip_network(block["cidr"])
+        and not any(parsed in ipaddress.ip_network(hole) for hole in block["except"])
+        for block in blocks
+    )
+    assert allowed == (is_public(address) and address not in ("64:ff9b::a9fe:a9fe",))
+    assert policies()["public-web"]["egress"][1]["ports"] == [{"port": 443}]
+
+
+@with_kubectl
+def test_autoscalers_know_metrics_that_there_are_and_replicas_are_left_to_them():
+    documents = rendered("replicas")
+    scaled = [d for d in documents if d["kind"] == "HorizontalPodAutoscaler"]
+    assert {d["spec"]["metrics"][0]["pods"]["metric"]["name"] for d in scaled} == {
+        "aot_gateway_queue_depth",
+        "vllm_num_requests_waiting",
+    }
+    for scaler in scaled:
+        target = scaler["spec"]["scaleTargetRef"]
+        assert "replicas" not in of(documents, target["kind"], target["name"])["spec"]
