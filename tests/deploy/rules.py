@@ -10,9 +10,12 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 PROMETHEUS = ROOT / "deploy" / "prometheus"
 RULE_FILES = sorted((PROMETHEUS / "rules").glob("*.yml"))
-RULES = [rule for path in RULE_FILES for group in yaml.safe_load(path.read_text())["groups"] for rule in group["rules"]]
+_GROUPS = [group for path in RULE_FILES for group in yaml.safe_load(path.read_text())["groups"]]
+RULES = [rule for group in _GROUPS for rule in group["rules"]]
 ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
 RECORDED = {rule["record"]: rule["expr"] for rule in RULES if "record" in rule}
+GROUPS = [group["name"] for group in sorted(_GROUPS, key=lambda group: "record" not in group["rules"][0])]
+"""Recording ones first."""
 
 needs_promtool = pytest.mark.skipif(
     shutil.which("promtool") is None,
