@@ -63,6 +63,8 @@ def create_app(
         _refuse_open_off_loopback(settings)
     engine_key = _engine_key(settings)
     metrics = Metrics(registry or CollectorRegistry())
+    for name, alias in (config.aliases or {}).items():
+        metrics.retention_limit.labels(name).set(alias.max_retention)
     lifecycle = lifecycle or Lifecycle(settings.drain_seconds)
 
     counts = Counts(shared_storage(settings.limits_backend.get_secret_value()), metrics=metrics)

@@ -6,7 +6,8 @@ GatewayError
 ├── InvalidRequest            the client can mend the request
 │   ├── ForbiddenField        a field that only the operator may set
 │   ├── RetentionRefused      `aot.retention` is no number inside the alias's bounds
-│   └── MediaRefused          a video, image or audio clip that is not allowed, not fetched or not readable
+│   └── MediaRefused          a video, image or audio clip that is not allowed or not readable
+│       └── FetchFailed       its host did not deliver it
 ├── Unauthorized              no valid API key
 ├── RouteNotFound, MethodNotAllowed
 ├── UnknownModel, UnknownFile
@@ -67,6 +68,14 @@ class RetentionRefused(InvalidRequest):
 
 class MediaRefused(InvalidRequest):
     """A media part can't be taken."""
+
+
+class FetchFailed(MediaRefused):
+    """The host of a media URL did not deliver what is behind it."""
+
+    def __init__(self, message: str, *, code: str = "media_fetch_failed") -> None:
+        """Keep the message and the code."""
+        super().__init__(message, code=code)
 
 
 class Unauthorized(GatewayError):  # noqa: N818
@@ -161,6 +170,7 @@ VERDICTS: dict[type[GatewayError], Verdict] = {
     ForbiddenField: Verdict(400, "invalid_request_error", "forbidden_field", code="forbidden_field"),
     RetentionRefused: Verdict(400, "invalid_request_error", "retention", code="invalid_retention"),
     MediaRefused: Verdict(400, "invalid_request_error", "media", code="invalid_media"),
+    FetchFailed: Verdict(400, "invalid_request_error", "media_fetch", code="media_fetch_failed"),
     Unauthorized: Verdict(401, "invalid_request_error", "unauthorized", code="invalid_api_key"),
     RouteNotFound: Verdict(404, "invalid_request_error", "not_found", code="not_found"),
     MethodNotAllowed: Verdict(405, "invalid_request_error", "not_found", code="method_not_allowed"),

@@ -5,6 +5,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from server import __version__
+from server.errors import REASONS
 
 PREFIX: Final = "aot_gateway_"
 NO_MODEL: Final = "none"  # the request ended before it named one
@@ -61,6 +62,9 @@ class Metrics:
         self.video_retention = histogram(
             "video_retention_ratio", "Share of video tokens kept, by request, as engines count it", _RATIO, "model"
         )
+        self.retention_limit = gauge(
+            "video_retention_limit_ratio", "Largest share of video tokens that a request may keep, by alias", "model"
+        )
         self.video_bytes = histogram("video_bytes", "Size of each video taken in", _BYTES)
         self.video_duration = histogram("video_duration_seconds", "Duration of each video taken in", _SECONDS)
         self.probes = counter("probes_total", "Media looked into; those seen before are not looked into again")
@@ -83,5 +87,12 @@ class Metrics:
         )
         self.inflight_requests = gauge("inflight_requests", "Generating requests inside the gateway")
         self.queue_depth = gauge("queue_depth", "Generating requests waiting for an engine")
+        for counted, outcomes in (
+            (self.rejections, REASONS),
+            (self.upstream_retries, ("connect", "refused")),
+            (self.affinity, ("hit", "spilled", "none")),
+        ):
+            for outcome in outcomes:  # a counter that begins with its first event hides that event from rate()
+                counted.labels(outcome)
         build = gauge("build_info", "1, labelled with the gateway's version", "version")
         build.labels(__version__).set(1)

@@ -13,7 +13,7 @@ import aiohttp
 import yarl
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from server.errors import MediaRefused, Overloaded
+from server.errors import FetchFailed, MediaRefused, Overloaded
 from server.media.addresses import is_public
 from server.media.file import MediaFile, too_large
 from server.media.threads import off_loop
@@ -193,11 +193,11 @@ class Fetcher:
             async with asyncio.timeout(self._total_seconds):
                 await self._follow(target, file)
         except TimeoutError:
-            raise _refused(
-                f"the media was not delivered within {self._total_seconds:g} seconds", "media_timeout"
+            raise FetchFailed(
+                f"the media was not delivered within {self._total_seconds:g} seconds", code="media_timeout"
             ) from None
         except (aiohttp.ClientError, OSError, ValueError) as exc:  # ValueError: headers no parser of URLs was made for
-            raise _refused("the media could not be fetched: its host did not deliver it") from exc
+            raise FetchFailed("the media could not be fetched: its host did not deliver it") from exc
         finally:
             self._turns.release()
 
@@ -207,7 +207,7 @@ class Fetcher:
             if onward is None:
                 return
             target = self.check(onward)
-        raise _refused(f"the media could not be fetched: more than {MAX_REDIRECTS} redirects")
+        raise FetchFailed(f"the media could not be fetched: more than {MAX_REDIRECTS} redirects")
 
     def check(self, url: str) -> yarl.URL:
         """Return the URL parsed, as it will be dialled; raise MediaRefused if it may not be."""
@@ -247,12 +247,12 @@ class Fetcher:
             if answer.status in _REDIRECTS:
                 location = answer.headers.get("location", "")
                 if "\\" in location:
-                    raise _refused("the media could not be fetched: its host redirects to no URL")
+                    raise FetchFailed("the media could not be fetched: its host redirects to no URL")
                 return str(url.join(yarl.URL(location)))
             if answer.status != 200:
-                raise _refused(f"the media could not be fetched: its host answered {answer.status}")
+                raise FetchFailed(f"the media could not be fetched: its host answered {answer.status}")
             if answer.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-                raise _refused("the media could not be fetched: its host sent it compressed")
+                raise FetchFailed("the media could not be fetched: its host sent it compressed")
             if (answer.content_length or 0) > self._max_bytes:
                 raise too_large(self._max_bytes)
             async for piece in answer.content.iter_chunked(READ_BYTES):
@@ -279,5 +279,5 @@ def _not_public() -> MediaRefused:
     )
 
 
-def _refused(message: str, code: str = "media_fetch_failed") -> MediaRefused:
+def _refused(message: str, code: str) -> MediaRefused:
     return MediaRefused(message, code=code)

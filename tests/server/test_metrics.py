@@ -58,3 +58,18 @@ async def test_the_overhead_does_not_contain_the_wait_for_the_engine(engine):
     async with gateway(engine) as client:
         answer = await client.post(CHAT, json=ask())
     assert 0 < float(answer.headers["x-aot-gateway-overhead-ms"]) < 250
+
+
+async def test_outcomes_are_counted_from_zero(engine):
+    async with gateway(engine) as client:
+        assert value(client, "rejections_total", reason="media_fetch") == 0
+        assert value(client, "upstream_retries_total", reason="connect") == 0
+        assert value(client, "affinity_total", outcome="hit") == 0
+
+
+async def test_the_retention_that_aliases_allow_is_a_metric(engine, tmp_path):
+    config = tmp_path / "gateway.yaml"
+    config.write_text("models: {whole: {engine_model: llava}, fast: {engine_model: llava, max_retention: 0.5}}")
+    async with gateway(engine, config=config) as client:
+        assert value(client, "video_retention_limit_ratio", model="whole") == 1.0
+        assert value(client, "video_retention_limit_ratio", model="fast") == 0.5
