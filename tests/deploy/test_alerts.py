@@ -29,6 +29,7 @@ class Case:
 
     firing: dict
     silent: list[dict]
+    also_firing: list[dict] = field(default_factory=list)
     after: str = "30m"
     interval: str = "1m"
     labels: dict = field(default_factory=dict)
@@ -36,7 +37,7 @@ class Case:
 
 def steady(growth):
     """Return a counter that grows by so much an interval, for long enough."""
-    return f"0+{growth}x300"
+    return f"0+{growth}x400"
 
 
 def chats(*, fine, broken=0, turned_away=0):
@@ -85,9 +86,10 @@ CASES = {
         [
             chats(fine=99, broken=1),  # slow is enough for these
             chats(fine=0.1, broken=0.1),  # a quiet hour
-            {CHATS % "2xx": steady(90), CHATS % "5xx": "0+20x20 400x40", QUEUE_FULL: "0x60"},  # over
+            {CHATS % "2xx": steady(90), CHATS % "5xx": "0+30x320 9600x80", QUEUE_FULL: "0x400"},  # over
         ],
-        after="60m",
+        [{CHATS % "2xx": steady(90), CHATS % "5xx": "0x330 20+20x70", QUEUE_FULL: "0x400"}],  # the last half hour
+        after="6h",
     ),
     "AOTAvailabilityBurnSlow": Case(
         chats(fine=97, broken=1, turned_away=1),  # a request turned away is a failure too
@@ -173,7 +175,7 @@ def test_the_configuration_and_its_rules_are_valid():
 def test_an_alert_fires_when_it_should_and_only_then(tmp_path, name):
     case = CASES[name]
     tests = [
-        scenario(name, case.firing, fires=True, labels=case.labels),
+        *(scenario(name, series, fires=True, labels=case.labels) for series in (case.firing, *case.also_firing)),
         *(scenario(name, series, fires=False, labels={}) for series in case.silent),
     ]
     if name == "AOTGatewayDown":  # also one that Prometheus has never heard of
