@@ -263,4 +263,4 @@ def test_embeddings_that_a_client_made_are_reduced_without_a_tower(start_engine)
     for retention, kept in ((1.0, 96), (0.5, 48), (None, 24)):
         answers = [engine.ask(asked(retention))[0] for _ in range(2)]
         assert answers[0].prompt.count(pad) == kept
-        assert agree(*answers, within=rounding(name))
+        assert agree(*answers, within=rounding("qwen2.5-vl"))
