@@ -1,10 +1,9 @@
-"""Frames that the processor samples, and embeddings instead of frames: as in stock vLLM, and then the budget's share."""
+"""Frames that the processor samples: as many as in stock vLLM, and then the share of them that the budget says."""
 
 import pytest
-import torch
 
 from aot_vllm import VideoGrid, budget
-from tests.e2e.engines import request, video
+from tests.e2e.engines import video
 from tests.e2e.qwen import metadata, qwen_request
 
 RATE = 0.75
