@@ -24,6 +24,7 @@ from server.errors import (
     EngineFailed,
     EngineTimeout,
     EngineUnavailable,
+    FetchFailed,
     ForbiddenField,
     GatewayError,
     InvalidRequest,
@@ -248,7 +249,7 @@ OPERATIONS: dict[str, Operation] = {
         summary="Answer a conversation about videos, whole or as a stream",
         request=ChatCompletionRequest,
         answer=ChatCompletion,
-        refusals=(*_REFUSALS, RetentionRefused, MediaRefused),
+        refusals=(*_REFUSALS, RetentionRefused, MediaRefused, FetchFailed),
         headers=_SAVINGS,
     ),
     "/v1/completions": Operation(

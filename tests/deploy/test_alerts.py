@@ -94,10 +94,7 @@ CASES = {
     "AOTAvailabilityBurnSlow": Case(
         chats(fine=97, broken=1, turned_away=1),  # a request turned away is a failure too
         [chats(fine=999, broken=1)],
-        [
-            {CHATS % "2xx": "0+3000x96 288000+98x60", CHATS % "5xx": "0x96 0+2x60", QUEUE_FULL: "0x400"}
-        ],  # a quiet Sunday
-        after="3d",
+        after="2d",
         interval="30m",
     ),
     "AOTFirstTokenBurnFast": Case(

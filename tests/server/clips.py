@@ -1,8 +1,10 @@
 """Media made for the tests."""
 
 import base64
+import contextlib
 import functools
 import io
+import os
 import wave
 
 import av
@@ -24,7 +26,7 @@ def clip(
     """A small moving gradient."""
     width, height = size
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=container, options=dict(options)) as output:
+    with av.open(buffer, "w", format=container, options=dict(options)) as output, as_scheduled_before():
         stream = output.add_stream(codec, rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         for i in range(frames):
@@ -33,6 +35,16 @@ def clip(
             output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         output.mux(stream.encode(None))
     return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def as_scheduled_before():
+    """Undo what SVT-AV1 does to the thread that calls it where it may: it makes it, and its children, real-time."""
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 @functools.cache
