@@ -6,8 +6,9 @@ vLLM calls a pruning model's `recompute_mrope_positions` for every running reque
 of decoding included. So what counts is a step's own cost, not the model's: the checkpoint is a tiny one with random
 weights, of which a step takes the least. Every arm is an engine in a process of its own with one thread; they take
 turns, one batch of requests at a time, so that what else the machine does falls on all. A step is timed from the
-outside, once every request of the batch is decoding. vLLM's own pruning (EVS) is measured beside: on a CPU its runner
-lacks a flag, which is set here, for without it the first video ends the engine.
+outside, once every request of the batch is decoding. Off is measured twice: what the second differs from the first is
+what nothing costs here. vLLM's own pruning (EVS) is measured beside: on a CPU its runner lacks a flag, set here
+too, for without it the first video ends the engine.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,7 @@ class Arm:
 PRUNED = {"video_pruning_rate": 0.9}
 ARMS = {
     "off": Arm("off", {}),
+    "again": Arm("off, again", {}),
     "whole": Arm("AOT on, requests for all", PRUNED, retention=1.0),
     "reduced": Arm("AOT on, 10%", PRUNED),
     "evs": Arm("vLLM's EVS, 10%", {**PRUNED, "additional_config": {"aot": {"enabled": False}}}),
@@ -145,17 +148,18 @@ class Process:
 
 def table(rows: dict[str, tuple[int, dict[int, list[float]]]], line: str) -> str:
     """Return medians as markdown; `rows` are prompt tokens and medians of a round, for each number of requests."""
-    heads = [f"{running} running | | of the rounds" for running in RUNNING]
+    heads = [f"{running} running | | half of the rounds" for running in RUNNING]
     text = ["| | prompt tokens | " + " | ".join(heads) + " |", "|---|--:|" + "--:|--:|--:|" * len(RUNNING)]
     _, base = rows[ARMS["off"].name]
     for name, (prompt_tokens, rounds) in rows.items():
         cells = []
         for running in RUNNING:
             ratios = [mine / off for mine, off in zip(rounds[running], base[running], strict=True)]
+            low, middle, high = statistics.quantiles(ratios, n=4)
             cells += [
                 f"{statistics.median(rounds[running]) * 1e3:.2f} ms",
-                f"{statistics.median(ratios):.2f}x",
-                f"{min(ratios):.2f} to {max(ratios):.2f}",
+                f"{middle:.2f}x",
+                f"{low:.2f} to {high:.2f}",
             ]
         text.append(f"| {name} | {prompt_tokens:,} | " + " | ".join(cells) + " |")
     return "\n".join([*text, "", line, ""])
@@ -165,8 +169,8 @@ def main() -> None:
     """Measure all arms and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", choices=["qwen2.5-vl", "qwen3-vl"], default="qwen2.5-vl")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of each arm")
-    parser.add_argument("--steps", type=int, default=100, help="decoding steps of a turn")
+    parser.add_argument("--rounds", type=int, default=30, help="turns of each arm")
+    parser.add_argument("--steps", type=int, default=50, help="decoding steps of a turn")
     parser.add_argument("--out", type=Path, help="also write the table here")
     parser.add_argument("--arm", choices=ARMS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -178,9 +182,11 @@ def main() -> None:
     rounds: dict[str, dict[int, list[float]]] = {key: {running: [] for running in RUNNING} for key in ARMS}
     try:
         for turn in range(arguments.rounds + 1):
+            order = deque(ARMS)
+            order.rotate(turn)
             for running in RUNNING:
-                for key, process in processes.items():
-                    seconds = statistics.median(process.ask(running))
+                for key in order:
+                    seconds = statistics.median(processes[key].ask(running))
                     if turn:  # the first turn warms up
                         rounds[key][running].append(seconds)
                 print(turn, running, {key: f"{rounds[key][running][-1:]}" for key in ARMS}, flush=True)

@@ -1,5 +1,6 @@
 """What surrounds every request, as plain ASGI: id, overhead header, errors in OpenAI's shape, metrics, a log line."""
 
+import asyncio
 import logging
 import re
 from time import perf_counter
@@ -57,6 +58,7 @@ class Observed:
 
         try:
             await self._app(scope, receive, send_marked)
+            await asyncio.sleep(0)  # the answer goes out before it is counted
         finally:
             self._observe(record, perf_counter() - record.received)
             if record.trace is not None:

@@ -100,11 +100,11 @@ class ChatRequest:
         """Return what reads the engine's stream."""
         return ChatStream(savings=savings, usage_wanted=self.usage_wanted)
 
-    def serialise(self) -> bytes:
-        """Return the request as JSON; raise InvalidRequest for what JSON can't carry.
+    def serialise(self) -> list[bytes | memoryview]:
+        """Return the request as JSON, in pieces; raise InvalidRequest for what JSON can't carry.
 
-        Large media are joined in afterwards: escaping and encoding megabytes of base64 that need neither would be the
-        largest cost of a video request.
+        Large media are pieces of their own, as they came: escaping, encoding or copying megabytes of base64 that need
+        none of it would be the largest cost of a video request.
         """
         aside = {part.value[-_MARK_CHARACTERS:]: part.payload for part in self.media if part.payload is not None}
         large = [part for part in self.media if part.is_plain and len(part.value) >= LARGE_VALUE_CHARACTERS]
@@ -117,10 +117,10 @@ class ChatRequest:
             for part in large:
                 part.holder[part.key] = part.value
         by_mark: dict[bytes, memoryview] = {mark.encode(): payload for mark, payload in aside.items()}
-        return b"".join([by_mark.get(piece, piece) for piece in pieces])
+        return [by_mark.get(piece, piece) for piece in pieces]
 
 
-def parse_chat_request(body: bytes, *, chat_template_kwargs: Collection[str]) -> ChatRequest:
+def parse_chat_request(body: bytes | bytearray, *, chat_template_kwargs: Collection[str]) -> ChatRequest:
     """Return the request in `body`.
 
     Raises InvalidRequest if it is no chat request, ForbiddenField if it sets what only the operator may set, and
@@ -136,7 +136,7 @@ def parse_chat_request(body: bytes, *, chat_template_kwargs: Collection[str]) ->
     return chat if not payloads else _read_request(body, chat_template_kwargs)
 
 
-def _set_aside(body: bytes) -> tuple[bytes, dict[str, memoryview]]:
+def _set_aside(body: bytes | bytearray) -> tuple[bytes | bytearray, dict[str, memoryview]]:
     """Return `body` with a mark in the place of each large string of base64, and those by their marks."""
     view = memoryview(body)
     pieces: list[bytes | memoryview] = []
@@ -160,7 +160,7 @@ def _new_mark() -> str:
     return f"aot-{uuid4().hex}"
 
 
-def _read_request(body: bytes, chat_template_kwargs: Collection[str]) -> ChatRequest:
+def _read_request(body: bytes | bytearray, chat_template_kwargs: Collection[str]) -> ChatRequest:
     fields = parse_json_object(body)
     refuse_template_fields(fields, chat_template_kwargs)
     model, stream, usage_wanted = read_stream_fields(fields)
@@ -206,7 +206,7 @@ def dump_json(fields: dict[str, Any]) -> bytes:
         raise InvalidRequest("the request body holds a number or character that JSON can't carry") from exc
 
 
-def parse_json_object(body: bytes) -> dict[str, Any]:
+def parse_json_object(body: bytes | bytearray) -> dict[str, Any]:
     """Return the JSON object in `body`; raise InvalidRequest if there is none, or one of too many values."""
     if len(body) > MOST_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise InvalidRequest(f"the request body holds more than {MOST_VALUES} values")

@@ -28,9 +28,9 @@ class TextRequest:
         """Rewrite for the engine: its name for the model."""
         self.fields["model"] = alias.engine_model
 
-    def serialise(self) -> bytes:
+    def serialise(self) -> list[bytes | memoryview]:
         """Return the request as JSON; raise InvalidRequest for what JSON can't carry."""
-        return dump_json(self.fields)
+        return [dump_json(self.fields)]
 
     def forget_content(self) -> None:
         """Let go of the content."""
@@ -65,7 +65,7 @@ class ResponseRequest(TextRequest):
         return ResponseStream()
 
 
-def parse_completion_request(body: bytes, *, chat_template_kwargs: frozenset[str]) -> CompletionRequest:
+def parse_completion_request(body: bytes | bytearray, *, chat_template_kwargs: frozenset[str]) -> CompletionRequest:
     """Return the completion request in `body`; raise InvalidRequest or ForbiddenField."""
     fields = parse_json_object(body)
     refuse_template_fields(fields, chat_template_kwargs)
@@ -78,7 +78,7 @@ def parse_completion_request(body: bytes, *, chat_template_kwargs: frozenset[str
     return CompletionRequest(fields, *read_stream_fields(fields))
 
 
-def parse_response_request(body: bytes, *, chat_template_kwargs: frozenset[str]) -> ResponseRequest:
+def parse_response_request(body: bytes | bytearray, *, chat_template_kwargs: frozenset[str]) -> ResponseRequest:
     """Return the request for a response in `body`; raise InvalidRequest or ForbiddenField."""
     fields = parse_json_object(body)
     refuse_template_fields(fields, chat_template_kwargs)

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from time import perf_counter
 from types import SimpleNamespace
@@ -17,6 +17,9 @@ from server.record import RequestRecord
 from server.savings import Savings
 
 logger = logging.getLogger(__name__)
+
+Body = Sequence[bytes | memoryview]
+"""A request's body, in pieces of any size."""
 
 PIECE_BYTES = 256 * 1024
 WHOLE_BODY_BYTES = 2**20  # above, aiohttp wants bodies in pieces, so that writing one does not hold up the loop
@@ -93,7 +96,7 @@ class Upstream:
         self._headers_seconds = headers_seconds
 
     @asynccontextmanager
-    async def exchange(self, path: str, model: str, body: bytes, record: RequestRecord) -> AsyncIterator[Exchange]:
+    async def exchange(self, path: str, model: str, body: Body, record: RequestRecord) -> AsyncIterator[Exchange]:
         """Post a request to an engine and give its answer; leaving the block early makes the engine stop.
 
         An engine that can't be connected to has been sent nothing, and one that answers 503 has spent nothing: then
@@ -110,7 +113,7 @@ class Upstream:
             yield exchange
 
     async def _answered(
-        self, path: str, model: str, body: bytes, record: RequestRecord, held: AsyncExitStack
+        self, path: str, model: str, body: Body, record: RequestRecord, held: AsyncExitStack
     ) -> tuple[Attempt, aiohttp.ClientResponse]:
         """Return the answer of the first engine that takes the request, and put on `held` what to let go after it."""
         tried: list[Engine] = []
@@ -142,9 +145,10 @@ class Upstream:
         raise refusal
 
     async def _send(
-        self, path: str, attempt: Attempt, body: bytes, traced: dict[str, str], record: RequestRecord
+        self, path: str, attempt: Attempt, body: Body, traced: dict[str, str], record: RequestRecord
     ) -> aiohttp.ClientResponse:
         connecting = _Connecting()
+        size_bytes = sum(map(len, body))
         begin = perf_counter()
         # Without a stream the headers come with the end of the answer: only the limit on silence can hold for them.
         limit = self._headers_seconds if record.stream else None
@@ -152,10 +156,10 @@ class Upstream:
             async with asyncio.timeout(limit):
                 response = await self._session.post(
                     attempt.engine.url + path,
-                    data=body if len(body) <= WHOLE_BODY_BYTES else _in_pieces(body),
+                    data=b"".join(body) if size_bytes <= WHOLE_BODY_BYTES else _in_pieces(body),
                     headers={
                         "content-type": "application/json",
-                        "content-length": str(len(body)),
+                        "content-length": str(size_bytes),
                         "x-request-id": record.request_id,
                         **record.engine_headers,
                         **traced,
@@ -221,7 +225,7 @@ def _broken(exc: Exception) -> GatewayError:
     return EngineFailed("the engine broke off while working on this request")
 
 
-async def _in_pieces(body: bytes) -> AsyncIterator[memoryview]:
-    view = memoryview(body)
-    for begin in range(0, len(view), PIECE_BYTES):
-        yield view[begin : begin + PIECE_BYTES]
+async def _in_pieces(body: Body) -> AsyncIterator[memoryview]:
+    for view in (memoryview(piece) for piece in body):
+        for begin in range(0, len(view), PIECE_BYTES):
+            yield view[begin : begin + PIECE_BYTES]

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, TypeVar
@@ -29,11 +30,27 @@ class MediaFile:
 
     def write(self, piece: bytes) -> None:
         """Append; raise MediaRefused if that is too much."""
+        self._count(piece)
+        self._hash.update(piece)
+        self._file.write(piece)
+
+    def write_all(self, pieces: Callable[[], Iterator[bytes]]) -> None:
+        """Append pieces that are cheap to make: a second thread makes them again, to hash them in the meantime."""
+        with ThreadPoolExecutor(1) as second:
+            hashed = second.submit(self._hash_all, pieces())
+            for piece in pieces():
+                self._count(piece)
+                self._file.write(piece)
+            hashed.result()
+
+    def _hash_all(self, pieces: Iterator[bytes]) -> None:
+        for piece in pieces:
+            self._hash.update(piece)
+
+    def _count(self, piece: bytes) -> None:
         self.size_bytes += len(piece)
         if self.size_bytes > self._max_bytes:
             raise too_large(self._max_bytes)
-        self._hash.update(piece)
-        self._file.write(piece)
 
     @property
     def digest(self) -> str:

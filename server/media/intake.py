@@ -5,7 +5,7 @@ import hashlib
 import hmac
 import mmap
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -263,13 +263,20 @@ def _begin_of_base64(part: MediaPart) -> int:
 def _decode(data: str | memoryview, begin: int, file: MediaFile, kind: Kind) -> None:
     """Write what the base64 stands for into `file`, in pieces: there is never a second copy of all of it."""
     try:
-        for at in range(begin, len(data), _DECODED_CHARACTERS):
-            content = pybase64.b64decode(data[at : at + _DECODED_CHARACTERS], validate=True)
-            if len(content) < _DECODED_CHARACTERS // 4 * 3 and at + _DECODED_CHARACTERS < len(data):
-                raise ValueError("padding before the end")
-            file.write(content)
+        if len(data) - begin > _DECODED_CHARACTERS:
+            file.write_all(partial(_decoded, data, begin))
+        else:
+            file.write(pybase64.b64decode(data[begin:], validate=True))
     except ValueError:  # also characters outside ASCII
         raise MediaRefused(f"the {kind}'s data is not valid base64", code="invalid_media_url") from None
+
+
+def _decoded(data: str | memoryview, begin: int) -> Iterator[bytes]:
+    for at in range(begin, len(data), _DECODED_CHARACTERS):
+        content = pybase64.b64decode(data[at : at + _DECODED_CHARACTERS], validate=True)
+        if len(content) < _DECODED_CHARACTERS // 4 * 3 and at + _DECODED_CHARACTERS < len(data):
+            raise ValueError("padding before the end")
+        yield content
 
 
 def _encode(prefix: str, content: mmap.mmap) -> str:

@@ -23,7 +23,7 @@ class ChatCompletions(Generation[ChatRequest]):
     intake: Intake
     llm_d_headers: bool
 
-    def parse(self, body: bytes) -> ChatRequest:
+    def parse(self, body: bytes | bytearray) -> ChatRequest:
         """Return the chat request in `body`."""
         return parse_chat_request(body, chat_template_kwargs=self.chat_template_kwargs)
 

@@ -48,8 +48,8 @@ class Request(Protocol):
     def address_to(self, alias: Alias) -> None:
         """Rewrite for the engine."""
 
-    def serialise(self) -> bytes:
-        """Return the request as JSON."""
+    def serialise(self) -> list[bytes | memoryview]:
+        """Return the request as JSON, in pieces."""
 
     def forget_content(self) -> None:
         """Let go of the content, which may hold megabytes; what was read from it stays."""
@@ -82,7 +82,7 @@ class Generation(ABC, Generic[R]):
     body_seconds: float
 
     @abstractmethod
-    def parse(self, body: bytes) -> R:
+    def parse(self, body: bytes | bytearray) -> R:
         """Return the request in `body`; raise InvalidRequest."""
 
     def prepared(self, request: R, record: RequestRecord) -> AbstractAsyncContextManager[None]:
@@ -112,7 +112,7 @@ class Generation(ABC, Generic[R]):
                 last = answer.stream.farewell(told)
             await answer.finish(last)
 
-    async def _body(self, scope: Scope, receive: Receive, record: RequestRecord) -> bytes:
+    async def _body(self, scope: Scope, receive: Receive, record: RequestRecord) -> bytearray:
         headers = Headers(scope=scope)
         body = await read_body(headers, receive, max_bytes=self.max_body_bytes, seconds=self.body_seconds)
         record.body_complete = perf_counter()
@@ -144,7 +144,7 @@ class Generation(ABC, Generic[R]):
         if most is not None and self.length_fields and all(fields.get(name) is None for name in self.length_fields):
             fields[self.length_fields[0]] = most
 
-    def _read(self, body: bytes, record: RequestRecord) -> tuple[R, Alias]:
+    def _read(self, body: bytes | bytearray, record: RequestRecord) -> tuple[R, Alias]:
         with record.phase("parse"):
             request = self.parse(body)
             check_parameters(request.fields, self.bounds)
@@ -267,12 +267,12 @@ def isolate(fields: dict[str, Any], tenant: str) -> None:
         fields["cache_salt"] = hashlib.sha256(refined.encode(errors="replace")).hexdigest()
 
 
-async def read_body(headers: Headers, receive: Receive, *, max_bytes: int, seconds: float) -> bytes:
+async def read_body(headers: Headers, receive: Receive, *, max_bytes: int, seconds: float) -> bytearray:
     """Return the request's body; raises as `consume_body` does."""
-    pieces: list[bytes] = []
+    body = bytearray()
 
     async def keep(piece: bytes) -> None:
-        pieces.append(piece)
+        body.extend(piece)
 
     await consume_body(headers, receive, keep, max_bytes=max_bytes, seconds=seconds)
-    return b"".join(pieces)
+    return body

@@ -14,7 +14,7 @@ class Completions(Generation[CompletionRequest]):
 
     path = "/v1/completions"
 
-    def parse(self, body: bytes) -> CompletionRequest:
+    def parse(self, body: bytes | bytearray) -> CompletionRequest:
         """Return the completion request in `body`."""
         return parse_completion_request(body, chat_template_kwargs=self.chat_template_kwargs)
 
@@ -25,6 +25,6 @@ class Responses(Generation[ResponseRequest]):
     path = "/v1/responses"
     length_fields = ("max_output_tokens",)
 
-    def parse(self, body: bytes) -> ResponseRequest:
+    def parse(self, body: bytes | bytearray) -> ResponseRequest:
         """Return the request for a response in `body`."""
         return parse_response_request(body, chat_template_kwargs=self.chat_template_kwargs)

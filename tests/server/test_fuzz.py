@@ -119,7 +119,7 @@ def outcome(body):
     try:
         chat = parse_chat_request(body, chat_template_kwargs={"enable_thinking"})
         chat.address_to(Alias("llava", "engine-llava"))
-        return chat, chat.serialise()
+        return chat, b"".join(chat.serialise())
     except GatewayError as exc:
         answer = answer_to(exc)
         assert_is_a_refusal(answer.status, json.loads(answer.body()))
