@@ -17,7 +17,7 @@ def describe(*versions: str) -> str:
     processor = models[0] if models else platform.processor() or platform.machine()
     git = ["git", "-C", str(ROOT)]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    measured = ["aot_vllm", "server", "bench", "demo"]
+    measured = ["aot_vllm", "server", "bench", "demo", ":!bench/results"]
     changed = subprocess.run([*git, "status", "--porcelain", "--", *measured], capture_output=True).stdout
     state = "+changes" if changed.strip() else ""
     return ", ".join(

@@ -11,7 +11,7 @@ sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..",
 def main():
     from tests.e2e.engines import Engine, image, request, video
 
-    engine = Engine(sys.argv[1])
+    engine = Engine(sys.argv[1], **json.loads(sys.argv[2]))
     answers = []
     for spec in json.load(sys.stdin):
         media = [

@@ -249,18 +249,26 @@ def test_the_tower_sees_a_long_video_in_blocks_of_frames_and_makes_the_same_of_i
     assert profiled >= 64
 
 
-def test_embeddings_that_a_client_made_are_reduced_without_a_tower(start_engine):
-    """Qwen2.5-VL; no layer scores them, so they score each other."""
-    engine = start_engine("qwen2.5-vl", video_pruning_rate=RATE, enable_mm_embeds=True)
-    embeddings = torch.randn(4 * 4 * 6, 64, generator=torch.Generator().manual_seed(3))
+@models(*TOWERS)
+def test_embeddings_that_a_client_made_are_reduced_without_a_tower(start_engine, name):
+    """No layer scores them, so they score each other. Whole ones get the answer of the stock model."""
+    width = 64 if name == "qwen2.5-vl" else 3 * 64  # with those of deepstack
+    data = {
+        "video_embeds": torch.randn(4 * 4 * 6, width, generator=torch.Generator().manual_seed(3)),
+        "video_grid_thw": torch.tensor([[4, 8, 12]]),
+    }
+    if name == "qwen3-vl":
+        data["timestamps"] = [[0.5, 1.5, 2.5, 3.5]]
 
-    def asked(retention):
-        request = qwen_request(wide(8, 41), "?", retention=retention)
-        data = {"video_embeds": embeddings, "video_grid_thw": torch.tensor([[4, 8, 12]])}
-        return {**request, "multi_modal_data": {"video": data}}
+    def asked(retention=None):
+        return {**qwen_request(wide(8, 41), "?", retention=retention), "multi_modal_data": {"video": data}}
 
+    (stock,) = start_engine(name, enable_mm_embeds=True).ask(asked())
+    engine = start_engine(name, video_pruning_rate=RATE, enable_mm_embeds=True)
     pad = engine.llm.llm_engine.model_config.hf_config.video_token_id
     for retention, kept in ((1.0, 96), (0.5, 48), (None, 24)):
         answers = [engine.ask(asked(retention))[0] for _ in range(2)]
         assert answers[0].prompt.count(pad) == kept
-        assert agree(*answers, within=rounding("qwen2.5-vl"))
+        assert agree(*answers, within=rounding(name))
+        if retention == 1.0:
+            assert agree(answers[0], stock, within=rounding(name))

@@ -24,11 +24,11 @@ def kept(frames, retention, *, side=3):
     return budget(VideoGrid(frames=frames, rows=side, cols=side), retention=retention).total + NEWLINE
 
 
-def run_stock(requests):
+def run_stock(requests, **arguments):
     """Answer requests with vLLM as it ships, in a process of its own."""
     script = Path(__file__).with_name("stock.py")
     return subprocess.run(
-        [sys.executable, str(script), str(checkpoint("tiny"))],
+        [sys.executable, str(script), str(checkpoint("tiny")), json.dumps(arguments)],
         input=json.dumps(requests),
         capture_output=True,
         text=True,
@@ -148,6 +148,26 @@ def test_a_retention_out_of_range_is_refused_and_the_engine_goes_on(start_engine
     with pytest.raises(ValueError, match=r"retention must be in \(0, 1\]"):
         engine.ask(request(video(2), retention=retention))
     assert engine.ask(request(video(2)))[0].prompt_tokens == TEXT_TOKENS + kept(2, 1 - RATE)
+
+
+def test_embeddings_for_a_video_are_refused_and_the_engine_goes_on(start_engine):
+    """vLLM's LLaVA-OneVision takes videos as frames alone."""
+    import torch
+
+    engine = start_engine("tiny", video_pruning_rate=RATE, enable_mm_embeds=True)
+    embedded = {**request(video(2)), "multi_modal_data": {"video": [torch.randn(18, 64)]}}
+    with pytest.raises(ValueError, match="LLaVA-OneVision takes videos as frames"):
+        engine.ask(embedded)
+    assert engine.ask(request(video(2)))[0].prompt_tokens == TEXT_TOKENS + kept(2, 1 - RATE)
+
+
+@pytest.mark.only_on("v1")
+def test_stock_vllm_ignores_a_rate(stock):
+    """Documents vLLM 0.32: its LLaVA-OneVision has no pruning, and takes a rate that asks for it."""
+    done = run_stock(MIXED[:1], video_pruning_rate=RATE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    ((prompt_tokens, *_),) = json.loads(done.stdout.splitlines()[-1])
+    assert prompt_tokens == stock[0].prompt_tokens == TEXT_TOKENS + 8 * 9 + NEWLINE
 
 
 def answers_with(start_engine, **arguments):

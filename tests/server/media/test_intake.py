@@ -231,12 +231,13 @@ async def test_what_a_host_sends_must_be_a_video(engine, internet):
         assert "9.9.9.9" not in error["message"]
 
 
-async def test_a_large_video_is_handled_off_the_loop_and_arrives_whole(engine):
-    padded = clip() + (3 * 2**20).to_bytes(4, "big") + b"free" + b"\0" * (3 * 2**20 - 8)
-    url = data_url(padded)
-    async with gateway(engine) as client:
-        assert (await client.post(CHAT, json=ask_about(url))).status_code == 200
-    assert sent_parts(engine)[0]["video_url"]["url"] == url
+async def test_a_large_video_is_handled_off_the_loop_and_arrives_whole_under_the_same_name(engine, internet, host):
+    filling = bytes(range(256)) * 2**14
+    host.files["/large.mp4"] = clip() + (len(filling) + 8).to_bytes(4, "big") + b"free" + filling
+    url = data_url(host.files["/large.mp4"])
+    of_data, of_url = await uuids(engine, ask_about(url), ask_about(f"{URL}/large.mp4"), **fetching(internet))
+    assert [request["messages"][0]["content"][0]["video_url"]["url"] for request in engine.requests[-2:]] == [url, url]
+    assert of_data == of_url
 
 
 async def test_videos_are_handed_over_as_files_however_they_come(engine, internet, tmp_path, files_dir):
