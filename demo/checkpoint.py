@@ -44,6 +44,7 @@ class Shape:
     image_size: int
     tower: dict[str, int]
     text: dict[str, int] = field(default_factory=dict)
+    patch_size: int = 14
 
 
 def _tower(layers: int, width: int, heads: int) -> dict[str, int]:
@@ -75,8 +76,13 @@ PRESETS = {
 }
 
 
-def train_tokenizer(special_tokens: tuple[str, ...]) -> Any:
-    """Return a byte-level BPE tokenizer with a few hundred merges, trained on the standard library's own prose."""
+def prose() -> list[str]:
+    """Return some of the standard library's own prose."""
+    return [topics[name] for name in sorted(topics)[:40]]
+
+
+def train_tokenizer(special_tokens: tuple[str, ...], texts: list[str] | None = None) -> Any:
+    """Return a byte-level BPE tokenizer with at most a few hundred merges, trained on these texts or on some prose."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -89,7 +95,7 @@ def train_tokenizer(special_tokens: tuple[str, ...]) -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=256 + NUM_MERGES, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())
     )
-    tokenizer.train_from_iterator([topics[name] for name in sorted(topics)[:40]], trainer)
+    tokenizer.train_from_iterator(prose() if texts is None else texts, trainer)
     learned = json.loads(tokenizer.to_str())["model"]
     trained = transformers.Qwen2Tokenizer(
         vocab=learned["vocab"],
@@ -130,14 +136,18 @@ def randomise(model: torch.nn.Module, *, seed: int = 0) -> None:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
 
 
-def save(model: Any, processor: Any, tokenizer: Any, directory: Path, *, dtype: torch.dtype) -> None:
-    """Write a checkpoint as vLLM reads it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with torch.no_grad():  # what is no visible text is never the likeliest token
-        special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+def hide_unprintable(model: Any, tokenizer: Any) -> None:
+    """Keep what is no visible text from ever being the likeliest token."""
+    special = {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
+    with torch.no_grad():
         for token in range(len(tokenizer)):
             if token in special or not tokenizer.decode([token]).isprintable() or "\ufffd" in tokenizer.decode([token]):
                 model.lm_head.weight[token] = 0
+
+
+def save(model: Any, processor: Any, tokenizer: Any, directory: Path, *, dtype: torch.dtype) -> None:
+    """Write a checkpoint as vLLM reads it."""
+    directory.mkdir(parents=True, exist_ok=True)
     model.config.architectures = [type(model).__name__]
     model.config.dtype = dtype
     model.generation_config.eos_token_id = tokenizer.eos_token_id
@@ -156,16 +166,15 @@ def save(model: Any, processor: Any, tokenizer: Any, directory: Path, *, dtype: 
     save_file(renamed, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def make_llava_onevision(directory: Path, shape: Shape, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write a LLaVA-OneVision checkpoint of this shape: SigLIP with patches of 14, pooled to half the side."""
-    tokenizer = train_tokenizer((*SPECIAL_TOKENS, "<image>", "<video>"))
-    size = shape.image_size
+def llava_onevision(shape: Shape, tokenizer: Any) -> tuple[Any, Any]:
+    """Return a LLaVA-OneVision of this shape and its processor: SigLIP, pooled to half the side, and Qwen2."""
+    size, patch = shape.image_size, shape.patch_size
     pinpoints = [[size * rows, size * cols] for rows in (1, 2) for cols in (1, 2)]
     config = transformers.LlavaOnevisionConfig(
         vision_config={
             "model_type": "siglip_vision_model",
             "image_size": size,
-            "patch_size": 14,
+            "patch_size": patch,
             "vision_use_head": False,
             **shape.tower,
         },
@@ -184,10 +193,18 @@ def make_llava_onevision(directory: Path, shape: Shape, *, dtype: torch.dtype = 
         image_processor=transformers.LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=pinpoints),
         video_processor=transformers.LlavaOnevisionVideoProcessor(size=square),
         tokenizer=tokenizer,
-        num_image_tokens=(size // 14) ** 2,
+        num_image_tokens=(size // patch) ** 2,
         vision_feature_select_strategy="full",
         chat_template=LLAVA_TEMPLATE,
     )
+    return model, processor
+
+
+def make_llava_onevision(directory: Path, shape: Shape, *, dtype: torch.dtype = torch.float32) -> None:
+    """Write a LLaVA-OneVision checkpoint of this shape with random weights."""
+    tokenizer = train_tokenizer((*SPECIAL_TOKENS, "<image>", "<video>"))
+    model, processor = llava_onevision(shape, tokenizer)
+    hide_unprintable(model, tokenizer)
     save(model, processor, tokenizer, directory, dtype=dtype)
 
 

@@ -1,0 +1,394 @@
+"""Train the embedded model from nothing: `python demo/train.py DIRECTORY` (a run's state), resumed when called again.
+
+`tower`: single frames, the pooled features of which must tell what each cell shows. `text-8` and `text-16`: clips of 8
+and of 16 frames with a dozen questions each, on features of the tower as it then is, kept on disk and reused. `joint`:
+everything, on clips never seen before. All randomness comes from the step's number, so a run that was interrupted and
+resumed ends with the same weights. `--export MODEL` writes what a run has reached as a checkpoint that vLLM reads.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from answering import BLOCKS, answer_logits, frame_features, normalise, pack
+from checkpoint import SPECIAL_TOKENS, Shape, llava_onevision, save, train_tokenizer
+from evaluate import evaluate
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from task import (
+    BACKGROUNDS,
+    COLOURS,
+    KINDS,
+    MARKS,
+    NUM_FRAMES,
+    SHAPES,
+    SIZE,
+    CellLabels,
+    Question,
+    cell_labels,
+    corpus,
+    questions,
+    render,
+    scene,
+    through_h264,
+)
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, smooth_l1_loss
+
+SHAPE = Shape(
+    image_size=SIZE,
+    patch_size=8,
+    tower={"num_hidden_layers": 8, "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4},
+    text={
+        "num_hidden_layers": 5,
+        "hidden_size": 192,
+        "intermediate_size": 512,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+    },
+)
+CELL_CLASSES = {"colour": COLOURS, "shape": SHAPES, "mark": MARKS, "speck": COLOURS, "background": BACKGROUNDS}
+CHECKPOINT_SECONDS = 120
+TEST_EVERY = 250  # steps
+FRAMES_PER_SCENE = 4  # of the tower's stage
+JOINT_SEEDS = 10_000_000  # clips from here on are the joint stage's
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What is trained on how much: `batch` is clips a step, `frames` how many frames of each."""
+
+    name: str
+    steps: int
+    batch: int
+    frames: int
+    peak_rate: float
+    trains_tower: bool
+    trains_text: bool
+
+
+STAGES = (
+    Stage("tower", 2400, 8, FRAMES_PER_SCENE, 2e-3, trains_tower=True, trains_text=False),
+    Stage("text-8", 6000, 8, 8, 2e-3, trains_tower=False, trains_text=True),
+    Stage("text-16", 6000, 8, 16, 1e-3, trains_tower=False, trains_text=True),
+    Stage("joint", 6000, 8, 16, 5e-4, trains_tower=True, trains_text=True),
+)
+SMOKE = tuple(
+    Stage(stage.name, 2, 2, stage.frames, stage.peak_rate, stage.trains_tower, stage.trains_text) for stage in STAGES
+)
+QUESTIONS_PER_CLIP = 12
+POOL_START, POOL_GROWTH, POOL_LIMIT = 64, 2, 24_000  # clips of the text stages: at first, more each step, in all
+
+
+def initialise(model: Any) -> None:
+    """Scale the drawn weights for a deep stack: what is added to the residual stream starts small, positions do not."""
+    config = model.config
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("out_proj.weight", "fc2.weight")):
+                parameter /= (2 * config.vision_config.num_hidden_layers) ** 0.5
+            elif name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter /= (2 * config.text_config.num_hidden_layers) ** 0.5
+            elif name.endswith("position_embedding.weight"):
+                parameter *= 0.3 * config.vision_config.hidden_size**0.5
+            elif name.endswith("embed_tokens.weight"):
+                parameter *= 0.5 * config.text_config.hidden_size**0.5
+
+
+def cell_heads(width: int) -> nn.ModuleDict:
+    """Return the linear maps that read what a cell shows from its feature; used in the tower's stage alone."""
+    heads = {name: nn.Linear(width, len(classes) + 1) for name, classes in CELL_CLASSES.items()}
+    return nn.ModuleDict({**heads, "centre": nn.Linear(width, 2), "radius": nn.Linear(width, 1)})
+
+
+class Weights:
+    """Float32 masters of a module's parameters, updated by Muon (matrices of layers) and AdamW (the rest).
+
+    The module itself computes in bfloat16, which is 2.5 times as fast on CPUs that have it.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        """Take the masters from the modules as they are, then round the modules."""
+        self.live = {
+            f"{index}.{name}": parameter
+            for index, module in enumerate(modules)
+            for name, parameter in module.named_parameters()
+        }
+        self.masters = {
+            name: parameter.detach().float().clone().requires_grad_() for name, parameter in self.live.items()
+        }
+        for module in modules:
+            module.to(torch.bfloat16)
+        self.rates: list[tuple[torch.optim.Optimizer, float]] = []
+
+    def start(self, trained: Sequence[str]) -> None:
+        """Begin a stage that trains the parameters of these names."""
+        for name, parameter in self.live.items():
+            parameter.requires_grad_(name in trained)
+        matrices = [name for name in trained if ".layers." in name and self.live[name].ndim == 2]
+        rest = [name for name in trained if name not in matrices]
+        muon = torch.optim.Muon(
+            [self.masters[name] for name in matrices], weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
+        )
+        adam = torch.optim.AdamW([self.masters[name] for name in rest], betas=(0.9, 0.98), weight_decay=0.0)
+        self.rates = [(muon, 1.0), (adam, 1.0)]
+        self.trained = list(trained)
+
+    def step(self, rate: float) -> None:
+        """Update the masters by the module's gradients and round them into the module."""
+        gradients = []
+        for name in self.trained:
+            gradient = self.live[name].grad
+            self.masters[name].grad = None if gradient is None else gradient.float()
+            self.live[name].grad = None
+            if gradient is not None:
+                gradients.append(self.masters[name])
+        nn.utils.clip_grad_norm_(gradients, 1.0)
+        for optimizer, factor in self.rates:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * factor
+            optimizer.step()
+        self.round()
+
+    def round(self) -> None:
+        """Copy the masters into the module."""
+        with torch.no_grad():
+            for name, parameter in self.live.items():
+                parameter.copy_(self.masters[name])
+
+    def state(self) -> dict[str, Any]:
+        """Return what a resumed run needs."""
+        return {"masters": self.masters, "optimizers": [optimizer.state_dict() for optimizer, _ in self.rates]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take over what `state` returned, in the same stage."""
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                master.copy_(state["masters"][name])
+        for (optimizer, _), saved in zip(self.rates, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.round()
+
+
+class Trainer:
+    """A run: its stages, where it stands in them, its files."""
+
+    def __init__(self, directory: Path, stages: Sequence[Stage]) -> None:
+        """Make the model; `resume` brings it to where the run was."""
+        torch.manual_seed(0)
+        self.directory = directory
+        self.stages = stages
+        self.tokenizer = train_tokenizer((*SPECIAL_TOKENS, "<image>", "<video>"), corpus())
+        self.model, self.processor = llava_onevision(SHAPE, self.tokenizer)
+        self.model.set_attn_implementation(BLOCKS)
+        initialise(self.model)
+        self.heads = cell_heads(SHAPE.text["hidden_size"])
+        self.weights = Weights([self.model, self.heads])
+        self.stage_index = self.step = 0
+        self.seconds = 0.0
+        self._begin()
+        self._resume()
+
+    @property
+    def stage(self) -> Stage:
+        """The stage the run is in."""
+        return self.stages[self.stage_index]
+
+    def _begin(self) -> None:
+        def trained(name: str) -> bool:
+            is_tower = "vision_tower" in name or "multi_modal_projector" in name
+            if name.startswith("1."):
+                return self.stage.name == "tower"
+            return self.stage.trains_tower if is_tower else self.stage.trains_text
+
+        self.weights.start([name for name in self.weights.live if trained(name)])
+
+    def run(self) -> None:
+        """Train to the end of the last stage."""
+        saved = time.monotonic()
+        while True:
+            with Progress(
+                TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+                TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
+            ) as progress:  # fmt: skip
+                bar = progress.add_task(self.stage.name, total=self.stage.steps, completed=self.step, loss=0.0)
+                while self.step < self.stage.steps:
+                    started = time.monotonic()
+                    loss = self._train_step()
+                    self.step += 1
+                    self.seconds += time.monotonic() - started
+                    progress.update(bar, completed=self.step, loss=loss)
+                    self._log({"loss": round(loss, 4)})
+                    if time.monotonic() - saved > CHECKPOINT_SECONDS:
+                        self._checkpoint()
+                        saved = time.monotonic()
+                    if self.step % TEST_EVERY == 0:
+                        self._log({"test": self.accuracy(clips=24) if self.stage.trains_text else self.cell_accuracy()})
+            if self.stage_index == len(self.stages) - 1:
+                self._checkpoint()
+                return
+            self.stage_index, self.step = self.stage_index + 1, 0
+            self._begin()
+            self._checkpoint()
+
+    def _train_step(self) -> float:
+        loss = self._cell_loss() if self.stage.name == "tower" else self._answer_loss()
+        loss.backward()
+        self.weights.step(self.stage.peak_rate * _schedule(self.step / self.stage.steps))
+        return loss.item()
+
+    def _cell_loss(self) -> Tensor:
+        first = self.step * self.stage.batch
+        pictures, labels = zip(*(frames_and_labels(first + index) for index in range(self.stage.batch)), strict=True)
+        return cell_loss(self.model, self.heads, np.concatenate(pictures), list(itertools.chain(*labels)))
+
+    def _answer_loss(self) -> Tensor:
+        stage_number = self.stage_index
+        rng = np.random.default_rng((stage_number, self.step))
+        if self.stage.trains_tower:
+            first = JOINT_SEEDS + self.step * self.stage.batch
+            seeds = range(first, first + self.stage.batch)
+            features = torch.stack([clip_features(self.model, seed) for seed in seeds])
+        else:
+            before = sum(stage.steps for stage in self.stages[1:stage_number])
+            pool = min(POOL_LIMIT, POOL_START + POOL_GROWTH * (before + self.step))
+            seeds = rng.choice(pool, self.stage.batch, replace=False)
+            features = torch.stack([self._kept_features(int(seed)) for seed in seeds])
+        if self.stage.frames < NUM_FRAMES:
+            stride = NUM_FRAMES // self.stage.frames
+            features = features[:, int(rng.integers(stride)) :: stride]
+        asked = [choose(questions(scene(int(seed), split="train")), rng) for seed in seeds]
+        logits, answers = answer_logits(self.model, self.tokenizer, features, pack(self.tokenizer, asked))
+        return cross_entropy(logits, answers)
+
+    def _kept_features(self, seed: int) -> Tensor:
+        """Return a training clip's features, from disk if this tower has seen the clip before."""
+        path = self.directory / "features" / f"{seed // 1000}" / f"{seed}.pt"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with torch.no_grad():
+                features = clip_features(self.model, seed)
+            torch.save(features, path.with_suffix(".part"))
+            path.with_suffix(".part").replace(path)
+        return torch.load(path)
+
+    @torch.no_grad()
+    def cell_accuracy(self, *, scenes: int = 16) -> dict[str, float]:
+        """Return how often a cell's feature tells what is there, on scenes of the test split."""
+        pictures, labels = zip(*(frames_and_labels(seed, split="test") for seed in range(scenes)), strict=True)
+        features = frame_features(self.model, normalise(np.concatenate(pictures)))
+        shares = {}
+        for name in ("colour", "shape", "mark", "speck"):
+            wanted = np.stack([getattr(label, name) for label in itertools.chain(*labels)]).reshape(len(features), -1)
+            told = self.heads[name](features).argmax(-1).numpy()
+            shares[name] = round(float((told == wanted)[wanted > 0].mean()), 4)
+            shares[f"no {name}"] = round(float((told == wanted)[wanted == 0].mean()), 4)
+        return shares
+
+    def accuracy(self, *, clips: int) -> dict[str, str]:
+        """Return the share of right answers on clips of the test split, by kind of question."""
+        result = evaluate(self.model, self.tokenizer, clips=clips)
+        return {name: str(share) for name, share in result.items()}
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        where = {"stage": self.stage.name, "step": self.step, "seconds": round(self.seconds)}
+        with (self.directory / "log.jsonl").open("a") as log:
+            log.write(json.dumps(where | entry) + "\n")
+
+    def _checkpoint(self) -> None:
+        state = {"stage": self.stage_index, "step": self.step, "seconds": self.seconds, "weights": self.weights.state()}
+        path = self.directory / "run.pt"
+        torch.save(state, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+
+    def _resume(self) -> None:
+        path = self.directory / "run.pt"
+        if path.exists():
+            state = torch.load(path)
+            self.stage_index, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
+            self._begin()
+            self.weights.load(state["weights"])
+
+    def export(self, directory: Path) -> None:
+        """Write the model as a checkpoint that transformers and vLLM read, in bfloat16 as it is trained."""
+        self.model.set_attn_implementation("sdpa")
+        save(self.model, self.processor, self.tokenizer, directory, dtype=torch.bfloat16)
+
+
+def _schedule(progress: float) -> float:
+    """Return the learning rate's factor: up in the first 2%, down in the last 40%."""
+    return min(1.0, progress / 0.02 + 0.01, (1 - progress) / 0.4 + 0.01)
+
+
+def frames_and_labels(seed: int, *, split: str = "train") -> tuple[np.ndarray, list[CellLabels]]:
+    """Return some frames of a scene and what their cells show."""
+    made = scene(seed, split=split)
+    start = seed % (NUM_FRAMES // FRAMES_PER_SCENE)
+    frames = range(start, NUM_FRAMES, NUM_FRAMES // FRAMES_PER_SCENE)
+    pictures, owners = render(made, frames=frames)
+    labels = [cell_labels(made, frame, owner) for frame, owner in zip(frames, owners, strict=True)]
+    return through_h264(pictures), labels
+
+
+def cell_loss(model: Any, heads: nn.ModuleDict, pictures: np.ndarray, labels: Sequence[CellLabels]) -> Tensor:
+    """Return how badly the features of frames tell what their cells show."""
+    features = frame_features(model, normalise(pictures))
+    total = 0.01 * features.float().square().mean()
+    for name in CELL_CLASSES:
+        wanted = torch.from_numpy(np.stack([getattr(label, name) for label in labels])).flatten()
+        losses = cross_entropy(heads[name](features).float().flatten(0, 1), wanted, reduction="none")
+        there = wanted > 0
+        for part, weight in ((losses[there], 1.0), (losses[~there], 0.5)):
+            if part.numel():
+                total = total + weight * part.mean()
+    there = torch.from_numpy(np.stack([label.colour for label in labels])).flatten() > 0
+    for name, width in (("centre", 2), ("radius", 1)):
+        told = heads[name](features).float().reshape(-1, width)[there]
+        wanted = torch.from_numpy(np.stack([getattr(label, name) for label in labels])).reshape(-1, width)[there]
+        if wanted.numel():
+            total = total + 2 * smooth_l1_loss(told, wanted.float(), beta=0.3)
+    return total
+
+
+def clip_features(model: Any, seed: int) -> Tensor:
+    """Return the features of a training clip's frames, (T, tokens, width)."""
+    pictures = through_h264(render(scene(seed, split="train"))[0])
+    return frame_features(model, normalise(pictures))
+
+
+def choose(asked: Sequence[Question], rng: np.random.Generator) -> list[Question]:
+    """Return a dozen of a clip's questions, the kinds as even as they can be."""
+    by_kind = {kind: [question for question in asked if question.kind == kind] for kind in KINDS}
+    for group in by_kind.values():
+        rng.shuffle(group)  # type: ignore[arg-type]
+    rounds = itertools.zip_longest(*by_kind.values())
+    return [question for question in itertools.chain(*rounds) if question is not None][:QUESTIONS_PER_CLIP]
+
+
+def main() -> None:
+    """Train, or export what a run has reached."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--export", type=Path, metavar="MODEL", help="write the run's model there and train no further")
+    parser.add_argument("--smoke", action="store_true", help="two tiny steps a stage")
+    arguments = parser.parse_args()
+    arguments.directory.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(arguments.directory, SMOKE if arguments.smoke else STAGES)
+    if arguments.export is not None:
+        trainer.export(arguments.export)
+        return
+    trainer.run()
+    Console().print(trainer.accuracy(clips=2 if arguments.smoke else 200))
+
+
+if __name__ == "__main__":
+    main()
