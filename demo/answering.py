@@ -83,25 +83,28 @@ def answer_logits(model: Any, tokenizer: Any, features: Tensor, blocks: Blocks) 
 
     `features` are those of the videos' frames, (B, T, tokens, width).
     """
-    batch = len(features)
+    batch, device = len(features), features.device
     embed = model.model.language_model.embed_tokens
-    head = embed(torch.tensor(tokenizer(HEAD, add_special_tokens=False)["input_ids"])).expand(batch, -1, -1)
+    head = embed(torch.tensor(tokenizer(HEAD, add_special_tokens=False)["input_ids"], device=device)).expand(
+        batch, -1, -1
+    )
     newline = model.model.image_newline.expand(batch, 1, -1)
     video = torch.cat([head, features.flatten(1, 2).to(head.dtype), newline], dim=1)
     prefix, length = video.shape[1], blocks.ids.shape[1]
 
     same = (blocks.owner[:, :, None] == blocks.owner[:, None]) & torch.ones(length, length, dtype=torch.bool).tril()
-    seen = torch.cat([torch.ones(batch, length, prefix, dtype=torch.bool), same], dim=-1)
-    mask = torch.zeros(seen.shape, dtype=head.dtype).masked_fill(~seen, -1e9)[:, None]
-    positions = torch.cat([torch.arange(prefix).expand(batch, -1), prefix + blocks.offsets], dim=1)
+    seen = torch.cat([torch.ones(batch, length, prefix, dtype=torch.bool), same], dim=-1).to(device)
+    mask = torch.zeros(seen.shape, dtype=head.dtype, device=device).masked_fill(~seen, -1e9)[:, None]
+    positions = torch.cat([torch.arange(prefix).expand(batch, -1), prefix + blocks.offsets], dim=1).to(device)
     states = model.model.language_model(
-        inputs_embeds=torch.cat([video, embed(blocks.ids)], dim=1),
+        inputs_embeds=torch.cat([video, embed(blocks.ids.to(device))], dim=1),
         attention_mask={"full_attention": mask},
         position_ids=positions,
         use_cache=False,
     ).last_hidden_state[:, prefix:]
-    wanted = blocks.labels != IGNORED
-    return model.lm_head(states[wanted]).float(), blocks.labels[wanted]
+    labels = blocks.labels.to(device)
+    wanted = labels != IGNORED
+    return model.lm_head(states[wanted]).float(), labels[wanted]
 
 
 def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
@@ -127,7 +130,7 @@ def _attend(
     pieces = []
     for low in range(0, prefix, ROWS_AT_ONCE):
         high = min(low + ROWS_AT_ONCE, prefix)
-        later = torch.full((high - low, high), -1e9, dtype=query.dtype).triu(low + 1)
+        later = torch.full((high - low, high), -1e9, dtype=query.dtype, device=query.device).triu(low + 1)
         rows = slice(low, high), slice(0, high)
         rows, keys, values = query[:, :, low:high], key[:, :, :high], value[:, :, :high]
         pieces.append(_softmax_attention(rows, keys, values, scaling, later))

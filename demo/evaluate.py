@@ -49,7 +49,7 @@ def right_answers(model: Any, tokenizer: Any, asked: list[Question], features: t
     blocks = pack(tokenizer, [asked])
     logits, answers = answer_logits(model, tokenizer, features[None], blocks)
     owner = blocks.owner[blocks.labels != IGNORED]
-    hits = logits.argmax(-1) == answers
+    hits = (logits.argmax(-1) == answers).cpu()
     return [bool(hits[owner == index].all()) for index in range(len(asked))]
 
 
@@ -59,7 +59,8 @@ def evaluate(model: Any, tokenizer: Any, *, clips: int, split: str = "test") -> 
     tally: dict[str, list[bool]] = defaultdict(list)
     for seed in range(clips):
         made = scene(seed, split=split)
-        features = frame_features(model, normalise(through_h264(render(made)[0])))
+        pixels = normalise(through_h264(render(made)[0])).to(model.device)
+        features = frame_features(model, pixels)
         asked = questions(made)
         for question, right in zip(asked, right_answers(model, tokenizer, asked, features), strict=True):
             tally[question.kind].append(right)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ from task import (
 )
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, smooth_l1_loss
+from torch.utils.data import DataLoader, Dataset
 
 SHAPE = Shape(
     image_size=SIZE,
@@ -77,7 +79,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("tower", 2400, 8, FRAMES_PER_SCENE, 2e-3, trains_tower=True, trains_text=False),
+    Stage("tower", 2400, 8, FRAMES_PER_SCENE, 5e-3, trains_tower=True, trains_text=False),
     Stage("text-8", 6000, 8, 8, 2e-3, trains_tower=False, trains_text=True),
     Stage("text-16", 6000, 8, 16, 1e-3, trains_tower=False, trains_text=True),
     Stage("joint", 6000, 8, 16, 5e-4, trains_tower=True, trains_text=True),
@@ -99,9 +101,19 @@ def initialise(model: Any) -> None:
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter /= (2 * config.text_config.num_hidden_layers) ** 0.5
             elif name.endswith("position_embedding.weight"):
-                parameter *= 0.3 * config.vision_config.hidden_size**0.5
+                parameter.copy_(waves_of_position(*parameter.shape))
             elif name.endswith("embed_tokens.weight"):
                 parameter *= 0.5 * config.text_config.hidden_size**0.5
+
+
+def waves_of_position(places: int, width: int) -> Tensor:
+    """Return sines and cosines of row and column, (places, width), from which neighbours are easily found."""
+    side = round(places**0.5)
+    frequencies = torch.pi * torch.logspace(0, -1, width // 4) * (side / 2) / side
+    waves = torch.arange(side)[:, None] * frequencies
+    one = torch.cat([waves.sin(), waves.cos()], dim=1)
+    rows, cols = one.repeat_interleave(side, 0), one.repeat(side, 1)
+    return torch.cat([rows, cols], dim=1)
 
 
 def cell_heads(width: int) -> nn.ModuleDict:
@@ -140,7 +152,7 @@ class Weights:
             [self.masters[name] for name in matrices], weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
         )
         adam = torch.optim.AdamW([self.masters[name] for name in rest], betas=(0.9, 0.98), weight_decay=0.0)
-        self.rates = [(muon, 1.0), (adam, 1.0)]
+        self.rates = [(muon, 1.0), (adam, 0.4)]
         self.trained = list(trained)
 
     def step(self, rate: float) -> None:
@@ -179,19 +191,70 @@ class Weights:
         self.round()
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What one step is about: clips by seed, and their frames where those are needed."""
+
+    seeds: list[int]
+    pictures: list[np.ndarray | None]
+    labels: list[CellLabels]  # in the tower's stage
+    asked: list[list[Question]]  # in the other stages
+    frames: slice  # of each clip's features
+
+
+class Batches(Dataset[Batch]):
+    """The batches of a run's stage by step; a loader's processes can make them ahead of time."""
+
+    def __init__(self, directory: Path, stages: Sequence[Stage], stage_index: int) -> None:
+        """Take the run's directory, where features may lie."""
+        self.directory = directory
+        self.stage = stages[stage_index]
+        self.stage_index = stage_index
+        self.steps_before = sum(stage.steps for stage in stages[1:stage_index])
+
+    def __getitem__(self, step: int) -> Batch:
+        """Return the batch of this step."""
+        stage = self.stage
+        rng = np.random.default_rng((self.stage_index, step))
+        if not stage.trains_text:
+            seeds = list(range(step * stage.batch, (step + 1) * stage.batch))
+            pictures, labels = zip(*map(frames_and_labels, seeds), strict=True)
+            return Batch(seeds, list(pictures), list(itertools.chain(*labels)), [], slice(None))
+        if stage.trains_tower:
+            first = JOINT_SEEDS + step * stage.batch
+            seeds = list(range(first, first + stage.batch))
+        else:
+            pool = min(POOL_LIMIT, POOL_START + POOL_GROWTH * (self.steps_before + step))
+            seeds = rng.choice(pool, stage.batch, replace=False).tolist()
+        stride = NUM_FRAMES // stage.frames
+        return Batch(
+            seeds,
+            [None if self.features_path(seed).exists() else clip_pictures(seed) for seed in seeds],
+            [],
+            [choose(questions(scene(seed, split="train")), rng) for seed in seeds],
+            slice(int(rng.integers(stride)), None, stride),
+        )
+
+    def features_path(self, seed: int) -> Path:
+        """Return where a clip's features are kept once a tower that is no longer trained has seen it."""
+        return self.directory / "features" / f"{seed // 1000}" / f"{seed}.pt"
+
+
 class Trainer:
     """A run: its stages, where it stands in them, its files."""
 
     def __init__(self, directory: Path, stages: Sequence[Stage]) -> None:
-        """Make the model; `resume` brings it to where the run was."""
+        """Make the model, or bring it to where the run in this directory was."""
         torch.manual_seed(0)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.directory = directory
         self.stages = stages
         self.tokenizer = train_tokenizer((*SPECIAL_TOKENS, "<image>", "<video>"), corpus())
         self.model, self.processor = llava_onevision(SHAPE, self.tokenizer)
         self.model.set_attn_implementation(BLOCKS)
         initialise(self.model)
-        self.heads = cell_heads(SHAPE.text["hidden_size"])
+        self.model.to(self.device)
+        self.heads = cell_heads(SHAPE.text["hidden_size"]).to(self.device)
         self.weights = Weights([self.model, self.heads])
         self.stage_index = self.step = 0
         self.seconds = 0.0
@@ -202,6 +265,10 @@ class Trainer:
     def stage(self) -> Stage:
         """The stage the run is in."""
         return self.stages[self.stage_index]
+
+    def batches(self) -> Batches:
+        """Return the batches of the stage the run is in."""
+        return Batches(self.directory, self.stages, self.stage_index)
 
     def _begin(self) -> None:
         def trained(name: str) -> bool:
@@ -221,11 +288,12 @@ class Trainer:
                 TimeRemainingColumn(), TextColumn("loss {task.fields[loss]:.3f}"),
             ) as progress:  # fmt: skip
                 bar = progress.add_task(self.stage.name, total=self.stage.steps, completed=self.step, loss=0.0)
-                while self.step < self.stage.steps:
-                    started = time.monotonic()
-                    loss = self._train_step()
+                started = time.monotonic()
+                for batch in self._loader():
+                    loss = self._train_step(batch)
                     self.step += 1
                     self.seconds += time.monotonic() - started
+                    started = time.monotonic()
                     progress.update(bar, completed=self.step, loss=loss)
                     self._log({"loss": round(loss, 4)})
                     if time.monotonic() - saved > CHECKPOINT_SECONDS:
@@ -240,56 +308,55 @@ class Trainer:
             self._begin()
             self._checkpoint()
 
-    def _train_step(self) -> float:
-        loss = self._cell_loss() if self.stage.name == "tower" else self._answer_loss()
+    def _loader(self) -> DataLoader[Batch]:
+        workers = os.cpu_count() or 1 if self.device.type == "cuda" else 0  # a CPU is busy enough with the model
+        left = range(self.step, self.stage.steps)
+        return DataLoader(self.batches(), sampler=left, batch_size=None, num_workers=workers)
+
+    def _train_step(self, batch: Batch) -> float:
+        loss = self._answer_loss(batch) if self.stage.trains_text else self._cell_loss(batch)
         loss.backward()
         self.weights.step(self.stage.peak_rate * _schedule(self.step / self.stage.steps))
         return loss.item()
 
-    def _cell_loss(self) -> Tensor:
-        first = self.step * self.stage.batch
-        pictures, labels = zip(*(frames_and_labels(first + index) for index in range(self.stage.batch)), strict=True)
-        return cell_loss(self.model, self.heads, np.concatenate(pictures), list(itertools.chain(*labels)))
+    def _cell_loss(self, batch: Batch) -> Tensor:
+        features = self._features(np.concatenate(batch.pictures))
+        return cell_loss(self.heads, features, batch.labels)
 
-    def _answer_loss(self) -> Tensor:
-        stage_number = self.stage_index
-        rng = np.random.default_rng((stage_number, self.step))
-        if self.stage.trains_tower:
-            first = JOINT_SEEDS + self.step * self.stage.batch
-            seeds = range(first, first + self.stage.batch)
-            features = torch.stack([clip_features(self.model, seed) for seed in seeds])
-        else:
-            before = sum(stage.steps for stage in self.stages[1:stage_number])
-            pool = min(POOL_LIMIT, POOL_START + POOL_GROWTH * (before + self.step))
-            seeds = rng.choice(pool, self.stage.batch, replace=False)
-            features = torch.stack([self._kept_features(int(seed)) for seed in seeds])
-        if self.stage.frames < NUM_FRAMES:
-            stride = NUM_FRAMES // self.stage.frames
-            features = features[:, int(rng.integers(stride)) :: stride]
-        asked = [choose(questions(scene(int(seed), split="train")), rng) for seed in seeds]
-        logits, answers = answer_logits(self.model, self.tokenizer, features, pack(self.tokenizer, asked))
+    def _answer_loss(self, batch: Batch) -> Tensor:
+        by_clip = self._joint_features if self.stage.trains_tower else self._kept_features
+        features = torch.stack([clip[batch.frames] for clip in by_clip(batch)])
+        logits, answers = answer_logits(self.model, self.tokenizer, features, pack(self.tokenizer, batch.asked))
         return cross_entropy(logits, answers)
 
-    def _kept_features(self, seed: int) -> Tensor:
-        """Return a training clip's features, from disk if this tower has seen the clip before."""
-        path = self.directory / "features" / f"{seed // 1000}" / f"{seed}.pt"
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with torch.no_grad():
-                features = clip_features(self.model, seed)
-            torch.save(features, path.with_suffix(".part"))
-            path.with_suffix(".part").replace(path)
-        return torch.load(path)
+    def _features(self, pictures: np.ndarray) -> Tensor:
+        return frame_features(self.model, normalise(pictures).to(self.device))
+
+    def _joint_features(self, batch: Batch) -> Sequence[Tensor]:
+        return self._features(np.concatenate(batch.pictures)).split(NUM_FRAMES)
+
+    def _kept_features(self, batch: Batch) -> list[Tensor]:
+        """Return the clips' features, from disk where this tower has seen the clip before."""
+        features = []
+        for seed, pictures in zip(batch.seeds, batch.pictures, strict=True):
+            path = self.batches().features_path(seed)
+            if pictures is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with torch.no_grad():
+                    torch.save(self._features(pictures).cpu(), path.with_suffix(".part"))
+                path.with_suffix(".part").replace(path)
+            features.append(torch.load(path).to(self.device))
+        return features
 
     @torch.no_grad()
     def cell_accuracy(self, *, scenes: int = 16) -> dict[str, float]:
         """Return how often a cell's feature tells what is there, on scenes of the test split."""
         pictures, labels = zip(*(frames_and_labels(seed, split="test") for seed in range(scenes)), strict=True)
-        features = frame_features(self.model, normalise(np.concatenate(pictures)))
+        features = self._features(np.concatenate(pictures))
         shares = {}
         for name in ("colour", "shape", "mark", "speck"):
             wanted = np.stack([getattr(label, name) for label in itertools.chain(*labels)]).reshape(len(features), -1)
-            told = self.heads[name](features).argmax(-1).numpy()
+            told = self.heads[name](features).argmax(-1).cpu().numpy()
             shares[name] = round(float((told == wanted)[wanted > 0].mean()), 4)
             shares[f"no {name}"] = round(float((told == wanted)[wanted == 0].mean()), 4)
         return shares
@@ -313,7 +380,7 @@ class Trainer:
     def _resume(self) -> None:
         path = self.directory / "run.pt"
         if path.exists():
-            state = torch.load(path)
+            state = torch.load(path, map_location=self.device)
             self.stage_index, self.step, self.seconds = state["stage"], state["step"], state["seconds"]
             self._begin()
             self.weights.load(state["weights"])
@@ -339,30 +406,32 @@ def frames_and_labels(seed: int, *, split: str = "train") -> tuple[np.ndarray, l
     return through_h264(pictures), labels
 
 
-def cell_loss(model: Any, heads: nn.ModuleDict, pictures: np.ndarray, labels: Sequence[CellLabels]) -> Tensor:
-    """Return how badly the features of frames tell what their cells show."""
-    features = frame_features(model, normalise(pictures))
+def cell_loss(heads: nn.ModuleDict, features: Tensor, labels: Sequence[CellLabels]) -> Tensor:
+    """Return how badly the features of frames, (F, tokens, width), tell what their cells show."""
+
+    def truth(name: str) -> Tensor:
+        return torch.from_numpy(np.stack([getattr(label, name) for label in labels])).to(features.device).flatten(0, 2)
+
     total = 0.01 * features.float().square().mean()
     for name in CELL_CLASSES:
-        wanted = torch.from_numpy(np.stack([getattr(label, name) for label in labels])).flatten()
+        wanted = truth(name)
         losses = cross_entropy(heads[name](features).float().flatten(0, 1), wanted, reduction="none")
         there = wanted > 0
         for part, weight in ((losses[there], 1.0), (losses[~there], 0.5)):
             if part.numel():
                 total = total + weight * part.mean()
-    there = torch.from_numpy(np.stack([label.colour for label in labels])).flatten() > 0
-    for name, width in (("centre", 2), ("radius", 1)):
-        told = heads[name](features).float().reshape(-1, width)[there]
-        wanted = torch.from_numpy(np.stack([getattr(label, name) for label in labels])).reshape(-1, width)[there]
-        if wanted.numel():
-            total = total + 2 * smooth_l1_loss(told, wanted.float(), beta=0.3)
+    there = truth("colour") > 0
+    if there.any():
+        for name in ("centre", "radius"):
+            wanted = truth(name)[there]
+            told = heads[name](features).float().flatten(0, 1)[there]
+            total = total + 2 * smooth_l1_loss(told, wanted.reshape(told.shape), beta=0.3)
     return total
 
 
-def clip_features(model: Any, seed: int) -> Tensor:
-    """Return the features of a training clip's frames, (T, tokens, width)."""
-    pictures = through_h264(render(scene(seed, split="train"))[0])
-    return frame_features(model, normalise(pictures))
+def clip_pictures(seed: int) -> np.ndarray:
+    """Return a training clip's frames, as a file of it would have them."""
+    return through_h264(render(scene(seed, split="train"))[0])
 
 
 def choose(asked: Sequence[Question], rng: np.random.Generator) -> list[Question]:
