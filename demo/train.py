@@ -21,13 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 from answering import BLOCKS, answer_logits, frame_features, normalise, pack
+from card import card
 from checkpoint import SPECIAL_TOKENS, Shape, llava_onevision, save, train_tokenizer
 from evaluate import evaluate
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from task import (
     BACKGROUNDS,
     COLOURS,
+    GRID,
     KINDS,
     MARKS,
     NUM_FRAMES,
@@ -79,10 +80,10 @@ class Stage:
 
 
 STAGES = (
-    Stage("tower", 2400, 8, FRAMES_PER_SCENE, 5e-3, trains_tower=True, trains_text=False),
-    Stage("text-8", 6000, 8, 8, 2e-3, trains_tower=False, trains_text=True),
-    Stage("text-16", 6000, 8, 16, 1e-3, trains_tower=False, trains_text=True),
-    Stage("joint", 6000, 8, 16, 5e-4, trains_tower=True, trains_text=True),
+    Stage("tower", 1700, 8, FRAMES_PER_SCENE, 2e-3, trains_tower=True, trains_text=False),
+    Stage("text-8", 1600, 8, 8, 2e-3, trains_tower=False, trains_text=True),
+    Stage("text-16", 2000, 8, 16, 1.5e-3, trains_tower=False, trains_text=True),
+    Stage("joint", 4000, 8, 16, 6e-4, trains_tower=True, trains_text=True),
 )
 SMOKE = tuple(
     Stage(stage.name, 2, 2, stage.frames, stage.peak_rate, stage.trains_tower, stage.trains_text) for stage in STAGES
@@ -101,19 +102,9 @@ def initialise(model: Any) -> None:
             elif name.endswith(("o_proj.weight", "down_proj.weight")):
                 parameter /= (2 * config.text_config.num_hidden_layers) ** 0.5
             elif name.endswith("position_embedding.weight"):
-                parameter.copy_(waves_of_position(*parameter.shape))
+                parameter *= 0.3 * config.vision_config.hidden_size**0.5
             elif name.endswith("embed_tokens.weight"):
                 parameter *= 0.5 * config.text_config.hidden_size**0.5
-
-
-def waves_of_position(places: int, width: int) -> Tensor:
-    """Return sines and cosines of row and column, (places, width), from which neighbours are easily found."""
-    side = round(places**0.5)
-    frequencies = torch.pi * torch.logspace(0, -1, width // 4) * (side / 2) / side
-    waves = torch.arange(side)[:, None] * frequencies
-    one = torch.cat([waves.sin(), waves.cos()], dim=1)
-    rows, cols = one.repeat_interleave(side, 0), one.repeat(side, 1)
-    return torch.cat([rows, cols], dim=1)
 
 
 def cell_heads(width: int) -> nn.ModuleDict:
@@ -140,7 +131,7 @@ class Weights:
         }
         for module in modules:
             module.to(torch.bfloat16)
-        self.rates: list[tuple[torch.optim.Optimizer, float]] = []
+        self.optimizers: list[torch.optim.Optimizer] = []
 
     def start(self, trained: Sequence[str]) -> None:
         """Begin a stage that trains the parameters of these names."""
@@ -152,7 +143,7 @@ class Weights:
             [self.masters[name] for name in matrices], weight_decay=0.05, adjust_lr_fn="match_rms_adamw"
         )
         adam = torch.optim.AdamW([self.masters[name] for name in rest], betas=(0.9, 0.98), weight_decay=0.0)
-        self.rates = [(muon, 1.0), (adam, 0.4)]
+        self.optimizers = [muon, adam]
         self.trained = list(trained)
 
     def step(self, rate: float) -> None:
@@ -165,9 +156,9 @@ class Weights:
             if gradient is not None:
                 gradients.append(self.masters[name])
         nn.utils.clip_grad_norm_(gradients, 1.0)
-        for optimizer, factor in self.rates:
+        for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = rate * factor
+                group["lr"] = rate
             optimizer.step()
         self.round()
 
@@ -179,14 +170,14 @@ class Weights:
 
     def state(self) -> dict[str, Any]:
         """Return what a resumed run needs."""
-        return {"masters": self.masters, "optimizers": [optimizer.state_dict() for optimizer, _ in self.rates]}
+        return {"masters": self.masters, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what `state` returned, in the same stage."""
         with torch.no_grad():
             for name, master in self.masters.items():
                 master.copy_(state["masters"][name])
-        for (optimizer, _), saved in zip(self.rates, state["optimizers"], strict=True):
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.round()
 
@@ -385,10 +376,23 @@ class Trainer:
             self._begin()
             self.weights.load(state["weights"])
 
-    def export(self, directory: Path) -> None:
-        """Write the model as a checkpoint that transformers and vLLM read, in bfloat16 as it is trained."""
+    def export(self, directory: Path, *, clips: int) -> None:
+        """Write the model, in bfloat16 as it is trained, as transformers and vLLM read it, with its card."""
+        shares = evaluate(self.model, self.tokenizer, clips=clips)
+        done = {stage.name: stage.steps for stage in self.stages[: self.stage_index]}
         self.model.set_attn_implementation("sdpa")
         save(self.model, self.processor, self.tokenizer, directory, dtype=torch.bfloat16)
+        self.model.set_attn_implementation(BLOCKS)
+        text = card(
+            name=directory.name,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            tokens=NUM_FRAMES * GRID**2 + 1,
+            stages={**done, self.stage.name: self.step},
+            seconds=self.seconds,
+            clips=clips,
+            shares=shares,
+        )
+        (directory / "README.md").write_text(text)
 
 
 def _schedule(progress: float) -> float:
@@ -453,10 +457,9 @@ def main() -> None:
     arguments.directory.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(arguments.directory, SMOKE if arguments.smoke else STAGES)
     if arguments.export is not None:
-        trainer.export(arguments.export)
+        trainer.export(arguments.export, clips=2 if arguments.smoke else 300)
         return
     trainer.run()
-    Console().print(trainer.accuracy(clips=2 if arguments.smoke else 200))
 
 
 if __name__ == "__main__":
