@@ -7,7 +7,7 @@ USERS ?= 2
 DURATION ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo loadtest test test-fast check format
+.PHONY: help install install-test demo train loadtest test test-fast check format
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +20,9 @@ install-test:
 
 demo: install  ## ask a real engine about a real video, whole and reduced; MODEL=… VIDEO=… RETENTION=…
 	@$(VENV)/python demo/run.py $(if $(MODEL),--model "$(MODEL)") $(if $(VIDEO),--video "$(VIDEO)") --retention "$(RETENTION)"
+
+train: install  ## train the embedded model from nothing (hours on a CPU); goes on where it was stopped
+	@$(VENV)/python demo/train.py .cache/train
 
 loadtest:  ## users who ask a real engine about videos, whole and then reduced; USERS=… DURATION=… MODEL=… RETENTION=…
 	@$(PYTHON) demo/environment.py --with loadtest
