@@ -35,12 +35,14 @@ class Blocks:
     offsets: Tensor  # (B, L) position in the own block
     owner: Tensor  # (B, L) which question a token belongs to, -1 for padding
     labels: Tensor  # (B, L) the answer's token that comes next, else IGNORED
+    never_shown: Tensor  # (K, 3) row, column and a token that training never has there
 
 
 def pack(tokenizer: Any, asked: Sequence[Sequence[Question]]) -> Blocks:
     """Return the blocks of each video's questions."""
     rows = []
-    for questions in asked:
+    never_shown = []
+    for row, questions in enumerate(asked):
         ids: list[int] = []
         offsets: list[int] = []
         owner: list[int] = []
@@ -49,6 +51,8 @@ def pack(tokenizer: Any, asked: Sequence[Sequence[Question]]) -> Blocks:
             prompt = tokenizer(f"\n{question.text}{BETWEEN}", add_special_tokens=False)["input_ids"]
             answer = tokenizer(question.answer + END, add_special_tokens=False)["input_ids"]
             block = [*prompt, *answer[:-1]]
+            first = len(ids) + len(prompt) - 1
+            never_shown += [(row, first, tokenizer(other)["input_ids"][0]) for other in question.never_shown]
             ids += block
             offsets += range(len(block))
             owner += [index] * len(block)
@@ -60,7 +64,7 @@ def pack(tokenizer: Any, asked: Sequence[Sequence[Question]]) -> Blocks:
         torch.stack([pad(torch.tensor(row[field]), (0, length - len(row[field])), value=fill) for row in rows])
         for field, fill in enumerate(fills)
     )
-    return Blocks(*columns)
+    return Blocks(*columns, torch.tensor(never_shown, dtype=torch.long).reshape(-1, 3))
 
 
 def normalise(pictures: np.ndarray) -> Tensor:
@@ -76,6 +80,16 @@ def frame_features(model: Any, pixels: Tensor) -> Tensor:
         pixels[None].to(model.dtype), vision_feature_layer=-1, vision_feature_select_strategy="full"
     ).pooler_output[0, :-1]
     return features.reshape(len(pixels), -1, features.shape[-1])
+
+
+def without_never_shown(logits: Tensor, blocks: Blocks) -> Tensor:
+    """Return `answer_logits`' logits, minus infinity for what training never shows, so that no loss depends on it."""
+    wanted = blocks.labels != IGNORED
+    number = (wanted.flatten().cumsum(0) - 1).reshape(wanted.shape)
+    rows, columns, tokens = blocks.never_shown.unbind(-1)
+    ruled_out = torch.zeros(logits.shape, dtype=torch.bool)
+    ruled_out[number[rows, columns], tokens] = True
+    return logits.masked_fill(ruled_out.to(logits.device), -torch.inf)
 
 
 def answer_logits(model: Any, tokenizer: Any, features: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:

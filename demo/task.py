@@ -107,11 +107,16 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about a clip, its answer and its kind, one of `KINDS`."""
+    """A question about a clip, its answer and its kind, one of `KINDS`.
+
+    `never_shown` are the answers that it never has in training because their pair is held out. That they are wrong
+    there must not be taught: it says nothing about shapes and colours.
+    """
 
     kind: str
     text: str
     answer: str
+    never_shown: tuple[str, ...] = ()
 
 
 # ---- scenes
@@ -407,9 +412,11 @@ def _about_one(thing: Thing, things: Sequence[Thing]) -> list[Question]:
         if place is not None:
             asked.append(Question("where", f"Where is {name} {when}?", place))
     if thing.shape is not None:
-        asked.append(Question("what", f"Which shape is {name}?", thing.shape))
+        held_out = tuple(shape for colour, shape in sorted(HELD_OUT) if colour == thing.colour)
+        asked.append(Question("what", f"Which shape is {name}?", thing.shape, held_out))
         if not any(thing.shape in other.shapes for other in things if other is not thing):
-            asked.append(Question("what", f"Which colour is the {thing.shape}?", thing.colour))
+            held_out = tuple(colour for colour, shape in sorted(HELD_OUT) if shape == thing.shape)
+            asked.append(Question("what", f"Which colour is the {thing.shape}?", thing.colour, held_out))
     return asked
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from answering import BLOCKS, answer_logits, frame_features, normalise, pack
+from answering import BLOCKS, answer_logits, frame_features, normalise, pack, without_never_shown
 from card import card
 from checkpoint import SPECIAL_TOKENS, Shape, llava_onevision, save, train_tokenizer
 from evaluate import evaluate
@@ -29,6 +29,7 @@ from task import (
     BACKGROUNDS,
     COLOURS,
     GRID,
+    HELD_OUT,
     KINDS,
     MARKS,
     NUM_FRAMES,
@@ -317,8 +318,9 @@ class Trainer:
     def _answer_loss(self, batch: Batch) -> Tensor:
         by_clip = self._joint_features if self.stage.trains_tower else self._kept_features
         features = torch.stack([clip[batch.frames] for clip in by_clip(batch)])
-        logits, answers = answer_logits(self.model, self.tokenizer, features, pack(self.tokenizer, batch.asked))
-        return cross_entropy(logits, answers)
+        blocks = pack(self.tokenizer, batch.asked)
+        logits, answers = answer_logits(self.model, self.tokenizer, features, blocks)
+        return cross_entropy(without_never_shown(logits, blocks), answers)
 
     def _features(self, pictures: np.ndarray) -> Tensor:
         return frame_features(self.model, normalise(pictures).to(self.device))
@@ -419,7 +421,10 @@ def cell_loss(heads: nn.ModuleDict, features: Tensor, labels: Sequence[CellLabel
     total = 0.01 * features.float().square().mean()
     for name in CELL_CLASSES:
         wanted = truth(name)
-        losses = cross_entropy(heads[name](features).float().flatten(0, 1), wanted, reduction="none")
+        logits = heads[name](features).float().flatten(0, 1)
+        if name == "shape":
+            logits = logits.masked_fill(never_shown_shapes().to(logits.device)[truth("colour")], -torch.inf)
+        losses = cross_entropy(logits, wanted, reduction="none")
         there = wanted > 0
         for part, weight in ((losses[there], 1.0), (losses[~there], 0.5)):
             if part.numel():
@@ -431,6 +436,17 @@ def cell_loss(heads: nn.ModuleDict, features: Tensor, labels: Sequence[CellLabel
             told = heads[name](features).float().flatten(0, 1)[there]
             total = total + 2 * smooth_l1_loss(told, wanted.reshape(told.shape), beta=0.3)
     return total
+
+
+def never_shown_shapes() -> Tensor:
+    """Return for colour and shape, numbered as in `CellLabels`, whether training lacks the pair.
+
+    What it lacks is left out of the loss; else a tower learns of a red thing that it is no circle, whatever it sees.
+    """
+    lacking = torch.zeros(len(COLOURS) + 1, len(SHAPES) + 1, dtype=torch.bool)
+    for colour, shape in HELD_OUT:
+        lacking[list(COLOURS).index(colour) + 1, SHAPES.index(shape) + 1] = True
+    return lacking
 
 
 def clip_pictures(seed: int) -> np.ndarray:

@@ -3,10 +3,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from answering import BLOCKS, END, answer_logits, frame_features, normalise, pack
+from answering import BLOCKS, END, IGNORED, answer_logits, frame_features, normalise, pack, without_never_shown
 from checkpoint import SPECIAL_TOKENS, Shape, llava_onevision, train_tokenizer
 from evaluate import Share
-from task import corpus, questions, render, scene
+from task import HELD_OUT, corpus, questions, render, scene
 
 TINY = Shape(
     image_size=96,
@@ -58,6 +58,24 @@ def test_questions_in_blocks_are_answered_as_if_asked_alone(model_and_processor,
         features = torch.stack([frame_features(model, normalise(video)) for video in pictures])
         together, _ = answer_logits(model, tokenizer, features, pack(tokenizer, asked))
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-3, atol=1e-4)
+
+
+def test_what_training_never_shows_is_left_out_of_the_loss_and_nothing_else(tokenizer):
+    asked = [questions(scene(seed, split="train")) for seed in (1, 2)]
+    blocks = pack(tokenizer, asked)
+    labels = blocks.labels[blocks.labels != IGNORED]
+    logits = without_never_shown(torch.zeros(len(labels), len(tokenizer)), blocks)
+    place = 0
+    for question in (question for group in asked for question in group):
+        left_out = {tokenizer.decode([token]) for token in logits[place].isinf().nonzero().flatten().tolist()}
+        assert left_out == {
+            *(shape for colour, shape in HELD_OUT if question.text == f"Which shape is the {colour} one?"),
+            *(colour for colour, shape in HELD_OUT if question.text == f"Which colour is the {shape}?"),
+        }
+        rest = len(tokenizer(question.answer + END)["input_ids"])
+        assert not logits[place + 1 : place + rest].isinf().any()
+        place += rest
+    assert torch.isfinite(logits.gather(1, labels[:, None])).all()
 
 
 def test_words_of_the_task_are_single_tokens(tokenizer):
