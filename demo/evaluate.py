@@ -54,12 +54,17 @@ def right_answers(model: Any, tokenizer: Any, asked: list[Question], features: t
 
 
 @torch.no_grad()
-def evaluate(model: Any, tokenizer: Any, *, clips: int, split: str = "test") -> dict[str, Share]:
-    """Return the share of right answers by kind of question, overall, and about pairs held out of training."""
+def evaluate(
+    model: Any, tokenizer: Any, *, clips: int, split: str = "test", frames: slice = slice(None)
+) -> dict[str, Share]:
+    """Return the share of right answers by kind of question, overall, and about pairs held out of training.
+
+    `frames` are those the model is shown of each clip.
+    """
     tally: dict[str, list[bool]] = defaultdict(list)
     for seed in range(clips):
         made = scene(seed, split=split)
-        pixels = normalise(through_h264(render(made)[0])).to(model.device)
+        pixels = normalise(through_h264(render(made)[0])[frames]).to(model.device)
         features = frame_features(model, pixels)
         asked = questions(made)
         for question, right in zip(asked, right_answers(model, tokenizer, asked, features), strict=True):

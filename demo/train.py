@@ -355,8 +355,9 @@ class Trainer:
         return shares
 
     def accuracy(self, *, clips: int) -> dict[str, str]:
-        """Return the share of right answers on clips of the test split, by kind of question."""
-        result = evaluate(self.model, self.tokenizer, clips=clips)
+        """Return the share of right answers on clips of the test split, as many frames of them as the stage trains."""
+        frames = slice(None, None, NUM_FRAMES // self.stage.frames)
+        result = evaluate(self.model, self.tokenizer, clips=clips, frames=frames)
         return {name: str(share) for name, share in result.items()}
 
     def _log(self, entry: dict[str, Any]) -> None:
