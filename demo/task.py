@@ -340,6 +340,8 @@ class CellLabels:
     mark: np.ndarray  # index into MARKS plus one
     speck: np.ndarray  # its colour
     background: np.ndarray
+    row: np.ndarray  # of the cell, plus one
+    column: np.ndarray
     centre: np.ndarray  # (GRID, GRID, 2) from the cell's centre to the thing's, in cells
     radius: np.ndarray  # in cells
 
@@ -363,7 +365,8 @@ def cell_labels(scene: Scene, frame: int, owner: np.ndarray) -> CellLabels:
     if speck is not None and speck.visible(frame):
         labels["speck"][int(speck.y) // CELL, int(speck.x) // CELL] = list(COLOURS).index(speck.colour) + 1
     background = np.full((GRID, GRID), BACKGROUNDS.index(scene.backgrounds[frame]) + 1)
-    return CellLabels(**labels, background=background, centre=centre, radius=radius)
+    row, column = np.mgrid[1 : GRID + 1, 1 : GRID + 1]
+    return CellLabels(**labels, background=background, row=row, column=column, centre=centre, radius=radius)
 
 
 def write_clip(file: Path | IO[bytes], pictures: np.ndarray) -> None:

@@ -60,7 +60,15 @@ SHAPE = Shape(
         "num_key_value_heads": 3,
     },
 )
-CELL_CLASSES = {"colour": COLOURS, "shape": SHAPES, "mark": MARKS, "speck": COLOURS, "background": BACKGROUNDS}
+CELL_CLASSES = {
+    "colour": COLOURS,
+    "shape": SHAPES,
+    "mark": MARKS,
+    "speck": COLOURS,
+    "background": BACKGROUNDS,
+    "row": range(GRID),  # of the cell: a text model cannot count tokens, but has to tell places and directions
+    "column": range(GRID),
+}
 CHECKPOINT_SECONDS = 120
 TEST_EVERY = 250  # steps
 FRAMES_PER_SCENE = 4  # of the tower's stage

@@ -130,6 +130,7 @@ def test_cells_are_labelled_with_what_they_show():
     assert labels.shape[row, column] == SHAPES.index(thing.shapes[8]) + 1
     assert labels.mark[row, column] == MARKS.index(thing.mark) + 1
     assert np.allclose((np.array([column, row]) + 0.5 + labels.centre[row, column]) * CELL, thing.path[8])
+    assert (labels.row[row, column], labels.column[row, column]) == (row + 1, column + 1)
     assert (labels.colour.shape, pictures.shape) == ((GRID, GRID), (1, SIZE, SIZE, 3))
     empty = replace(made, things=(), speck=None)
     nothing = cell_labels(empty, 8, np.full((SIZE, SIZE), NO_THING))
