@@ -180,12 +180,12 @@ class Generation(ABC, Generic[R]):
             passed = stream.feed(piece)
             record.usage = stream.usage
             record.tokens = tokens_of(stream.usage) or prompt_tokens + stream.tokens
-            if stream.tokens > tokens:
-                now = perf_counter()
-                self._time(stream.tokens - tokens, now - latest, is_first=tokens == 0, record=record)
-                tokens, latest = stream.tokens, now
+            now = perf_counter()
             if passed:
                 await answer.piece(passed)
+            if stream.tokens > tokens:
+                self._time(stream.tokens - tokens, now - latest, is_first=tokens == 0, record=record)
+                tokens, latest = stream.tokens, now
             if stream.failure is not None:
                 raise stream.failure
         stream.end()
