@@ -5,7 +5,8 @@
 The engine answers at once, so that what is left is the way there and back. Every arm is asked in turn, one request at a
 time (or a batch of them, 64 at once), so that what else the machine does falls on all; what an arm adds is the median,
 over rounds, of its time less the direct time of the same round. Bodies: 200 bytes of text, and data URLs that make the
-body 1 MiB and 8 MiB, each a playable MP4 of its own, for ours opens and probes every video where the others pass it on.
+body 1 MiB and 8 MiB, each a playable MP4 of its own, for ours opens and probes every video where the others pass it on;
+where engines share a volume with ours, a video goes there and not through the request.
 Streams carry the time at which each chunk left the engine, by the clock of the machine all run on. Processor time and
 memory are those of an arm's processes. `--soak SECONDS` holds 200 streams open through ours, each about a video of its
 own and ten seconds long, and prints what memory and open files come to.
@@ -41,6 +42,7 @@ from demo.clip import write_clip  # noqa: E402
 
 PEERS = ROOT / ".cache" / "bench" / "peers"
 BODIES = {"200 B": 200, "1 MiB": 2**20, "8 MiB": 8 * 2**20}
+OURS = "aot gateway"
 MANY = 64
 STREAMED_BYTES = 128 * 1024
 CHAT = "/v1/chat/completions"
@@ -230,9 +232,13 @@ def start_arms(stack: ExitStack, *, peers: bool, gap_seconds: float) -> tuple[di
         arms[name] = f"http://127.0.0.1:{port}"
         pids[name] = stack.enter_context(process(command, health=arms[name] + health, environment=environment))
 
-    port = free_port()
-    ours = {"AOT_GATEWAY_PORT": str(port), "AOT_GATEWAY_ENGINES": engine, "AOT_GATEWAY_MAX_CONCURRENCY": "256"}
-    add("aot gateway", [sys.executable, "-m", "server"], port, "/health/ready", {**ours, "PYTHONPATH": str(ROOT)})
+    ours = {"AOT_GATEWAY_ENGINES": engine, "AOT_GATEWAY_MAX_CONCURRENCY": "256", "PYTHONPATH": str(ROOT)}
+    media = stack.enter_context(tempfile.TemporaryDirectory())
+    files = {"AOT_GATEWAY_MEDIA_HANDOFF": "file", "AOT_GATEWAY_MEDIA_DIR": media}
+    for name, settings in ((OURS, {}), ("aot gateway, videos as files", files)):
+        port = free_port()
+        environment = {**ours, **settings, "AOT_GATEWAY_PORT": str(port)}
+        add(name, [sys.executable, "-m", "server"], port, "/health/ready", environment)
     port = free_port()
     add("streaming proxy", [sys.executable, str(bench / "streaming_proxy.py"), str(port), engine], port, "/health")
     if peers:
@@ -321,7 +327,7 @@ def main() -> None:
         gap_seconds = 0.1 if arguments.soak else 0.01
         arms, pids = start_arms(stack, peers=arguments.peers, gap_seconds=gap_seconds)
         if arguments.soak:
-            seen = asyncio.run(soak(arms["aot gateway"], pids["aot gateway"], Bodies(), arguments.soak))
+            seen = asyncio.run(soak(arms[OURS], pids[OURS], Bodies(), arguments.soak))
             lines = ["| after | memory | open files |", "|--:|--:|--:|"]
             lines += [f"| {at:.0f} s | {mib:.0f} MiB | {files} |" for at, mib, files in seen]
             text = "\n".join(lines)
