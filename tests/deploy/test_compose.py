@@ -115,6 +115,17 @@ def test_the_engine_takes_as_many_gpus_as_it_is_split_over():
     assert "--tensor-parallel-size=4" in services["engine"]["command"]
 
 
+def test_memory_is_set_aside_and_the_gateways_is_bounded():
+    resources = {name: SERVICES[name]["deploy"]["resources"] for name in ("gateway", "engine-cpu")}
+    assert all(resource["reservations"]["memory"] for resource in resources.values())
+    assert resources["gateway"]["limits"]["memory"] == "8g"
+
+
+def test_grafana_starts_after_a_prometheus_that_answers():
+    assert SERVICES["grafana"]["depends_on"] == {"prometheus": {"condition": "service_healthy"}}
+    assert all("healthcheck" in SERVICES[name] for name in ("prometheus", "grafana"))
+
+
 def test_keys_come_from_files_that_only_who_needs_them_sees():
     seen = {name: set(service.get("secrets", ())) for name, service in SERVICES.items()}
     assert seen == {
