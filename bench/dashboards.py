@@ -4,6 +4,7 @@
 
 The engine serves a tiny model with random weights; users of the load test ask about videos, whole and reduced, and
 about text, and some requests are refused. Grafana takes no part: matplotlib draws, with its titles, units and places.
+It needs the extra `draw`, beside those of the engine and the gateway, and Debian's package prometheus.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ PROMETHEUS = ROOT / "deploy" / "prometheus"
 RETENTION = 0.10
 SCRAPE_SECONDS = 5
 COLUMNS = 24
-COLOURS = 64
+COLOURS = 128
 INCHES = 0.62, 0.38  # of a column and of a row
 Series = list[tuple[str, list[float], list[float]]]
 """A line's name, its times in days as matplotlib counts them, its values."""
@@ -186,8 +187,9 @@ def _number(axes: Axes, lines: Series, *, unit: str) -> None:
 
 
 def _lines(axes: Axes, lines: Series, *, unit: str) -> None:
+    lines = [line for line in lines if any(line[2])] or lines  # of many, those that say something
     for name, times, values in lines:
-        axes.plot(times, values, linewidth=1, label=name)
+        axes.plot(times, values, linewidth=1, label=name, clip_on=False)
         axes.fill_between(times, values, alpha=0.08)
     finite = [value for _, _, values in lines for value in values if isfinite(value)]
     axes.set_ylim(0, 1.08 * max(finite, default=0) or 1)

@@ -234,3 +234,45 @@ def test_autoscalers_know_metrics_that_there_are_and_replicas_are_left_to_them()
     for scaler in scaled:
         target = scaler["spec"]["scaleTargetRef"]
         assert "replicas" not in of(documents, target["kind"], target["name"])["spec"]
+
+
+@with_kubectl
+def test_llm_ds_router_finds_the_engines_and_may_reach_them():
+    examples = MANIFESTS / "examples"
+    servers = yaml.safe_load((examples / "llm-d-values.yaml").read_text())["router"]["modelServers"]
+    pod = of(rendered("replicas"), "StatefulSet", "engine")["spec"]["template"]
+    assert servers["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    [port] = pod["spec"]["containers"][0]["ports"]
+    assert servers["targetPorts"] == [{"number": port["containerPort"]}]
+    engines, gateways = (d["spec"] for d in read((examples / "llm-d-network.yaml").read_text()))
+    assert engines["podSelector"]["matchLabels"] == servers["matchLabels"]
+    assert engines["ingress"][0]["ports"] == [{"port": port["containerPort"]}]
+    assert engines["ingress"][0]["from"] == gateways["egress"][0]["to"]
+
+
+@with_kubectl
+def test_the_secrets_that_the_document_creates_are_those_that_are_read():
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
+    created = {
+        name: set(re.findall(r"--from-(?:literal|file)=([\w.]+)", rest))
+        for name, rest in re.findall(r"create secret generic (\S+) (.*)$", text, re.MULTILINE)
+    }
+    documents = rendered("replicas")
+    wanted: dict[str, set[str]] = {}
+    for pod in pods(documents):
+        keys = [e["valueFrom"]["secretKeyRef"] for c in pod["containers"] for e in c.get("env", []) if "valueFrom" in e]
+        for key in keys:
+            if not key.get("optional"):
+                wanted.setdefault(key["name"], set()).add(key["key"])
+        for volume in pod.get("volumes", []):
+            parts = [p["secret"] for p in volume.get("projected", {}).get("sources", [])]
+            parts += [volume["secret"]] if "secret" in volume else []
+            for part in parts:
+                name = part.get("name") or part["secretName"]
+                wanted.setdefault(name, set()).update(item["key"] for item in part["items"])
+    for monitor in (d for d in documents if d["kind"] == "ServiceMonitor"):
+        for endpoint in monitor["spec"]["endpoints"]:
+            if "authorization" in endpoint:
+                credentials = endpoint["authorization"]["credentials"]
+                wanted.setdefault(credentials["name"], set()).add(credentials["key"])
+    assert created == wanted
