@@ -162,21 +162,3 @@ def test_the_gateway_takes_its_settings_and_the_example_configuration(tmp_path, 
 def test_the_example_configuration_names_the_model_that_the_engines_serve(engine):
     aliases = configuration.load(ROOT / "docker" / "gateway.example.yaml").aliases
     assert {alias.engine_model for alias in aliases.values()} == {flags(engine)["--served-model-name"]}
-
-
-def test_vllm_takes_the_flags_of_both_engines():
-    code = (
-        "import json, sys\n"
-        "from vllm.entrypoints.launchers.cli_args import make_arg_parser\n"
-        "from vllm.utils.argparse_utils import FlexibleArgumentParser\n"
-        "parser = make_arg_parser(FlexibleArgumentParser())\n"
-        "names = 'model_tag', 'served_model_name', 'video_pruning_rate', 'shutdown_timeout'\n"
-        "parsed = [vars(parser.parse_args(command)) for command in json.loads(sys.argv[1])]\n"
-        "print('told', json.dumps([[args[name] for name in names] for args in parsed]))\n"
-    )
-    commands = json.dumps([SERVICES[engine]["command"] for engine in ENGINES])
-    parsed = subprocess.run([sys.executable, "-c", code, commands], capture_output=True, text=True, check=False)
-    assert parsed.returncode == 0, parsed.stderr
-    told = json.loads(parsed.stdout.rpartition("told ")[2])
-    models = [example_variables()["AOT_MODEL"], "/models/demo"]
-    assert told == [[model, ["video"], 0.9, 60] for model in models]
