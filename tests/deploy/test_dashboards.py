@@ -102,5 +102,5 @@ def test_the_document_shows_a_picture_of_each_dashboard_with_the_panels_it_has()
     for name, board in DASHBOARDS.items():
         file = f"dashboards/{Path(name).stem}.png"
         assert f"]({file})" in text
-        picture = Image.open(ROOT / "docs" / file)
-        assert json.loads(picture.info["Description"]) == [panel["title"] for panel in board["panels"]], file
+        with Image.open(ROOT / "docs" / file) as picture:
+            assert json.loads(picture.info["Description"]) == [panel["title"] for panel in board["panels"]], file
