@@ -26,6 +26,12 @@ class Load:
         with (self.directory / "load_stats.csv").open(newline="") as file:
             return {(row["Type"], row["Name"]): row for row in csv.DictReader(file)}
 
+    def users(self):
+        """How many there were, a second apart, up to the most."""
+        with (self.directory / "load_stats_history.csv").open(newline="") as file:
+            users = [int(row["User Count"]) for row in csv.DictReader(file)]
+        return users[: users.index(max(users)) + 1]
+
     def count(self, kind, *names):
         rows = self.rows()
         return sum(int(rows[kind, name]["Request Count"]) for name in names)
@@ -142,14 +148,17 @@ async def test_what_two_workers_ask_adds_up_at_their_master(stack, load, unused_
     workers = [locust("--worker", "--master-port", str(unused_tcp_port)) for _ in range(2)]
     try:
         at = ("--master-bind-host", "127.0.0.1", "--master-bind-port", str(unused_tcp_port))
-        arms = ("--arms", "off=llava@1,aot=llava@0.1", "--repeat-share", "0")
-        run = await load(gateway, "--master", "--expect-workers", "2", *at, *arms, "--slo-ttft-p95", "30", seconds=4)
+        arms = ("--arms", "off=llava@1,aot=llava@0.1", "--repeat-share", "0", "--shape", "steps")
+        run = await load(gateway, "--master", "--expect-workers", "2", *at, *arms, "--slo-ttft-p95", "30", seconds=6)
         assert run.code == 0, run.output
         told = [await asyncio.to_thread(worker.communicate, timeout=30) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
     assert [worker.returncode for worker in workers] == [0, 0], told
+    assert run.users() == sorted(run.users())
+    assert max(run.users()) == 4
+    assert len(set(run.users())) > 2, "they come in steps"
     requests = run.count("E2E", "off", "aot")
     assert requests == (await engine.told())["requests"]
     assert requests == run.count("TTFT", "off", "aot") == run.count("GATEWAY", "off", "aot")
