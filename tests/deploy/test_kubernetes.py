@@ -2,6 +2,7 @@
 
 import copy
 import ipaddress
+import json
 import re
 import shutil
 import subprocess
@@ -276,3 +277,20 @@ def test_the_secrets_that_the_document_creates_are_those_that_are_read():
                 credentials = endpoint["authorization"]["credentials"]
                 wanted.setdefault(credentials["name"], set()).add(credentials["key"])
     assert created == wanted
+
+
+@with_kubectl
+def test_the_dashboards_fit_into_a_config_map():
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
+    [command] = re.findall(r"^\$ (kubectl .* create configmap .*)$", text, re.MULTILINE)
+    made = subprocess.run(
+        [*command.split(), "--dry-run=client", "--output=json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    data = json.loads(made.stdout)["data"]
+    assert set(data) == {path.name for path in (ROOT / "deploy" / "grafana" / "dashboards").iterdir()}
+    assert len(made.stdout.encode()) < 2**20
