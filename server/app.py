@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from server import __version__, configuration, openapi
 from server.auth import Authenticated, metrics_keys, tenant_keys
+from server.buffers import Buffers
 from server.catalogue import Catalogue
 from server.engines import EnginePool
 from server.errors import ConfigurationError
@@ -120,6 +121,7 @@ def create_app(
         )
         common: dict[str, Any] = {
             "catalogue": catalogue,
+            "buffers": Buffers(max_bytes=settings.max_buffered_bytes, metrics=metrics),
             "gate": Gate(
                 max_concurrency=settings.max_concurrency,
                 max_queue=settings.max_queue,
