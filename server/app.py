@@ -142,7 +142,7 @@ def create_app(
         for endpoint in (
             ChatCompletions(**common, intake=intake, llm_d_headers=settings.llm_d_headers),
             Completions(**common),
-            Responses(**common),
+            Responses(**common, intake=intake),
         ):
             app.router.routes.append(Route(endpoint.path, endpoint, methods=["POST"]))
         app.include_router(models_router(catalogue))

@@ -89,6 +89,17 @@ async def test_images_and_audio_on_a_public_host_reach_the_engine_as_data_urls(e
     assert "mm_processor_kwargs" not in engine.requests[0]
 
 
+async def test_the_images_of_responses_are_fetched_here_too(engine, internet, host):
+    async with gateway(engine, **fetching(internet)) as client:
+        content = [{"type": "input_image", "image_url": f"{URL}/a.png", "detail": "auto"}]
+        answer = await client.post(
+            "/v1/responses", json={"model": "llava", "input": [{"role": "user", "content": content}]}
+        )
+    assert answer.status_code == 200, answer.text
+    assert engine.requests[0]["input"][0]["content"] == [{**content[0], "image_url": data_url(picture(), "image/png")}]
+    assert host.asked == ["/a.png"]
+
+
 async def test_images_and_audio_in_the_request_and_text_pass_untouched(engine):
     parts = [
         {"type": "image_url", "image_url": {"url": data_url(picture(), "image/png")}},
