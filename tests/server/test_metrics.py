@@ -243,6 +243,13 @@ async def test_every_metric_of_a_request_moves(engine):
         assert value(client, "engine_up", engine="engine-0") == 1
 
 
+async def test_first_tokens_are_told_apart_up_to_two_minutes(engine):
+    async with gateway(engine) as client:
+        await client.post(CHAT, json=ask(stream=True))
+        assert value(client, "time_to_first_token_seconds_bucket", model="llava", le="120.0") == 1
+        assert value(client, "time_to_first_token_seconds_bucket", model="llava", le="90.0") == 1
+
+
 async def test_the_overhead_does_not_contain_the_wait_for_the_engine(engine):
     engine.delay_seconds = 0.5
     async with gateway(engine) as client:

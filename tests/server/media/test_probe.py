@@ -4,12 +4,13 @@ import signal
 import struct
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from server.media.file import in_memory
 from server.media.identify import identify
-from server.media.probe import Limits, ProbeError, Prober
+from server.media.probe import MEMORY_BYTES, Limits, ProbeError, Prober
 from tests.server.clips import clip, growing, picture, sound
 from tests.server.harness import children
 from tests.server.media import lies
@@ -109,6 +110,17 @@ async def test_a_probe_that_hangs_is_ended():
         assert (await probe(prober, clip())).frames == 12
     finally:
         prober.close()
+
+
+async def test_a_worker_is_held_to_its_memory_and_time_and_writes_nothing(prober):
+    await probe(prober, clip())
+    (worker,) = prober.process_ids
+    lines = Path(f"/proc/{worker}/limits").read_text().splitlines()
+    soft = {line[:26].strip(): line[26:].split()[0] for line in lines[1:]}
+    assert soft["Max address space"] == str(MEMORY_BYTES)
+    assert soft["Max file size"] == soft["Max core file size"] == "0"
+    assert 0 < int(soft["Max cpu time"]) < 60
+    assert b"AOT_" not in Path(f"/proc/{worker}/environ").read_bytes()
 
 
 async def test_probes_do_not_exceed_their_processes():
