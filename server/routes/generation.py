@@ -274,7 +274,9 @@ def isolate(fields: dict[str, Any], tenant: str) -> None:
 async def read_body(headers: Headers, receive: Receive, buffer: Buffer, *, max_bytes: int, seconds: float) -> bytearray:
     """Return the request's body, held in `buffer`; raises as `consume_body` does, and Overloaded if it has no room."""
     body = bytearray()
-    buffer.expect(min(declared_length(headers) or 0, max_bytes))
+    announced = declared_length(headers) or 0
+    if announced <= max_bytes:  # otherwise it is too large at any time
+        buffer.expect(announced)
 
     async def keep(piece: bytes) -> None:
         buffer.grow(len(piece))

@@ -60,6 +60,7 @@ async def test_bodies_have_room_one_after_the_other_and_what_is_small_always(eng
         await until(lambda: engine.running)
         assert value(client, "buffered_bytes") > BODY - FREE_BYTES
         assert refused(await client.post(CHAT, json=large()))
+        assert (await client.post(CHAT, json=ask(note="x" * ROOM["max_body_bytes"]))).status_code == 413
         assert (await client.post(CHAT, json=ask(stream=stream))).status_code == 200
         assert (await first).status_code == 200
         assert value(client, "buffered_bytes") == 0
