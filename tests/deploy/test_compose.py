@@ -118,7 +118,7 @@ def test_the_engine_takes_as_many_gpus_as_it_is_split_over():
 def test_memory_is_set_aside_and_the_gateways_is_bounded():
     resources = {name: SERVICES[name]["deploy"]["resources"] for name in ("gateway", "engine-cpu")}
     assert all(resource["reservations"]["memory"] for resource in resources.values())
-    assert resources["gateway"]["limits"]["memory"] == "8g"
+    assert resources["gateway"]["limits"]["memory"] == "4g"
 
 
 def test_grafana_starts_after_a_prometheus_that_answers():
