@@ -21,6 +21,7 @@ import base64
 import importlib.metadata
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -127,13 +128,18 @@ async def ask(session: Session, address: str, body: bytes) -> float:
     return time.perf_counter() - started
 
 
+def turns(arms: dict[str, str], number: int) -> list[str]:
+    """Return the arms' names in the order of a round: none has the same before it every time."""
+    return random.Random(number).sample(list(arms), len(arms))
+
+
 async def one_at_a_time(arms: dict[str, str], make: Callable[[], bytes], rounds: int) -> dict[str, list[float]]:
     """Return each arm's seconds, a request a round."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     async with new_session() as session:
         for number in range(rounds + 3):
-            for name, address in arms.items():
-                taken = await ask(session, address, make())
+            for name in turns(arms, number):
+                taken = await ask(session, arms[name], make())
                 if number >= 3:
                     seconds[name].append(taken)
     return seconds
@@ -144,10 +150,10 @@ async def many_at_once(arms: dict[str, str], make: Callable[[], bytes], rounds: 
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     async with new_session() as session:
         for number in range(rounds + 1):
-            for name, address in arms.items():
+            for name in turns(arms, number):
                 bodies = [make() for _ in range(MANY)]
                 started = time.perf_counter()
-                await asyncio.gather(*(ask(session, address, body) for body in bodies))
+                await asyncio.gather(*(ask(session, arms[name], body) for body in bodies))
                 if number:
                     seconds[name].append((time.perf_counter() - started) / MANY)
     return seconds
@@ -175,9 +181,9 @@ async def streams(arms: dict[str, str], bodies: Bodies, rounds: int) -> dict[str
     """Return the median delay of a stream's chunks, a stream a round."""
     delays: dict[str, list[float]] = {name: [] for name in arms}
     async with new_session() as session:
-        for _ in range(rounds):
-            for name, address in arms.items():
-                delays[name].append(statistics.median(await chunk_delays(session, address, bodies.stream(200))))
+        for number in range(rounds):
+            for name in turns(arms, number):
+                delays[name].append(statistics.median(await chunk_delays(session, arms[name], bodies.stream(200))))
     return delays
 
 
