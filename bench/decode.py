@@ -16,11 +16,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
 import time
-from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,10 +182,8 @@ def main() -> None:
     rounds: dict[str, dict[int, list[float]]] = {key: {running: [] for running in RUNNING} for key in ARMS}
     try:
         for turn in range(arguments.rounds + 1):
-            order = deque(ARMS)
-            order.rotate(turn)
             for running in RUNNING:
-                for key in order:
+                for key in random.Random(turn).sample(list(ARMS), len(ARMS)):
                     seconds = statistics.median(processes[key].ask(running))
                     if turn:  # the first turn warms up
                         rounds[key][running].append(seconds)

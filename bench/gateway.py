@@ -5,9 +5,11 @@
 The engine answers at once, so that what is left is the way there and back. Every arm is asked in turn, one request at a
 time (or a batch of them, 64 at once), so that what else the machine does falls on all; what an arm adds is the median,
 over rounds, of its time less the direct time of the same round. Bodies: 200 bytes of text, and data URLs that make the
-body 1 MiB and 8 MiB, each a playable MP4 of its own, for ours opens and probes every video where the others pass it on.
+body 1 MiB and 8 MiB, each a playable MP4 of its own, for ours opens and probes every video where the others pass it on;
+where engines share a volume with ours, a video goes there and not through the request.
 Streams carry the time at which each chunk left the engine, by the clock of the machine all run on. Processor time and
-memory are those of an arm's processes. `--soak SECONDS` holds 200 streams open through ours and prints its memory.
+memory are those of an arm's processes. `--soak SECONDS` holds 200 streams open through ours, each about a video of its
+own and ten seconds long, and prints what memory and open files come to.
 `--peers` adds vllm-router and LiteLLM's proxy, in an environment of their own, as `bench/peers.txt` pins them.
 """
 
@@ -19,6 +21,7 @@ import base64
 import importlib.metadata
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -40,7 +43,9 @@ from demo.clip import write_clip  # noqa: E402
 
 PEERS = ROOT / ".cache" / "bench" / "peers"
 BODIES = {"200 B": 200, "1 MiB": 2**20, "8 MiB": 8 * 2**20}
+OURS = "aot gateway"
 MANY = 64
+STREAMED_BYTES = 128 * 1024
 CHAT = "/v1/chat/completions"
 
 
@@ -68,6 +73,11 @@ def memory_mib(pid: int) -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
+def open_files(pid: int) -> int:
+    """Return how many files and sockets they hold open."""
+    return sum(len(list(Path(f"/proc/{member}/fd").iterdir())) for member in family(pid))
+
+
 class Bodies:
     """Requests of a size, each about another video."""
 
@@ -91,9 +101,9 @@ class Bodies:
             content.insert(0, {"type": "video_url", "video_url": {"url": url}})
         return json.dumps({"model": "bench", "messages": [{"role": "user", "content": content}]}).encode()
 
-    def stream(self) -> bytes:
+    def stream(self, size: int) -> bytes:
         """Return a request for a stream."""
-        return json.dumps({**json.loads(self.make(200)), "stream": True}, separators=(",", ":")).encode()
+        return self.make(size)[:-1] + b',"stream":true}'
 
 
 Session = aiohttp.ClientSession
@@ -118,13 +128,18 @@ async def ask(session: Session, address: str, body: bytes) -> float:
     return time.perf_counter() - started
 
 
+def turns(arms: dict[str, str], number: int) -> list[str]:
+    """Return the arms' names in the order of a round: none has the same before it every time."""
+    return random.Random(number).sample(list(arms), len(arms))
+
+
 async def one_at_a_time(arms: dict[str, str], make: Callable[[], bytes], rounds: int) -> dict[str, list[float]]:
     """Return each arm's seconds, a request a round."""
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     async with new_session() as session:
         for number in range(rounds + 3):
-            for name, address in arms.items():
-                taken = await ask(session, address, make())
+            for name in turns(arms, number):
+                taken = await ask(session, arms[name], make())
                 if number >= 3:
                     seconds[name].append(taken)
     return seconds
@@ -135,10 +150,10 @@ async def many_at_once(arms: dict[str, str], make: Callable[[], bytes], rounds: 
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     async with new_session() as session:
         for number in range(rounds + 1):
-            for name, address in arms.items():
+            for name in turns(arms, number):
                 bodies = [make() for _ in range(MANY)]
                 started = time.perf_counter()
-                await asyncio.gather(*(ask(session, address, body) for body in bodies))
+                await asyncio.gather(*(ask(session, arms[name], body) for body in bodies))
                 if number:
                     seconds[name].append((time.perf_counter() - started) / MANY)
     return seconds
@@ -166,9 +181,9 @@ async def streams(arms: dict[str, str], bodies: Bodies, rounds: int) -> dict[str
     """Return the median delay of a stream's chunks, a stream a round."""
     delays: dict[str, list[float]] = {name: [] for name in arms}
     async with new_session() as session:
-        for _ in range(rounds):
-            for name, address in arms.items():
-                delays[name].append(statistics.median(await chunk_delays(session, address, bodies.stream())))
+        for number in range(rounds):
+            for name in turns(arms, number):
+                delays[name].append(statistics.median(await chunk_delays(session, arms[name], bodies.stream(200))))
     return delays
 
 
@@ -187,32 +202,35 @@ async def processor_time(address: str, pid: int, make: Callable[[], bytes], requ
         return (processor_seconds(pid) - before) / (requests // 16 * 16) * 1000
 
 
-async def soak(address: str, pid: int, bodies: Bodies, seconds: float) -> list[tuple[float, float]]:
-    """Hold 200 streams open, a new one for each that ends; return memory in MiB over time."""
+async def soak(address: str, pid: int, bodies: Bodies, seconds: float) -> list[tuple[float, float, int]]:
+    """Hold 200 streams open, a new one for each that ends; return seconds, memory in MiB and open files."""
     until = time.monotonic() + seconds
     seen = []
 
     async def stream_after_stream(session: Session) -> None:
         while time.monotonic() < until:
-            await chunk_delays(session, address, bodies.stream())
+            await chunk_delays(session, address, bodies.stream(STREAMED_BYTES))
 
     async with new_session() as session:
         streaming = asyncio.gather(*(stream_after_stream(session) for _ in range(200)))
         started = time.monotonic()
         while time.monotonic() < until:
             await asyncio.sleep(min(30, seconds / 10))
-            seen.append((time.monotonic() - started, memory_mib(pid)))
+            seen.append((time.monotonic() - started, memory_mib(pid), open_files(pid)))
         await streaming
     return seen
 
 
-def start_arms(stack: ExitStack, *, peers: bool) -> tuple[dict[str, str], dict[str, int]]:
+def start_arms(stack: ExitStack, *, peers: bool, gap_seconds: float) -> tuple[dict[str, str], dict[str, int]]:
     """Start the engine and everything in front of it; return addresses and process ids by name."""
     engine_port = free_port()
     engine = f"http://127.0.0.1:{engine_port}"
     bench = ROOT / "bench"
     stack.enter_context(
-        process([sys.executable, str(bench / "mock_engine.py"), str(engine_port)], health=f"{engine}/health")
+        process(
+            [sys.executable, str(bench / "mock_engine.py"), str(engine_port), str(gap_seconds)],
+            health=f"{engine}/health",
+        )
     )
     arms, pids = {"direct": engine}, {}
 
@@ -220,9 +238,13 @@ def start_arms(stack: ExitStack, *, peers: bool) -> tuple[dict[str, str], dict[s
         arms[name] = f"http://127.0.0.1:{port}"
         pids[name] = stack.enter_context(process(command, health=arms[name] + health, environment=environment))
 
-    port = free_port()
-    ours = {"AOT_GATEWAY_PORT": str(port), "AOT_GATEWAY_ENGINES": engine, "AOT_GATEWAY_MAX_CONCURRENCY": "256"}
-    add("aot gateway", [sys.executable, "-m", "server"], port, "/health/ready", {**ours, "PYTHONPATH": str(ROOT)})
+    ours = {"AOT_GATEWAY_ENGINES": engine, "AOT_GATEWAY_MAX_CONCURRENCY": "256", "PYTHONPATH": str(ROOT)}
+    media = stack.enter_context(tempfile.TemporaryDirectory())
+    files = {"AOT_GATEWAY_MEDIA_HANDOFF": "file", "AOT_GATEWAY_MEDIA_DIR": media}
+    for name, settings in ((OURS, {}), ("aot gateway, videos as files", files)):
+        port = free_port()
+        environment = {**ours, **settings, "AOT_GATEWAY_PORT": str(port)}
+        add(name, [sys.executable, "-m", "server"], port, "/health/ready", environment)
     port = free_port()
     add("streaming proxy", [sys.executable, str(bench / "streaming_proxy.py"), str(port), engine], port, "/health")
     if peers:
@@ -308,10 +330,12 @@ def main() -> None:
     if arguments.peers:
         install_peers()
     with ExitStack() as stack:
-        arms, pids = start_arms(stack, peers=arguments.peers)
+        gap_seconds = 0.1 if arguments.soak else 0.01
+        arms, pids = start_arms(stack, peers=arguments.peers, gap_seconds=gap_seconds)
         if arguments.soak:
-            seen = asyncio.run(soak(arms["aot gateway"], pids["aot gateway"], Bodies(), arguments.soak))
-            lines = ["| after | memory |", "|--:|--:|", *(f"| {at:.0f} s | {mib:.0f} MiB |" for at, mib in seen)]
+            seen = asyncio.run(soak(arms[OURS], pids[OURS], Bodies(), arguments.soak))
+            lines = ["| after | memory | open files |", "|--:|--:|--:|"]
+            lines += [f"| {at:.0f} s | {mib:.0f} MiB | {files} |" for at, mib, files in seen]
             text = "\n".join(lines)
         else:
             text = asyncio.run(measure(arms, pids, arguments.rounds))

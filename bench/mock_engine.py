@@ -1,4 +1,7 @@
-"""An engine that answers at once: vLLM's wire format and none of its work. `python bench/mock_engine.py PORT`."""
+"""An engine that answers at once: vLLM's wire format and none of its work.
+
+python bench/mock_engine.py PORT SECONDS_BETWEEN_CHUNKS
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ SAVED = {
     "x-aot-video-tokens-after": "627",
     "x-aot-video-retention": "0.1",
 }
-GAP_SECONDS = 0.01
+CHUNKS = 100
 
 
 def event(content: str, finish: str | None = None) -> bytes:
@@ -40,19 +43,18 @@ async def chat(request: web.Request) -> web.StreamResponse:
         return web.Response(body=WHOLE, content_type="application/json", headers=SAVED)
     answer = web.StreamResponse(headers={"content-type": "text/event-stream; charset=utf-8", **SAVED})
     await answer.prepare(request)
-    chunks = int(request.app["chunks"])
-    for index in range(chunks):
-        await answer.write(event(f"{time.perf_counter():.7f}", "stop" if index == chunks - 1 else None))
-        await asyncio.sleep(GAP_SECONDS)
+    for index in range(CHUNKS):
+        await answer.write(event(f"{time.perf_counter():.7f}", "stop" if index == CHUNKS - 1 else None))
+        await asyncio.sleep(request.app["gap"])
     await answer.write(b"data: [DONE]\n\n")
     await answer.write_eof()
     return answer
 
 
-def main(port: int) -> None:
+def main(port: int, gap_seconds: float) -> None:
     """Serve on loopback until told to stop."""
     app = web.Application(client_max_size=2**30)
-    app["chunks"] = 100
+    app["gap"] = gap_seconds
     app.router.add_get("/health", lambda _: _ok())
     app.router.add_get("/v1/models", lambda _: _models())
     app.router.add_post("/v1/chat/completions", chat)
@@ -68,4 +70,4 @@ async def _models() -> web.Response:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), float(sys.argv[2]))

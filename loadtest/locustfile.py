@@ -30,6 +30,7 @@ from loadtest.arms import Arm, arms_in
 from loadtest.shapes import SHAPES, stages, users_at
 from loadtest.stream import Answer, read_answer
 from loadtest.videos import Library, sizes_in
+from loadtest.workers import LastReports
 
 CHAT = "/v1/chat/completions"
 OVERHEAD = "x-aot-gateway-overhead-ms"
@@ -181,6 +182,11 @@ def _refusal(response: Any) -> str:
     return f"{response.status_code} {code}"
 
 
+@events.init.add_listener
+def _(environment: Any, **_: Any) -> None:
+    environment.aot_last_reports = LastReports(environment)
+
+
 @events.test_start.add_listener
 def _(environment: Any, **_: Any) -> None:
     options = environment.parsed_options
@@ -190,7 +196,8 @@ def _(environment: Any, **_: Any) -> None:
 
 @events.test_stop.add_listener
 def _(environment: Any, **_: Any) -> None:
-    if environment.parsed_options.csv_prefix:
+    environment.aot_last_reports.wait()
+    if environment.parsed_options.csv_prefix and not isinstance(environment.runner, WorkerRunner):
         gevent.sleep(2 * CSV_STATS_INTERVAL_SEC)  # the files are written now and then, and not once more at the end
 
 

@@ -12,6 +12,7 @@ from server import logs
 from server.app import create_app
 from server.errors import ConfigurationError
 from server.lifecycle import Lifecycle
+from server.protocol import bounded_http
 from server.settings import Settings, traces_are_exported
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def main() -> int:
         host=settings.host,
         port=settings.port,
         loop="uvloop" if importlib.util.find_spec("uvloop") else "asyncio",
-        http="httptools" if importlib.util.find_spec("httptools") else "h11",
+        http=bounded_http(head_seconds=settings.body_seconds),
         ws="none",
         lifespan="on",
         access_log=False,

@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from server import __version__, configuration, openapi
 from server.auth import Authenticated, metrics_keys, tenant_keys
+from server.buffers import Buffers
 from server.catalogue import Catalogue
 from server.engines import EnginePool
 from server.errors import ConfigurationError
@@ -120,6 +121,7 @@ def create_app(
         )
         common: dict[str, Any] = {
             "catalogue": catalogue,
+            "buffers": Buffers(max_bytes=settings.max_buffered_bytes, metrics=metrics),
             "gate": Gate(
                 max_concurrency=settings.max_concurrency,
                 max_queue=settings.max_queue,
@@ -140,7 +142,7 @@ def create_app(
         for endpoint in (
             ChatCompletions(**common, intake=intake, llm_d_headers=settings.llm_d_headers),
             Completions(**common),
-            Responses(**common),
+            Responses(**common, intake=intake),
         ):
             app.router.routes.append(Route(endpoint.path, endpoint, methods=["POST"]))
         app.include_router(models_router(catalogue))

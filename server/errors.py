@@ -13,7 +13,7 @@ GatewayError
 ├── UnknownModel, UnknownFile
 ├── BodyTooLarge, BodyTimeout
 ├── RateLimited               the tenant has used up what it may
-├── Overloaded                queue, downloads or media store full, or too long a wait in the queue
+├── Overloaded                queue, memory, downloads or media store full, or too long a wait in the queue
 ├── Draining                  the gateway is shutting down
 ├── EngineUnavailable         no engine took the request, or none that serves its model: nothing was spent
 ├── EngineFailed              an engine took the request and broke
@@ -121,7 +121,7 @@ class RateLimited(GatewayError):  # noqa: N818
 
 
 class Overloaded(GatewayError):  # noqa: N818
-    """Queue, downloads or store are full, or the wait in the queue became too long."""
+    """Queue, memory, downloads or store are full, or the wait in the queue became too long."""
 
 
 class Draining(GatewayError):  # noqa: N818

@@ -86,6 +86,7 @@ class Metrics:
             "affinity_total", "Requests by whether they went to the engine that their media belong to", "outcome"
         )
         self.inflight_requests = gauge("inflight_requests", "Generating requests inside the gateway")
+        self.buffered_bytes = gauge("buffered_bytes", "What requests hold in memory beyond 64 KiB each")
         self.queue_depth = gauge("queue_depth", "Generating requests waiting for an engine")
         for counted, outcomes in (
             (self.rejections, REASONS),

@@ -92,6 +92,7 @@ class Settings(BaseSettings):
     limits_backend: Annotated[SecretStr, AfterValidator(_check_limits_backend)] = SecretStr("memory")
     max_body_bytes: int = Field(default=96 * MIB, ge=1024)
     body_seconds: float = Field(default=120, gt=0)
+    max_buffered_bytes: int = Field(default=1024 * MIB, ge=1024)
     max_concurrency: int = Field(default=128, ge=1)
     max_queue: int = Field(default=256, ge=0)
     queue_seconds: float = Field(default=60, gt=0)
@@ -129,6 +130,17 @@ class Settings(BaseSettings):
     files_tenant_bytes: int = Field(default=10_240 * MIB, ge=1024)
 
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    @model_validator(mode="after")
+    def _check_buffers(self) -> Self:
+        encoded = (self.media_max_bytes + 2) // 3 * 4
+        for name, size_bytes in (("MAX_BODY_BYTES", self.max_body_bytes), ("MEDIA_MAX_BYTES in base64", encoded)):
+            if self.max_buffered_bytes < size_bytes:
+                raise ValueError(
+                    f"{PREFIX}MAX_BUFFERED_BYTES must be at least {PREFIX}{name} ({size_bytes}), "
+                    f"got {self.max_buffered_bytes}"
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_store(self) -> Self:

@@ -1,4 +1,4 @@
-"""The fields of completion and response requests that the gateway reads: text, and images that need no fetching."""
+"""The fields of completion and response requests that the gateway reads: text, and images in responses."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -7,11 +7,17 @@ from typing import Any, NoReturn
 from server.aliases import Alias
 from server.errors import ForbiddenField, InvalidRequest
 from server.savings import Savings
-from server.schemas import ask_for_usage, dump_json, parse_json_object, read_stream_fields, refuse_template_fields
+from server.schemas import (
+    MediaPart,
+    ask_for_usage,
+    dump_json,
+    parse_json_object,
+    read_stream_fields,
+    refuse_template_fields,
+)
 from server.sse import ChatStream, EventStream, ResponseStream
 
 MOST_PROMPTS = 64
-_IMAGE_DATA = "data:image/"
 
 
 @dataclass
@@ -51,8 +57,11 @@ class CompletionRequest(TextRequest):
         return ChatStream(savings=savings, usage_wanted=self.usage_wanted)
 
 
+@dataclass
 class ResponseRequest(TextRequest):
     """A request for a response."""
+
+    media: list[MediaPart] = field(default_factory=list)
 
     def address_to(self, alias: Alias) -> None:
         """Rewrite for the engine: its name for the model, and nothing to be kept there, where no key would guard it."""
@@ -79,20 +88,19 @@ def parse_completion_request(body: bytes | bytearray, *, chat_template_kwargs: f
 
 
 def parse_response_request(body: bytes | bytearray, *, chat_template_kwargs: frozenset[str]) -> ResponseRequest:
-    """Return the request for a response in `body`; raise InvalidRequest or ForbiddenField."""
+    """Return the request for a response in `body`, with its images; raise InvalidRequest or ForbiddenField."""
     fields = parse_json_object(body)
     refuse_template_fields(fields, chat_template_kwargs)
     _refuse_retention(fields)
     given = fields.get("input")
     if not isinstance(given, str | list):
         raise InvalidRequest("input must be a string or an array", param="input")
-    for where, part in _objects(given, "input"):
-        _check_part(part, where)
+    media = [image for where, part in _objects(given, "input") for image in _images(part, where)]
     tools = fields.get("tools")
     for i, tool in enumerate(tools if isinstance(tools, list) else ()):
         if not isinstance(tool, dict) or tool.get("type") != "function":
             raise ForbiddenField("tools must be of type function", param=f"tools[{i}].type")
-    return ResponseRequest(fields, *read_stream_fields(fields))
+    return ResponseRequest(fields, *read_stream_fields(fields), media=media)
 
 
 def _refuse_retention(fields: dict[str, Any]) -> None:
@@ -112,7 +120,8 @@ def _objects(value: object, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
             waiting += [(f"{where}[{i}]", below) for i, below in enumerate(item)]
 
 
-def _check_part(part: dict[str, Any], where: str) -> None:
+def _images(part: dict[str, Any], where: str) -> Iterator[MediaPart]:
+    """Yield the image that an object holds; raise ForbiddenField if it holds other media."""
     kind = part.get("type")
     if isinstance(kind, str) and ("video" in kind or "audio" in kind or "file" in kind or kind.endswith("_embeds")):
         _send_to_chat(where)
@@ -122,12 +131,14 @@ def _check_part(part: dict[str, Any], where: str) -> None:
         if name.endswith(("_url", "_embeds")) or name in ("url", "input_audio", "file_id", "file_data", "uuid"):
             _send_to_chat(f"{where}.{name}")
     image = part.get("image_url")
-    if image is not None and not (isinstance(image, str) and image[: len(_IMAGE_DATA)].lower() == _IMAGE_DATA):
-        _send_to_chat(f"{where}.image_url")
+    if isinstance(image, str):
+        yield MediaPart("image", "url", image, f"{where}.image_url", part, part, "image_url")
+    elif image is not None:
+        raise InvalidRequest(f"{where}.image_url must be a string", param=f"{where}.image_url"[:200])
 
 
 def _send_to_chat(where: str) -> NoReturn:
     raise ForbiddenField(
-        "of media, only images as data URLs are taken here; send videos and other URLs to /v1/chat/completions",
+        "of media, only images by image_url are taken here; send videos and others to /v1/chat/completions",
         param=where[:200],
     )

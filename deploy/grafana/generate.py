@@ -372,6 +372,12 @@ def traffic() -> Dashboard:
             {"inside": f"sum({G}inflight_requests)", "waiting": f"sum({G}queue_depth)"},
         ),
         Panel(
+            "Memory of requests",
+            "bytes",
+            "Bodies and media fetched for them; beyond AOT_GATEWAY_MAX_BUFFERED_BYTES requests get a 429.",
+            {"{{instance}}": f"{G}buffered_bytes"},
+        ),
+        Panel(
             "Use by tenant",
             "short",
             "What tenants use a second: requests, tokens, seconds of video.",

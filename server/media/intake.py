@@ -5,7 +5,7 @@ import hashlib
 import hmac
 import mmap
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +14,7 @@ from typing import Protocol
 
 import pybase64
 
+from server.buffers import Buffer
 from server.errors import GatewayError, InvalidRequest, MediaRefused
 from server.media.fetch import Fetcher
 from server.media.file import COPY_BYTES, MediaFile, in_memory, on_disk, too_large
@@ -24,7 +25,7 @@ from server.media.store import MediaStore
 from server.media.threads import off_loop
 from server.metrics import Metrics
 from server.record import RequestRecord
-from server.schemas import ChatRequest, Kind, MediaPart
+from server.schemas import Kind, MediaPart
 
 MAX_MEDIA = 64  # in a request; each costs a probe
 MAX_VIDEOS = 16
@@ -99,29 +100,34 @@ class Intake:
         self._facts: dict[tuple[Kind, str], Facts] = {}
 
     @asynccontextmanager
-    async def taken(self, chat: ChatRequest, record: RequestRecord) -> AsyncIterator[None]:
+    async def taken(self, media: Sequence[MediaPart], record: RequestRecord, buffer: Buffer) -> AsyncIterator[None]:
         """Check each medium and put in its place what the engine may read; files last until the block ends.
 
-        Writes down in `record` what the videos are and how long. Raises MediaRefused, with the place as `param`.
+        Writes down in `record` what the videos are and how long. What is fetched to stand in the request is held in
+        `buffer`. Raises MediaRefused, with the place as `param`, and Overloaded if something has no room.
         """
         tally = _Tally()
         async with AsyncExitStack() as files:
-            for place, part in enumerate(chat.media):  # in turn: they are few, and one at a time bounds the memory
+            for place, part in enumerate(media):  # in turn: they are few, and one at a time bounds the memory
                 try:
                     if place >= MAX_MEDIA:
                         raise MediaRefused(f"at most {MAX_MEDIA} media are taken in a request")
-                    await self._take(part, record, files, tally)
+                    await self._take(part, record, buffer, files, tally)
                 except MediaRefused as exc:
                     raise MediaRefused(exc.message, param=part.param, code=exc.code) from exc
             record.media_key = tally.media_key()
             yield
 
-    async def _take(self, part: MediaPart, record: RequestRecord, files: AsyncExitStack, tally: _Tally) -> None:
+    async def _take(
+        self, part: MediaPart, record: RequestRecord, buffer: Buffer, files: AsyncExitStack, tally: _Tally
+    ) -> None:
         if part.kind == "video":
             tally.num_videos += 1
             if tally.num_videos > MAX_VIDEOS:
                 raise MediaRefused(f"at most {MAX_VIDEOS} videos are taken in a request")
         async with self._clip(part, record) as clip:
+            if clip.url != part.value:
+                buffer.grow(len(clip.url))
             tally.size_bytes += clip.file.size_bytes
             if tally.size_bytes > self._max_bytes:
                 raise MediaRefused(

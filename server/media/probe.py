@@ -15,9 +15,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from server.media.threads import opened_off_loop
+
+if TYPE_CHECKING:
+    from av import Packet, VideoStream
+
+    VideoPacket = Packet[VideoStream]
+    SizeReader = Callable[[VideoPacket | None], tuple[int, int]]  # of a packet, or the end; (0, 0) if it tells none
 
 MEMORY_BYTES = 2 * 2**30  # address space, of which libav's libraries take a third
 MESSAGE_BYTES = 64 * 1024
@@ -28,6 +34,8 @@ VIDEO_CODECS = (
     *("h264", "hevc", "vp8", "vp9", "av1"),
     *("h263", "flv1", "mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "theora"),
 )
+# Of these, decoders don't read the headers of frames that they skip, or skip none; but there are parsers that do.
+_PARSED_CODECS = ("h264", "hevc", "av1")
 _AUDIO_CODECS = ("aac", "alac", "flac", "mp3", "opus", "vorbis", "pcm_f32le", "pcm_s16le", "pcm_s24le", "pcm_u8")
 # libav's own list, of its names for decoders: it opens some before it says what a file holds.
 _DECODERS = ",".join((*VIDEO_CODECS, "flv", "libdav1d", *_AUDIO_CODECS, "mp3float", "libopus", "libvorbis"))
@@ -52,7 +60,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a medium holds. Duration and frames come from a video's packets, where the header claims less."""
+    """What a medium holds. A video's duration, frames and size come from its packets, where the header claims less."""
 
     container: str
     codec: str
@@ -164,8 +172,102 @@ class _Worker:
         self.process.wait()
 
 
+class _Frames:
+    """Decodes the first frame of a video; of the others it reads the headers, for what size they are."""
+
+    def __init__(self, stream: "VideoStream", limits: Limits) -> None:
+        """Take a stream of which nothing has been decoded yet."""
+        self.largest = (0, 0)
+        self._context = context = stream.codec_context
+        self._limits = limits
+        self._is_decoded = False
+        self._size_in = self._reader(stream)
+        self._note(context.width, context.height)
+
+    def read(self, packet: "VideoPacket") -> None:
+        """Raise ProbeError for a frame that is too large, av.FFmpegError if the first can't be decoded."""
+        if not self._is_decoded:
+            self._decode(packet)
+        self._note(*self._size_in(packet))
+
+    def end(self) -> None:
+        """Raise ProbeError if no frame could be decoded."""
+        if not self._is_decoded:
+            self._decode(None)
+        if not self._is_decoded:
+            raise ProbeError("the video holds no frame that can be decoded")
+        self._note(*self._size_in(None))
+
+    def _decode(self, packet: "VideoPacket | None") -> None:
+        self._is_decoded = bool(self._context.decode(packet))
+        self._note(self._context.width, self._context.height)
+
+    def _note(self, width: int, height: int) -> None:
+        if width * height > self._limits.max_pixels:
+            raise _too_large(f"have {width} x {height}", self._limits)
+        self.largest = max(self.largest, (width, height), key=math.prod)
+
+    def _reader(self, stream: "VideoStream") -> "SizeReader":
+        codec = stream.codec_context.codec.canonical_name
+        if codec == "vp9":  # its decoder skips nothing, its parser tells no size
+            return _vp9_size
+        return _parser(stream) if codec in _PARSED_CODECS else self._skim
+
+    def _skim(self, packet: "VideoPacket | None") -> tuple[int, int]:
+        from av import FFmpegError
+
+        if not self._is_decoded:
+            return 0, 0
+        self._context.skip_frame = "ALL"
+        try:
+            self._context.decode(packet)
+        except FFmpegError:
+            if not self._context.width:  # libav has no size for frames beyond `max_pixels`
+                raise _too_large("grow to too many", self._limits) from None
+        return self._context.width, self._context.height
+
+
+def _parser(stream: "VideoStream") -> "SizeReader":
+    """Return what reads sizes with the codec's parser, some of them one packet later."""
+    from av import CodecContext, Packet
+    from av.bitstream import BitStreamFilterContext
+
+    codec = stream.codec_context.codec.canonical_name
+    parser: Any = CodecContext.create(codec, "r")
+    as_stream: Any = None
+    if codec == "hevc":  # in files its frames have no start codes, without which its parser finds none
+        as_stream = BitStreamFilterContext("hevc_mp4toannexb", stream)
+    else:
+        parser.extradata = stream.codec_context.extradata
+
+    def size_in(packet: "VideoPacket | None") -> tuple[int, int]:
+        parser.width = parser.height = 0  # what is set already, parsers don't tell
+        if as_stream is None or packet is None:
+            parser.parse(packet)
+        else:
+            for piece in as_stream.filter(Packet(bytes(packet))):
+                parser.parse(piece)
+        return parser.width, parser.height
+
+    return size_in
+
+
+def _vp9_size(packet: "VideoPacket | None") -> tuple[int, int]:
+    """Return what the header of a VP9 key frame says; others take the size of an earlier one (VP9 bitstream, 6.2)."""
+    frame = b"" if packet is None else bytes(packet)[:16]
+    bits = format(int.from_bytes(frame.ljust(16, b"\0"), "big"), "0128b")
+    profile = int(bits[2]) + 2 * int(bits[3])
+    at = 4 + (profile == 3)
+    if bits[:2] != "10" or bits[at : at + 2] != "00":  # shows an earlier frame, or is not a key frame
+        return 0, 0
+    at += 4 + 24 + (profile >= 2)  # the flags, the sync code, the bit depth
+    is_rgb = bits[at : at + 3] == "111"
+    at += 3 + (not is_rgb) + (profile % 2) * (1 if is_rgb else 3)  # the colour space, its range, the subsampling
+    return int(bits[at : at + 16], 2) + 1, int(bits[at + 16 : at + 32], 2) + 1
+
+
 def read_video(descriptor: int, demuxer: str, limits: Limits) -> Facts:
-    """Return the facts about the video in an open file, decoding one frame and counting packets of the rest.
+    """Return the facts about the video in an open file, decoding one frame and reading the headers of the rest.
 
     The demuxer is given, never guessed, and opens nothing else: neither playlists nor scripts are ever followed.
     Raises ProbeError if it is not a video that is taken, and av.FFmpegError if it is a broken one.
@@ -188,9 +290,8 @@ def read_video(descriptor: int, demuxer: str, limits: Limits) -> Facts:
             raise ProbeError(f"the video is in {codec}; taken are {', '.join(VIDEO_CODECS)}")
         context.options = {"max_pixels": str(limits.max_pixels)}
         stream.thread_count = 1
-        width, height = context.width, context.height
-        _check_size(width, height, limits)
-        decoded, frames, begin, end = False, 0, math.inf, -math.inf
+        pictures = _Frames(stream, limits)
+        frames, begin, end = 0, math.inf, -math.inf
         for packet in container.demux(stream):
             if packet.size == 0:
                 continue
@@ -201,12 +302,9 @@ def read_video(descriptor: int, demuxer: str, limits: Limits) -> Facts:
             time = packet.pts if packet.pts is not None else packet.dts
             if time is not None:
                 begin, end = min(begin, time), max(end, time + (packet.duration or 0))
-            if not decoded:
-                decoded = bool(stream.decode(packet))
-        if not decoded and not stream.decode(None):
-            raise ProbeError("the video holds no frame that can be decoded")
-        width, height = max(width, context.width), max(height, context.height)
-        _check_size(width, height, limits)
+            pictures.read(packet)
+        pictures.end()
+        width, height = pictures.largest
         _check_frames(stream.frames, limits)
         if stream.frames > 10 * frames + 100:  # clips that were cut without encoding them anew claim what they were
             raise ProbeError(f"the video claims {stream.frames} frames and holds {frames}")
@@ -282,12 +380,10 @@ _READERS: dict[str, Callable[[int, str, Limits], Facts]] = {
 }
 
 
-def _check_size(width: int, height: int, limits: Limits) -> None:
-    if width * height > limits.max_pixels:
-        raise ProbeError(
-            f"the video's frames have {width} x {height} pixels, at most {limits.max_pixels} are allowed",
-            code="media_too_large",
-        )
+def _too_large(size: str, limits: Limits) -> ProbeError:
+    return ProbeError(
+        f"the video's frames {size} pixels, at most {limits.max_pixels} are allowed", code="media_too_large"
+    )
 
 
 def _check_frames(frames: int, limits: Limits) -> None:

@@ -4,6 +4,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 from server.aliases import Alias
+from server.buffers import Buffer
 from server.llm_d import video_headers
 from server.media.intake import Intake
 from server.record import RequestRecord
@@ -31,9 +32,11 @@ class ChatCompletions(Generation[ChatRequest]):
         """Refuse a retention that the alias does not allow before any video is fetched."""
         alias.retention_for(request.retention)
 
-    def prepared(self, request: ChatRequest, record: RequestRecord) -> AbstractAsyncContextManager[None]:
+    def prepared(
+        self, request: ChatRequest, record: RequestRecord, buffer: Buffer
+    ) -> AbstractAsyncContextManager[None]:
         """Take in the request's media."""
-        return self.intake.taken(request, record)
+        return self.intake.taken(request.media, record, buffer)
 
     def describe(self, request: ChatRequest, alias: Alias, record: RequestRecord) -> None:
         """Tell llm-d's router of the longest video."""

@@ -12,7 +12,8 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from server.aliases import Alias
-from server.body import consume_body
+from server.body import consume_body, declared_length
+from server.buffers import Buffer, Buffers
 from server.catalogue import Catalogue
 from server.errors import (
     ClientGone,
@@ -71,6 +72,7 @@ class Generation(ABC, Generic[R]):
     """Where a request says how long its answer may be, if it is as long as the context otherwise."""
 
     catalogue: Catalogue
+    buffers: Buffers
     gate: Gate
     upstream: Upstream
     quotas: Quotas
@@ -85,7 +87,7 @@ class Generation(ABC, Generic[R]):
     def parse(self, body: bytes | bytearray) -> R:
         """Return the request in `body`; raise InvalidRequest."""
 
-    def prepared(self, request: R, record: RequestRecord) -> AbstractAsyncContextManager[None]:
+    def prepared(self, request: R, record: RequestRecord, buffer: Buffer) -> AbstractAsyncContextManager[None]:
         """Make ready what the engine needs besides the request, until the block ends."""
         return nullcontext()
 
@@ -96,12 +98,12 @@ class Generation(ABC, Generic[R]):
         """Serve one request."""
         record: RequestRecord = scope["state"][STATE_KEY]
         record.route = self.path
-        with self.metrics.inflight_requests.track_inprogress(), self.gate.admitted():
-            request, alias = self._read(await self._body(scope, receive, record), record)
+        with self.metrics.inflight_requests.track_inprogress(), self.gate.admitted(), self.buffers.buffer() as buffer:
+            request, alias = self._read(await self._body(scope, receive, record, buffer), record)
             answer = _Answer(send)
             try:
                 async with self.lifecycle.leash(receive):
-                    last = await self._serve(request, alias, record, answer)
+                    last = await self._serve(request, alias, record, buffer, answer)
             except ClientGone:
                 raise
             except GatewayError as exc:
@@ -112,15 +114,15 @@ class Generation(ABC, Generic[R]):
                 last = answer.stream.farewell(told)
             await answer.finish(last)
 
-    async def _body(self, scope: Scope, receive: Receive, record: RequestRecord) -> bytearray:
+    async def _body(self, scope: Scope, receive: Receive, record: RequestRecord, buffer: Buffer) -> bytearray:
         headers = Headers(scope=scope)
-        body = await read_body(headers, receive, max_bytes=self.max_body_bytes, seconds=self.body_seconds)
+        body = await read_body(headers, receive, buffer, max_bytes=self.max_body_bytes, seconds=self.body_seconds)
         record.body_complete = perf_counter()
         return body
 
-    async def _serve(self, request: R, alias: Alias, record: RequestRecord, answer: "_Answer") -> bytes:
+    async def _serve(self, request: R, alias: Alias, record: RequestRecord, buffer: Buffer, answer: "_Answer") -> bytes:
         """Do everything but send the last piece, which is returned. A video's copies are let go as early as can be."""
-        async with self.prepared(request, record):
+        async with self.prepared(request, record, buffer):
             await self.quotas.take_video(record)
             self.describe(request, alias, record)
             with record.phase("parse"):
@@ -129,11 +131,13 @@ class Generation(ABC, Generic[R]):
                 isolate(request.fields, record.tenant)
                 body = request.serialise()
                 request.forget_content()
+                buffer.resize(sum(map(len, body)))
             queued = perf_counter()
             async with self.gate.engine_slot():
                 record.add("queue", queued, perf_counter())
                 async with self.upstream.exchange(self.path, alias.engine_model, body, record) as exchange:
                     del body
+                    buffer.resize(0)
                     self._count(exchange.savings, record)
                     if request.stream:
                         return await self._stream(exchange, request.reader(exchange.savings), record, answer)
@@ -180,12 +184,12 @@ class Generation(ABC, Generic[R]):
             passed = stream.feed(piece)
             record.usage = stream.usage
             record.tokens = tokens_of(stream.usage) or prompt_tokens + stream.tokens
-            if stream.tokens > tokens:
-                now = perf_counter()
-                self._time(stream.tokens - tokens, now - latest, is_first=tokens == 0, record=record)
-                tokens, latest = stream.tokens, now
+            now = perf_counter()
             if passed:
                 await answer.piece(passed)
+            if stream.tokens > tokens:
+                self._time(stream.tokens - tokens, now - latest, is_first=tokens == 0, record=record)
+                tokens, latest = stream.tokens, now
             if stream.failure is not None:
                 raise stream.failure
         stream.end()
@@ -267,11 +271,15 @@ def isolate(fields: dict[str, Any], tenant: str) -> None:
         fields["cache_salt"] = hashlib.sha256(refined.encode(errors="replace")).hexdigest()
 
 
-async def read_body(headers: Headers, receive: Receive, *, max_bytes: int, seconds: float) -> bytearray:
-    """Return the request's body; raises as `consume_body` does."""
+async def read_body(headers: Headers, receive: Receive, buffer: Buffer, *, max_bytes: int, seconds: float) -> bytearray:
+    """Return the request's body, held in `buffer`; raises as `consume_body` does, and Overloaded if it has no room."""
     body = bytearray()
+    announced = declared_length(headers) or 0
+    if announced <= max_bytes:  # otherwise it is too large at any time
+        buffer.expect(announced)
 
     async def keep(piece: bytes) -> None:
+        buffer.grow(len(piece))
         body.extend(piece)
 
     await consume_body(headers, receive, keep, max_bytes=max_bytes, seconds=seconds)

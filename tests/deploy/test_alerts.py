@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import pytest
 import yaml
 
-from tests.deploy.rules import ALERTS, GROUPS, PROMETHEUS, ROOT, RULE_FILES, needs_promtool
+from tests.deploy.rules import ALERTS, GROUPS, PROMETHEUS, RECORDED, ROOT, RULE_FILES, needs_promtool
 
 GATEWAY = 'job="aot-gateway", instance="gateway:8080"'
 ENGINE = 'job="aot-engine", instance="engine:8000"'
@@ -29,7 +29,6 @@ class Case:
 
     firing: dict
     silent: list[dict]
-    also_firing: list[dict] = field(default_factory=list)
     after: str = "30m"
     interval: str = "1m"
     labels: dict = field(default_factory=dict)
@@ -86,10 +85,7 @@ CASES = {
         [
             chats(fine=99, broken=1),  # slow is enough for these
             chats(fine=0.1, broken=0.1),  # a quiet hour
-            {CHATS % "2xx": steady(90), CHATS % "5xx": "0+30x320 9600x80", QUEUE_FULL: "0x400"},  # over
         ],
-        [{CHATS % "2xx": steady(90), CHATS % "5xx": "0x330 20+20x70", QUEUE_FULL: "0x400"}],  # the last half hour
-        after="6h",
     ),
     "AOTAvailabilityBurnSlow": Case(
         chats(fine=97, broken=1, turned_away=1),  # a request turned away is a failure too
@@ -136,8 +132,37 @@ CASES = {
 }
 
 
+BURNS = {
+    ("1h", "5m"): (14.4, "Fast"),
+    ("6h", "30m"): (6, "Fast"),
+    ("1d", "2h"): (3, "Slow"),
+    ("3d", "6h"): (1, "Slow"),
+}
+"""How many times faster than allowed the budget burns over both windows, and the alert that says so."""
+OBJECTIVES = {
+    "Availability": ("aot:requests_failed:ratio_rate", 0.005, CHATS % "2xx"),
+    "FirstToken": ("aot:first_token_late:ratio_rate", 0.05, STREAMS),
+}
+"""What is recorded, the share that is allowed, and what counts as traffic."""
+WINDOWS = {window for pair in BURNS for window in pair}
+
+
 def promtool(*arguments):
     return subprocess.run(["promtool", *arguments], capture_output=True, text=True, timeout=120, cwd=PROMETHEUS)
+
+
+def promtool_tests(path, tests, *, rule_files=RULE_FILES, interval="1m"):
+    """Have promtool run test groups from a file at `path`."""
+    suite = {
+        "rule_files": [str(file) for file in rule_files],
+        "evaluation_interval": interval,
+        # what is recorded would be stale at the next of these long intervals
+        "group_eval_order": [name for name in GROUPS if any(f"name: {name}\n" in f.read_text() for f in rule_files)],
+        "tests": tests,
+    }
+    path.write_text(yaml.safe_dump(suite))
+    tested = promtool("test", "rules", str(path))
+    assert tested.returncode == 0, tested.stdout + tested.stderr
 
 
 def rendered(annotations, labels):
@@ -148,17 +173,17 @@ def rendered(annotations, labels):
     }
 
 
-def scenario(name, series, *, fires, labels):
-    """Return one of promtool's test groups."""
-    alert, case = ALERTS[name], CASES[name]
+def scenario(name, series, *, fires, labels=None, after, interval="1m"):
+    """Return one of promtool's test groups: what it sees, and whether the alert fires `after` so long."""
+    alert, labels = ALERTS[name], labels or {}
     expected = {
         "exp_labels": labels | alert["labels"],
         "exp_annotations": rendered(alert["annotations"], labels),
     }
     return {
-        "interval": case.interval,
+        "interval": interval,
         "input_series": [{"series": series, "values": values} for series, values in series.items()],
-        "alert_rule_test": [{"alertname": name, "eval_time": case.after, "exp_alerts": [expected] if fires else []}],
+        "alert_rule_test": [{"alertname": name, "eval_time": after, "exp_alerts": [expected] if fires else []}],
     }
 
 
@@ -174,22 +199,41 @@ def test_the_configuration_and_its_rules_are_valid():
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_an_alert_fires_when_it_should_and_only_then(tmp_path, name):
     case = CASES[name]
+    when = {"after": case.after, "interval": case.interval}
     tests = [
-        *(scenario(name, series, fires=True, labels=case.labels) for series in (case.firing, *case.also_firing)),
-        *(scenario(name, series, fires=False, labels={}) for series in case.silent),
+        scenario(name, case.firing, fires=True, labels=case.labels, **when),
+        *(scenario(name, series, fires=False, **when) for series in case.silent),
     ]
     if name == "AOTGatewayDown":  # also one that Prometheus has never heard of
-        tests.append(scenario(name, {}, fires=True, labels={"job": "aot-gateway"}))
-    path = tmp_path / "test.yml"
-    suite = {
-        "rule_files": [str(file) for file in RULE_FILES],
-        "evaluation_interval": case.interval,
-        "group_eval_order": GROUPS,  # what is recorded would be stale at the next of these long intervals
-        "tests": tests,
-    }
-    path.write_text(yaml.safe_dump(suite))
-    tested = promtool("test", "rules", str(path))
-    assert tested.returncode == 0, tested.stdout + tested.stderr
+        tests.append(scenario(name, {}, fires=True, labels={"job": "aot-gateway"}, **when))
+    promtool_tests(tmp_path / "test.yml", tests, interval=case.interval)
+
+
+@needs_promtool
+@pytest.mark.parametrize("pair", BURNS, ids=" and ".join)
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_each_pair_of_windows_fires_by_itself_and_neither_window_without_the_other(tmp_path, objective, pair):
+    recorded, allowed, traffic = OBJECTIVES[objective]
+    factor, pace = BURNS[pair]
+
+    def burning(*windows):
+        share = {window: factor * allowed * (1.05 if window in windows else 0.95) for window in pair}
+        return {traffic: steady(9)} | {f"{recorded}{window}": f"{share.get(window, 0)}x90" for window in WINDOWS}
+
+    alert = f"AOT{objective}Burn{pace}"
+    tests = [
+        scenario(alert, burning(*pair), fires=True, after="80m"),
+        *(scenario(alert, burning(window), fires=False, after="80m") for window in pair),
+    ]
+    alone = [path for path in RULE_FILES if path.name == "alerts.yml"]  # what is recorded is given
+    promtool_tests(tmp_path / "test.yml", tests, rule_files=alone)
+
+
+@pytest.mark.parametrize("window", sorted(WINDOWS))
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_what_is_recorded_over_a_window_is_the_same_over_every_other(objective, window):
+    recorded = OBJECTIVES[objective][0]
+    assert RECORDED[f"{recorded}{window}"] == RECORDED[f"{recorded}5m"].replace("[5m]", f"[{window}]")
 
 
 def test_every_alert_has_its_cases():

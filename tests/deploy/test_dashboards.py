@@ -1,8 +1,11 @@
 """The dashboards are those that the code makes, and show nothing that nobody exports."""
 
+import json
 import re
+from pathlib import Path
 
 import yaml
+from PIL import Image
 from prometheus_client import CollectorRegistry, Counter
 
 from aot_vllm.adapters import telemetry
@@ -92,3 +95,12 @@ def test_the_document_names_every_dashboard_and_every_objective():
         "aot-gateway",
         "aot-engine",
     }
+
+
+def test_the_document_shows_a_picture_of_each_dashboard_with_the_panels_it_has():
+    text = (ROOT / "docs" / "operate.md").read_text(encoding="utf-8")
+    for name, board in DASHBOARDS.items():
+        file = f"dashboards/{Path(name).stem}.png"
+        assert f"]({file})" in text
+        with Image.open(ROOT / "docs" / file) as picture:
+            assert json.loads(picture.info["Description"]) == [panel["title"] for panel in board["panels"]], file

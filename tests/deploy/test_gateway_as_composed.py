@@ -4,46 +4,26 @@ import subprocess
 import sys
 
 import httpx
-import yaml
 
-from server.keys import digest_of
-from tests.deploy.files import ROOT, composed, environment_of, health_command, last_stage
+from tests.deploy.containers import ENGINE_KEY, KEY, dockerfile, entrypoint, environment, prepare
+from tests.deploy.files import health_command
 from tests.server.clips import clip, data_url
 from tests.server.engine_double import EngineDouble
 from tests.server.harness import CHAT, GatewayProcess, ask_about
 
-DOCKERFILE = ROOT / "docker" / "gateway.Dockerfile"
-KEY, ENGINE_KEY = "sk-aot-client", "sk-engine"
-
-
-def environment_in(directory):
-    """The container's environment, with what is mounted there in `directory`."""
-    for name in ("media", "files", "secrets"):
-        (directory / name).mkdir()
-    example = yaml.safe_load((ROOT / "docker" / "gateway.example.yaml").read_text())
-    example["tenants"]["example"]["keys"] = [{"sha256": digest_of(KEY.encode())}]
-    (directory / "secrets" / "gateway.yaml").write_text(yaml.safe_dump(example))
-    (directory / "secrets" / "engine_key").write_text(f"{ENGINE_KEY}\n")
-    image = environment_of(DOCKERFILE)
-    image.pop("PATH")
-    given = {**image, **composed(AOT_MODEL="m")["services"]["gateway"]["environment"]}
-    mounts = {"/run/secrets": "secrets", "/var/lib/aot/media": "media", "/var/lib/aot/files": "files"}
-    for target, name in mounts.items():
-        given = {key: value.replace(target, str(directory / name)) for key, value in given.items()}
-    return given
-
 
 def healthy(port: int) -> bool:
-    command = [sys.executable, *health_command(DOCKERFILE)[1:]]
+    command = [sys.executable, *health_command(dockerfile("gateway"))[1:]]
     return subprocess.run(command, env={"AOT_GATEWAY_PORT": str(port)}, check=False).returncode == 0
 
 
 async def test_it_answers_hands_the_video_over_as_a_file_and_ends_when_told(tmp_path):
-    assert last_stage(DOCKERFILE)["ENTRYPOINT"] == '["python", "-m", "server"]'
-    environment = environment_in(tmp_path)
+    assert entrypoint("gateway") == '["python", "-m", "server"]'
+    prepare(tmp_path)
     async with EngineDouble(models=["video"]).serving() as engine:
         places = {"AOT_GATEWAY_HOST": "127.0.0.1", "AOT_GATEWAY_PORT": "{port}", "AOT_GATEWAY_ENGINES": engine.url}
-        async with GatewayProcess(engine.url, environment={**environment, **places}) as gateway:
+        seen = {**environment("gateway", tmp_path), **places}
+        async with GatewayProcess(engine.url, environment=seen) as gateway:
             async with httpx.AsyncClient(base_url=gateway.url, timeout=20) as client:
                 assert healthy(gateway.port)
                 assert (await client.get("/v1/models")).status_code == 401

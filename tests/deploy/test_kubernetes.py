@@ -1,23 +1,31 @@
 """deploy/kubernetes: what kustomize makes of it is valid, locked down, and agrees with the gateway."""
 
+import copy
 import ipaddress
+import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
 
+from deploy.kubernetes.generate import LEFT_OUT, MANIFEST, manifest
 from server.__main__ import LAST_WORDS_SECONDS
 from server.media.addresses import is_public
 from server.settings import PREFIX, Settings, refuse_unknown_names
+from tests.deploy.custom_kinds import validate
+from tests.deploy.files import ROOT
+from tests.deploy.rules import ALERTS, PROMETHEUS, RECORDED
 
-MANIFESTS = Path(__file__).resolve().parents[2] / "deploy" / "kubernetes"
-VERSION = "1.37"
-CUSTOM = {"LeaderWorkerSet", "PrometheusRule", "ServiceMonitor"}  # kinds without a schema in Kubernetes itself
+MANIFESTS = ROOT / "deploy" / "kubernetes"
 WORKLOADS = {"Deployment", "StatefulSet", "Job"}
-with_kubectl = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed: nothing renders")
+with_kubectl = pytest.mark.skipif(
+    shutil.which("kubectl") is None, reason="NOT TESTED: kubectl is not installed, so that nothing renders"
+)
 
 
 def read(text: str) -> list[dict]:
@@ -51,8 +59,31 @@ def pods(documents: list[dict]) -> list[dict]:
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(MANIFESTS)))
 def test_each_manifest_is_valid(path):
     for document in read(path.read_text()):
-        if document["kind"] not in CUSTOM:
-            kubernetes_validate.validate(document, VERSION, strict=True)
+        validate(document)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind", "keys", "wrong"),
+    [
+        ("components/monitoring/monitors.yaml", "ServiceMonitor", ("endpoints", 0, "prot"), "http"),
+        ("components/monitoring/rules.yaml", "PrometheusRule", ("groups", 0, "rules", 0, "record"), "both:an_alert"),
+        ("examples/leader-worker-set.yaml", "LeaderWorkerSet", ("leaderWorkerTemplate", "sise"), 2),
+        (
+            "examples/leader-worker-set.yaml",
+            "LeaderWorkerSet",
+            ("leaderWorkerTemplate", "workerTemplate", "spec", "container"),
+            [],
+        ),
+    ],
+)
+def test_a_slip_of_the_pen_is_not_valid(path, kind, keys, wrong):
+    document = copy.deepcopy(next(d for d in read((MANIFESTS / path).read_text()) if d["kind"] == kind))
+    inner = document["spec"]
+    for key in keys[:-1]:
+        inner = inner[key]
+    inner[keys[-1]] = wrong
+    with pytest.raises((jsonschema.ValidationError, kubernetes_validate.ValidationError)):
+        validate(document)
 
 
 @with_kubectl
@@ -60,8 +91,7 @@ def test_each_manifest_is_valid(path):
 def test_what_an_overlay_renders_is_valid_and_its_services_find_pods(overlay):
     documents = rendered(overlay)
     for document in documents:
-        if document["kind"] not in CUSTOM:
-            kubernetes_validate.validate(document, VERSION, strict=True)
+        validate(document)
         assert document["metadata"]["namespace"] == "aot"
     labels = [d["spec"]["template"]["metadata"]["labels"] for d in documents if d["kind"] in WORKLOADS]
     selectors = [d["spec"]["selector"] for d in documents if d["kind"] == "Service"]
@@ -156,6 +186,40 @@ def test_the_public_web_is_what_the_gateway_takes_for_public(address):
     assert policies()["public-web"]["egress"][1]["ports"] == [{"port": 443}]
 
 
+def test_the_rules_are_those_of_prometheus_but_for_engines_that_are_not_scaled_up_to():
+    assert MANIFEST.read_text() == manifest(), "run python -m deploy.kubernetes.generate"
+    [document] = read(manifest())
+    rules = [rule for group in document["spec"]["groups"] for rule in group["rules"]]
+    assert {rule["record"]: rule["expr"] for rule in rules if "record" in rule} == RECORDED
+    alerts = {rule["alert"]: rule for rule in rules if "alert" in rule}
+    assert alerts == {name: alert for name, alert in ALERTS.items() if name not in LEFT_OUT}
+    assert ALERTS.keys() >= LEFT_OUT
+
+
+def test_jobs_have_the_names_that_the_rules_and_dashboards_ask_for():
+    monitors = read((MANIFESTS / "components" / "monitoring" / "monitors.yaml").read_text())
+    named = {
+        monitor["metadata"]["name"]: relabeling["replacement"]
+        for monitor in monitors
+        for endpoint in monitor["spec"]["endpoints"]
+        for relabeling in endpoint["relabelings"]
+        if relabeling["targetLabel"] == "job"
+    }
+    assert named == {"gateway": "aot-gateway", "engine": "aot-engine"}
+    scraped = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())["scrape_configs"]
+    assert set(named.values()) == {job["job_name"] for job in scraped}
+    services = {
+        document["metadata"]["name"]: document
+        for name in ("engine", "gateway")
+        for document in read((MANIFESTS / "base" / f"{name}.yaml").read_text())
+        if document["kind"] == "Service"
+    }
+    for monitor in monitors:
+        service = services[monitor["metadata"]["name"]]
+        assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+        assert {e["port"] for e in monitor["spec"]["endpoints"]} <= {port["name"] for port in service["spec"]["ports"]}
+
+
 @with_kubectl
 def test_autoscalers_know_metrics_that_there_are_and_replicas_are_left_to_them():
     documents = rendered("replicas")
@@ -164,6 +228,69 @@ def test_autoscalers_know_metrics_that_there_are_and_replicas_are_left_to_them()
         "aot_gateway_queue_depth",
         "vllm_num_requests_waiting",
     }
+    document = (ROOT / "docs" / "kubernetes.md").read_text()
+    adapter = yaml.safe_load(re.search(r"```yaml\n(rules:.*?)```", document, re.DOTALL)[1])["rules"]
+    named = {rule.get("name", {}).get("as") or rule["seriesQuery"].partition("{")[0] for rule in adapter}
+    assert named == {d["spec"]["metrics"][0]["pods"]["metric"]["name"] for d in scaled}
     for scaler in scaled:
         target = scaler["spec"]["scaleTargetRef"]
         assert "replicas" not in of(documents, target["kind"], target["name"])["spec"]
+
+
+@with_kubectl
+def test_llm_ds_router_finds_the_engines_and_may_reach_them():
+    examples = MANIFESTS / "examples"
+    servers = yaml.safe_load((examples / "llm-d-values.yaml").read_text())["router"]["modelServers"]
+    pod = of(rendered("replicas"), "StatefulSet", "engine")["spec"]["template"]
+    assert servers["matchLabels"].items() <= pod["metadata"]["labels"].items()
+    [port] = pod["spec"]["containers"][0]["ports"]
+    assert servers["targetPorts"] == [{"number": port["containerPort"]}]
+    engines, gateways = (d["spec"] for d in read((examples / "llm-d-network.yaml").read_text()))
+    assert engines["podSelector"]["matchLabels"] == servers["matchLabels"]
+    assert engines["ingress"][0]["ports"] == [{"port": port["containerPort"]}]
+    assert engines["ingress"][0]["from"] == gateways["egress"][0]["to"]
+
+
+@with_kubectl
+def test_the_secrets_that_the_document_creates_are_those_that_are_read():
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
+    created = {
+        name: set(re.findall(r"--from-(?:literal|file)=([\w.]+)", rest))
+        for name, rest in re.findall(r"create secret generic (\S+) (.*)$", text, re.MULTILINE)
+    }
+    documents = rendered("replicas")
+    wanted: dict[str, set[str]] = {}
+    for pod in pods(documents):
+        keys = [e["valueFrom"]["secretKeyRef"] for c in pod["containers"] for e in c.get("env", []) if "valueFrom" in e]
+        for key in keys:
+            if not key.get("optional"):
+                wanted.setdefault(key["name"], set()).add(key["key"])
+        for volume in pod.get("volumes", []):
+            parts = [p["secret"] for p in volume.get("projected", {}).get("sources", [])]
+            parts += [volume["secret"]] if "secret" in volume else []
+            for part in parts:
+                name = part.get("name") or part["secretName"]
+                wanted.setdefault(name, set()).update(item["key"] for item in part["items"])
+    for monitor in (d for d in documents if d["kind"] == "ServiceMonitor"):
+        for endpoint in monitor["spec"]["endpoints"]:
+            if "authorization" in endpoint:
+                credentials = endpoint["authorization"]["credentials"]
+                wanted.setdefault(credentials["name"], set()).add(credentials["key"])
+    assert created == wanted
+
+
+@with_kubectl
+def test_the_dashboards_fit_into_a_config_map():
+    text = (ROOT / "docs" / "kubernetes.md").read_text()
+    [command] = re.findall(r"^\$ (kubectl .* create configmap .*)$", text, re.MULTILINE)
+    made = subprocess.run(
+        [*command.split(), "--dry-run=client", "--output=json"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    data = json.loads(made.stdout)["data"]
+    assert set(data) == {path.name for path in (ROOT / "deploy" / "grafana" / "dashboards").iterdir()}
+    assert len(made.stdout.encode()) < 2**20

@@ -26,6 +26,12 @@ class Load:
         with (self.directory / "load_stats.csv").open(newline="") as file:
             return {(row["Type"], row["Name"]): row for row in csv.DictReader(file)}
 
+    def users(self):
+        """How many there were, a second apart, up to the most."""
+        with (self.directory / "load_stats_history.csv").open(newline="") as file:
+            users = [int(row["User Count"]) for row in csv.DictReader(file)]
+        return users[: users.index(max(users)) + 1]
+
     def count(self, kind, *names):
         rows = self.rows()
         return sum(int(rows[kind, name]["Request Count"]) for name in names)
@@ -35,6 +41,17 @@ class Load:
 
     def mean(self, kind, name):
         return float(self.rows()[kind, name]["Average Response Time"])
+
+
+def locust(*options):
+    return subprocess.Popen(
+        [sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py", *options],
+        cwd=ROOT,
+        env={"PATH": os.environ["PATH"]},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 @pytest.fixture
@@ -48,22 +65,13 @@ def load(tmp_path):
     """Runs locust without a display until its users have their last answers."""
 
     async def run(gateway, *options, seconds=2):
-        command = [
-            *(sys.executable, "-m", "locust", "-f", "loadtest/locustfile.py", "--headless", "--host", gateway.url),
+        started = locust(
+            *("--headless", "--host", gateway.url),
             *("--users", "4", "--spawn-rate", "4", "--run-time", f"{seconds}s", "--stop-timeout", "20"),
             *("--csv", str(tmp_path / "load"), "--html", str(tmp_path / "load.html"), *SMALL, *options),
-        ]
-        ended = await asyncio.to_thread(
-            subprocess.run,
-            command,
-            cwd=ROOT,
-            env={"PATH": os.environ["PATH"]},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=120,
         )
-        return Load(tmp_path, ended.returncode, ended.stdout)
+        output, _ = await asyncio.to_thread(started.communicate, timeout=120)
+        return Load(tmp_path, started.returncode, output)
 
     return run
 
@@ -132,3 +140,39 @@ async def test_a_wrong_option_does_not_start(load):
     run = await load(Nowhere, "--arms", "aot=llava@7")
     assert run.code == 2
     assert "arms must be like off=MODEL@1,aot=MODEL@0.10 or aot=ALIAS, got aot=llava@7" in run.output
+
+
+async def test_what_two_workers_ask_adds_up_at_their_master(stack, load, unused_tcp_port):
+    engine, gateway = stack
+    await engine.tell(delay_seconds=1.5)  # the last answers are still to come when the time is over
+    workers = [locust("--worker", "--master-port", str(unused_tcp_port)) for _ in range(2)]
+    try:
+        at = ("--master-bind-host", "127.0.0.1", "--master-bind-port", str(unused_tcp_port))
+        arms = ("--arms", "off=llava@1,aot=llava@0.1", "--repeat-share", "0", "--shape", "steps")
+        run = await load(gateway, "--master", "--expect-workers", "2", *at, *arms, "--slo-ttft-p95", "30", seconds=6)
+        assert run.code == 0, run.output
+        told = [await asyncio.to_thread(worker.communicate, timeout=30) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    assert [worker.returncode for worker in workers] == [0, 0], told
+    assert run.users() == sorted(run.users())
+    assert max(run.users()) == 4
+    assert len(set(run.users())) > 2, "they come in steps"
+    requests = run.count("E2E", "off", "aot")
+    assert requests == (await engine.told())["requests"]
+    assert requests == run.count("TTFT", "off", "aot") == run.count("GATEWAY", "off", "aot")
+    assert run.count("ITL", "off", "aot") == 3 * requests
+    assert run.mean("TOKENS", "aot, video after") == 627
+    assert await gateway.metric("probes_total") == requests, "no worker sends what the other one has sent"
+
+
+async def test_objectives_are_those_of_all_workers_together(stack, load):
+    engine, gateway = stack
+    await engine.tell(delay_seconds=0.2, dies_after=2)
+    run = await load(gateway, "--processes", "2", "--arms", "aot=llava@0.1", "--slo-error-share", "0.5", seconds=4)
+    assert run.code == 1, run.output
+    failed = run.count("E2E", "aot")
+    assert failed == await gateway.metric("requests_total", route="/v1/chat/completions") > 4
+    assert f"objective missed: {failed} of {failed} requests failed, 50.00% may" in run.output
+    assert run.output.count("objective missed") == 1, "the master judges, and it alone"

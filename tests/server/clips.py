@@ -6,6 +6,7 @@ import functools
 import io
 import os
 import wave
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -34,6 +35,30 @@ def clip(
             picture[:, : (i * 5) % 64] = 255
             output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         output.mux(stream.encode(None))
+    return buffer.getvalue()
+
+
+@functools.cache
+def growing(container: str, codec: str, *sizes: tuple[int, int], pix_fmt: str = "yuv420p", each: int = 4) -> bytes:
+    """Grey frames whose size changes in the middle of the stream; the container's header knows the first one."""
+    buffer, rate = io.BytesIO(), Fraction(1, 6)
+    with av.open(buffer, "w", format=container) as output, as_scheduled_before():
+        stream = output.add_stream(codec, rate=6)
+        (stream.width, stream.height), stream.pix_fmt = sizes[0], pix_fmt
+        for part, (width, height) in enumerate(sizes):
+            encoder = av.CodecContext.create(codec, "w")
+            encoder.width, encoder.height, encoder.pix_fmt, encoder.time_base = width, height, pix_fmt, rate
+            encoder.options = {"bf": "0"} if codec in ("libx264", "libx265") else {}
+            pictures = [av.VideoFrame.from_ndarray(np.full((height, width, 3), 90, np.uint8), format="rgb24")] * each
+            for number, picture in enumerate([*pictures, None]):
+                if picture is not None:
+                    picture.pts, picture.time_base = number, rate
+                for packet in encoder.encode(picture):
+                    copy = av.Packet(bytes(packet))
+                    copy.pts = copy.dts = packet.pts + part * each
+                    copy.time_base, copy.duration, copy.stream = rate, 1, stream
+                    copy.is_keyframe = packet.is_keyframe
+                    output.mux(copy)
     return buffer.getvalue()
 
 

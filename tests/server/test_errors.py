@@ -1,8 +1,112 @@
+import asyncio
 import json
 
+import httpx
 import pytest
 
-from tests.server.harness import CHAT, ask, error_of, gateway, value
+from server.errors import (
+    ENGINE_VERDICTS,
+    VERDICTS,
+    EngineRefused,
+    GatewayError,
+    MethodNotAllowed,
+    RateLimited,
+    answer_to,
+)
+from tests.server.harness import CHAT, GatewayProcess, ask, error_of, gateway, value
+
+
+def subclasses(kind):
+    return {kind, *(below for child in kind.__subclasses__() for below in subclasses(child))}
+
+
+def errors():
+    """One error of each kind, and of each status that engines refuse with."""
+    more = {
+        MethodNotAllowed: {"allowed": "GET"},
+        RateLimited: {"retry_after_seconds": 3},
+    }
+    yield from (kind("said", **more.get(kind, {})) for kind in VERDICTS)
+    yield from (EngineRefused("said", status=status) for status in ENGINE_VERDICTS)
+    yield ZeroDivisionError("a secret")
+
+
+def test_one_table_has_a_status_for_every_error():
+    assert set(VERDICTS) == subclasses(GatewayError) - {GatewayError, EngineRefused}
+    for exc in errors():
+        answer = answer_to(exc)
+        error = answer.content["error"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert isinstance(error["code"], str | None)
+        assert "secret" not in error["message"]
+        assert ("retry-after" in answer.headers) == (answer.status in (429, 503))
+        assert (answer.headers.get("x-should-retry") == "false") == (answer.status in (500, 502, 504))
+        kinds = {429: "rate_limit_error", **dict.fromkeys((500, 502, 503, 504), "server_error")}
+        assert error["type"] == kinds.get(answer.status, "invalid_request_error")
+        assert json.loads(answer.event().removeprefix(b"data: ")) == answer.content
+
+
+async def test_every_answer_has_a_request_id_whatever_its_status(engine, tmp_path):
+    async def slowly():
+        yield b"{"
+        await asyncio.sleep(2)
+
+    config = tmp_path / "gateway.yaml"
+    config.write_text("limits: {requests_per_minute: 12}")
+    async with gateway(engine, config=config, max_body_bytes=2000, body_seconds=0.1) as client:
+        for status, method, path, content in (
+            (200, "GET", "/health/live", None),
+            (200, "GET", "/health/ready", None),
+            (200, "GET", "/metrics", None),
+            (200, "GET", "/openapi.json", None),
+            (200, "GET", "/v1/models", None),
+            (200, "POST", CHAT, json.dumps(ask())),
+            (200, "POST", CHAT, json.dumps(ask(stream=True))),
+            (400, "POST", CHAT, "{"),
+            (404, "GET", "/", None),
+            (404, "GET", "/v1/models/gpt-9", None),
+            (404, "GET", "/v1/files", None),
+            (404, "POST", "/v1/embeddings", "{}"),
+            (405, "GET", CHAT, None),
+            (405, "POST", "/health/live", None),
+            (405, "POST", "/metrics", "{}"),
+            (405, "HEAD", CHAT, None),
+            (408, "POST", CHAT, slowly()),
+            (413, "POST", CHAT, b" " * 3000),
+            (413, "POST", "/v1/responses", b" " * 3000),
+            (429, "POST", CHAT, json.dumps(ask())),
+            (429, "GET", "/v1/models", None),
+        ):
+            answer = await client.request(method, path, content=content, headers={"x-request-id": "mine"})
+            assert (answer.status_code, answer.headers["x-request-id"]) == (status, "mine"), (method, path)
+            assert float(answer.headers["x-aot-gateway-overhead-ms"]) >= 0
+            assert ("retry-after" in answer.headers) == (status in (429, 503))
+            if status >= 400 and method != "HEAD":
+                error_of(answer)
+
+
+async def test_over_a_socket_too_and_while_draining(engine):
+    engine.delay_seconds = 1
+    async with GatewayProcess(engine.url) as gateway, httpx.AsyncClient(base_url=gateway.url) as client:
+        last = asyncio.create_task(client.post(CHAT, json=ask()))
+        await asyncio.sleep(0.3)
+        gateway.drain()
+        await asyncio.sleep(0.3)
+        for status, method, path in (
+            (503, "POST", CHAT),
+            (503, "GET", "/v1/models"),
+            (503, "GET", "/v1/nothing"),
+            (503, "GET", "/health/ready"),
+            (404, "GET", "/nothing"),
+            (405, "PUT", "/health/live"),
+            (200, "GET", "/health/live"),
+            (200, "GET", "/metrics"),
+        ):
+            answer = await client.request(method, path)
+            assert answer.status_code == status, (path, answer.text)
+            assert answer.headers["x-request-id"].startswith("req_")
+            assert ("retry-after" in answer.headers) == (status == 503)
+        assert (await last).status_code == 200
 
 
 async def test_an_engine_too_slow_to_answer_times_out_and_a_retry_is_discouraged(engine):

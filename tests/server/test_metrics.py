@@ -1,8 +1,15 @@
+import asyncio
+import json
+
 import pytest
 
+from server import __version__
+from server.errors import REASONS
+from server.keys import digest_of, new_key
 from tests.server.clips import clip, data_url
-from tests.server.engine_double import TEXT
-from tests.server.harness import CHAT, ask, ask_about, gateway, value
+from tests.server.engine_double import TEXT, EngineDouble
+from tests.server.harness import CHAT, ask, ask_about, free_port, gateway, until, value
+from tests.server.media.hosts import MediaHost
 
 VIDEO = data_url(clip())
 
@@ -29,6 +36,189 @@ async def test_a_sane_request_id_is_kept_and_any_other_replaced(engine, headers,
         assert ids[0] != ids[1]
 
 
+LABELS = {
+    "requests_total": {"route", "model", "status_class", "stream"},
+    "request_duration_seconds": {"route", "stream"},
+    "time_to_first_token_seconds": {"model"},
+    "inter_token_latency_seconds": {"model"},
+    "overhead_seconds": {"phase"},
+    "video_tokens_total": {"model", "stage"},
+    "video_retention_ratio": {"model"},
+    "video_retention_limit_ratio": {"model"},
+    "video_bytes": set(),
+    "video_duration_seconds": set(),
+    "probes_total": set(),
+    "rejections_total": {"reason"},
+    "tenant_usage_total": {"tenant", "unit"},
+    "limits_backend_up": set(),
+    "upstream_retries_total": {"reason"},
+    "affinity_total": {"outcome"},
+    "engine_up": {"engine"},
+    "engine_breaker_open": {"engine"},
+    "inflight_requests": set(),
+    "buffered_bytes": set(),
+    "queue_depth": set(),
+    "build_info": {"version"},
+}
+CLOSED = {
+    "stage": {"before", "after"},
+    "phase": {"parse", "fetch", "probe", "queue", "connect"},
+    "reason": {*REASONS, "connect", "refused"},
+    "outcome": {"hit", "spilled", "none"},
+    "unit": {"requests", "tokens", "video_seconds"},
+    "status_class": {"2xx", "4xx", "5xx"},
+    "stream": {"true", "false"},
+    "engine": {"engine-0", "engine-1"},
+    "version": {__version__},
+    "tenant": {"acme", "globex", "none"},
+    "model": {"fast", "other", "none"},
+}
+
+
+def samples(registry):
+    """The values of all series, by metric and labels; of histograms how often something was observed."""
+    return {
+        (sample.name.removeprefix("aot_gateway_").removesuffix("_count"), tuple(sorted(sample.labels.items()))): (
+            sample.value
+        )
+        for family in registry.collect()
+        for sample in family.samples
+        if not sample.name.endswith(("_created", "_bucket", "_sum"))
+    }
+
+
+class Watched:
+    """Tells which metrics have moved."""
+
+    def __init__(self, client):
+        self.client = client
+        self.begin = samples(client.registry)
+
+    def moved(self):
+        now = samples(self.client.registry)
+        moved = {key for key in now if now[key] != self.begin.get(key, 0.0)}
+        self.begin = now
+        return {name for name, _ in moved}, moved
+
+
+@pytest.fixture
+async def watched(engine, tmp_path):
+    """A gateway with two engines and two tenants, whose limits are in a Redis that is not there."""
+    keys = {name: new_key() for name in ("acme", "globex")}
+    tenants = {name: {"keys": [{"sha256": digest_of(key.encode())}]} for name, key in keys.items()}
+    models = {"fast": {"engine_model": "llava", "max_retention": 0.5}}
+    config = tmp_path / "gateway.yaml"
+    config.write_text(json.dumps({"tenants": tenants, "models": models, "limits": {"requests_per_minute": 1000}}))
+    async with EngineDouble().serving() as other, MediaHost().serving() as host:
+        settings = {
+            "config": config,
+            "limits_backend": f"redis://127.0.0.1:{free_port()}/0",
+            "engines": (engine.url, other.url),
+            "engine_health_seconds": 0.05,
+            "media_allow_hosts": (host.host,),
+            "media_allow_http": True,
+            "max_concurrency": 1,
+        }
+        async with gateway(**settings) as client:
+            client.headers["authorization"] = f"Bearer {keys['acme']}"
+            client.engines, client.video = (engine, other), f"{host.url}/clip.mp4"
+            yield client
+
+
+async def test_each_metric_has_its_labels_and_moves_with_its_request(watched):
+    def told(name, **labels):
+        return name, tuple(sorted(labels.items()))
+
+    client, (engine, other) = watched, watched.engines
+    watch = Watched(client)
+    assert {key for key, value_ in watch.begin.items() if value_} == {
+        told("build_info", version=__version__),
+        told("video_retention_limit_ratio", model="fast"),
+        told("limits_backend_up"),
+        told("engine_up", engine="engine-0"),
+        told("engine_up", engine="engine-1"),
+    }
+
+    assert (await client.post(CHAT, json=ask_about(client.video, model="fast", stream=True))).status_code == 200
+    names, moved = watch.moved()
+    route = {"route": CHAT, "stream": "true"}
+    assert moved == {
+        told("requests_total", **route, model="fast", status_class="2xx"),
+        told("request_duration_seconds", **route),
+        told("time_to_first_token_seconds", model="fast"),
+        told("inter_token_latency_seconds", model="fast"),
+        *(told("overhead_seconds", phase=phase) for phase in CLOSED["phase"]),
+        *(told("video_tokens_total", model="fast", stage=stage) for stage in CLOSED["stage"]),
+        told("video_retention_ratio", model="fast"),
+        told("video_bytes"),
+        told("video_duration_seconds"),
+        told("probes_total"),
+        *(told("tenant_usage_total", tenant="acme", unit=unit) for unit in CLOSED["unit"]),
+        told("affinity_total", outcome="hit"),
+        told("limits_backend_up"),
+    }
+    seen = names
+
+    assert (await client.post(CHAT, json=ask(model="fast", aot={"retention": 0.9}))).status_code == 400
+    names, moved = watch.moved()
+    assert told("rejections_total", reason="retention") in moved
+    assert told("requests_total", route=CHAT, stream="false", model="fast", status_class="4xx") in moved
+    seen |= names
+
+    engine.hold = other.hold = asyncio.Event()
+    asking = [asyncio.create_task(client.post(CHAT, json=ask(model="fast", note="x" * 10**5))) for _ in range(2)]
+    await until(lambda: value(client, "queue_depth") == 1)
+    names, _ = watch.moved()
+    assert names >= {"inflight_requests", "queue_depth", "buffered_bytes"}
+    seen |= names
+    engine.hold.set()
+    assert [answer.status_code for answer in await asyncio.gather(*asking)] == [200, 200]
+    engine.hold = other.hold = None
+
+    engine.error = (503, b"{}", "application/json")
+    for _ in range(4):  # the engines take turns
+        assert (await client.post(CHAT, json=ask(model="fast"))).status_code == 200
+    names, moved = watch.moved()
+    assert told("upstream_retries_total", reason="refused") in moved
+    seen |= names
+
+    other.error = (500, b"{}", "application/json")
+    while value(client, "engine_breaker_open", engine="engine-1") == 0:
+        assert (await client.post(CHAT, json=ask(model="fast"))).status_code in (502, 503)
+    other.healthy = False
+    await until(lambda: value(client, "engine_up", engine="engine-1") == 0)
+    names, moved = watch.moved()
+    assert {told("engine_up", engine="engine-1"), told("engine_breaker_open", engine="engine-1")} <= moved
+    assert seen | names == set(LABELS) - {"build_info", "video_retention_limit_ratio"}
+
+    for name, labels in watch.begin:
+        assert {label for label, _ in labels} == LABELS[name]
+        for label, text in labels:
+            assert label == "route" or text in CLOSED[label], (name, label, text)
+
+
+async def test_nothing_that_clients_make_up_is_a_label(watched):
+    async def send(word):
+        for headers in ({}, {"authorization": f"Bearer {word}"}, {"x-request-id": word, "user-agent": word}):
+            for method, path in (("GET", f"/{word}"), ("POST", f"/v1/{word}"), (word.upper(), CHAT), ("HEAD", "/")):
+                await watched.request(method, path, headers=headers)
+            await watched.get(f"/v1/models/{word}", headers=headers)
+            await watched.get(f"/v1/files/{word}", headers=headers)
+            for path in (CHAT, "/v1/completions", "/v1/responses"):
+                content = ask(model=word, user=word, input=word, prompt=word, stream=word == "second")
+                await watched.post(path, json=content, headers=headers)
+
+    await send("second")
+    await send("first")
+    known = set(samples(watched.registry))
+    for number in range(3):
+        await send(f"w{number}-{'x' * 10 * number}")
+    assert set(samples(watched.registry)) == known
+    assert {dict(labels)["model"] for name, labels in known if name == "requests_total"} <= CLOSED["model"]
+    routes = {dict(labels)["route"] for name, labels in known if name == "requests_total"}
+    assert routes <= {CHAT, "/v1/completions", "/v1/responses", "/v1/models/{id}", "/v1/files/{id}", "other"}
+
+
 async def test_every_metric_of_a_request_moves(engine):
     engine.gap_seconds = 0.01
     async with gateway(engine) as client:
@@ -51,6 +241,13 @@ async def test_every_metric_of_a_request_moves(engine):
         for phase in ("parse", "probe", "queue", "connect"):
             assert value(client, "overhead_seconds_count", phase=phase) == 2, phase
         assert value(client, "engine_up", engine="engine-0") == 1
+
+
+async def test_first_tokens_are_told_apart_up_to_two_minutes(engine):
+    async with gateway(engine) as client:
+        await client.post(CHAT, json=ask(stream=True))
+        assert value(client, "time_to_first_token_seconds_bucket", model="llava", le="120.0") == 1
+        assert value(client, "time_to_first_token_seconds_bucket", model="llava", le="90.0") == 1
 
 
 async def test_the_overhead_does_not_contain_the_wait_for_the_engine(engine):

@@ -3,7 +3,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 
 from server.errors import ConfigurationError
 from server.settings import PREFIX, Settings
@@ -26,6 +26,7 @@ GOOD = {
     "LIMITS_BACKEND": ("redis://:s3cret@cache:6379/1", SecretStr("redis://:s3cret@cache:6379/1")),
     "MAX_BODY_BYTES": ("4096", 4096),
     "BODY_SECONDS": ("3", 3.0),
+    "MAX_BUFFERED_BYTES": ("200000000", 200_000_000),
     "MAX_CONCURRENCY": ("3", 3),
     "MAX_QUEUE": ("0", 0),
     "QUEUE_SECONDS": ("0.5", 0.5),
@@ -132,6 +133,21 @@ def test_a_store_smaller_than_one_video_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("AOT_GATEWAY_MEDIA_STORE_BYTES", "2048")
     with pytest.raises(ConfigurationError, match="AOT_GATEWAY_MEDIA_STORE_BYTES must be at least"):
         Settings.from_environment()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"max_buffered_bytes": 2**20}, r"AOT_GATEWAY_MAX_BODY_BYTES \(100663296\), got 1048576"),
+        (
+            {"max_buffered_bytes": 2**20, "max_body_bytes": 2**20},
+            r"AOT_GATEWAY_MEDIA_MAX_BYTES in base64 \(89478488\), got 1048576",
+        ),
+    ],
+)
+def test_less_memory_than_one_request_may_take_is_refused(settings, says):
+    with pytest.raises(ValidationError, match=f"AOT_GATEWAY_MAX_BUFFERED_BYTES must be at least {says}"):
+        Settings(**settings)
 
 
 def test_a_secret_that_is_too_short_is_refused_and_not_repeated(monkeypatch):

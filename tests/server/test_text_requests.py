@@ -9,6 +9,7 @@ import pytest
 
 from server.routes.generation import isolate
 from server.settings import Settings
+from tests.server.clips import clip, data_url, picture
 from tests.server.engine_double import (
     RESPONSE,
     RESPONSE_STREAM,
@@ -20,7 +21,7 @@ from tests.server.engine_double import (
 from tests.server.harness import error_of, gateway, served, value
 
 COMPLETIONS, RESPONSES = "/v1/completions", "/v1/responses"
-IMAGE = "data:image/png;base64,iVBORw0KGgo="
+IMAGE = data_url(picture(), "image/png")
 
 
 def body(path, **fields):
@@ -149,12 +150,10 @@ async def test_what_a_client_may_not_set_is_refused(engine, client, path, fields
 @pytest.mark.parametrize(
     "part",
     [
-        {"type": "input_image", "image_url": "http://169.254.169.254/latest"},
-        {"type": "input_image", "image_url": "file:///etc/passwd"},
-        {"type": "input_image", "image_url": {"url": "data:image/png;base64,AA=="}},
-        {"type": "input_image", "image_url": "data:video/mp4;base64,AA=="},
         {"type": "input_image", "file_id": "file-1"},
-        {"image_url": "http://10.0.0.1/x.png"},
+        {"type": "input_image", "image_url": None, "file_id": "file-1"},
+        {"type": "input_video", "video_url": "https://example.com/a.mp4"},
+        {"video_url": {"url": "file:///etc/passwd"}},
         {"type": "input_video", "video_url": "data:video/mp4;base64,AA=="},
         {"type": "video_url", "video_url": {"url": "https://example.com/a.mp4"}},
         {"type": "input_file", "file_url": "https://example.com/a.pdf"},
@@ -172,6 +171,50 @@ async def test_media_that_would_reach_the_engine_unfetched_are_sent_to_chat_comp
         assert answer.status_code == 400
         assert error_of(answer)["param"].startswith("input[0]")
         assert "/v1/chat/completions" in error_of(answer)["message"]
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize(
+    ("url", "code"),
+    [
+        ("http://169.254.169.254/latest", "media_host_not_allowed"),
+        ("http://example.com/x.png", "media_scheme_not_allowed"),
+        ("https://[::ffff:127.0.0.1]/x.png", "media_host_not_allowed"),
+        ("https://user@example.com/x.png", "invalid_media_url"),
+        ("file:///etc/passwd", "invalid_media_url"),
+        ("data:video/mp4;base64,AA==", "invalid_media_url"),
+        ("data:image/png;base64,AAAA", "invalid_media"),
+        (data_url(clip(), "image/png"), "invalid_media"),
+        (data_url(picture()[:20], "image/png"), "invalid_image"),
+        (data_url(picture(9000, 9000), "image/png"), "media_too_large"),
+    ],
+)
+async def test_an_image_in_a_response_is_held_to_what_holds_for_those_of_chats(engine, client, url, code):
+    parts = [
+        {"type": "input_image", "image_url": url},
+        {"image_url": url},
+    ]
+    for part in parts:
+        outputs = [{"type": "function_call_output", "call_id": "c", "output": [part]}]
+        for given in ([{"role": "user", "content": [part]}], outputs, [part]):
+            answer = await client.post(RESPONSES, json=body(RESPONSES, input=given))
+            assert answer.status_code == 400
+            assert error_of(answer)["code"] == code
+            assert error_of(answer)["param"].startswith("input[0]")
+            assert error_of(answer)["param"].endswith("image_url")
+    assert engine.requests == []
+
+
+async def test_the_images_of_responses_are_bounded_in_number_and_together(engine, client):
+    image = {"type": "input_image", "image_url": IMAGE}
+    for given, says in (
+        ([image] * 65, "at most 64 media"),
+        ([{"type": "input_image", "image_url": data_url(picture(8000, 8000), "image/png")}] * 6, "when decoded"),
+        ([{"type": "input_image", "image_url": {"url": IMAGE}}], "must be a string"),
+    ):
+        answer = await client.post(RESPONSES, json=body(RESPONSES, input=[{"role": "user", "content": given}]))
+        assert answer.status_code == 400
+        assert says in error_of(answer)["message"]
     assert engine.requests == []
 
 

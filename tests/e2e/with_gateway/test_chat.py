@@ -97,7 +97,7 @@ def test_completions_and_responses_pass_through(client):
             model="fast",
             input=[{"role": "user", "content": [{"type": "input_image", "image_url": "http://127.0.0.1:1/x.png"}]}],
         )
-    assert refused.value.code == "forbidden_field"
+    assert refused.value.code == "media_host_not_allowed"
 
 
 def test_the_engines_own_errors_come_in_openais_shape(client, clip_url):

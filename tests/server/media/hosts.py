@@ -84,7 +84,7 @@ class MediaHost:
     @contextlib.asynccontextmanager
     async def serving(self, ssl_context=None):
         app = web.Application()
-        app.router.add_get("/{path:.*}", self._get)
+        app.router.add_get(r"/{path:[\s\S]*}", self._get)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.2)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0, ssl_context=ssl_context).start()

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from tests.server.clips import clip, data_url, picture
+from tests.server.clips import clip, data_url, growing, picture
 from tests.server.harness import CHAT, ask, ask_about, children
 from tests.server.media import lies
 from tests.server.media.hosts import PUBLIC
@@ -204,6 +204,8 @@ async def reset(writer):
         (response(clip(), status="206 Partial Content"), ["media_fetch_failed"]),
         (response(clip(), status="500 Oops"), ["media_fetch_failed"]),
         (response(b"", "content-length: 0", status="302 Found"), ["media_fetch_failed"]),
+        (b"HTTP/1.1 101 Switching Protocols\r\nupgrade: h2c\r\nconnection: upgrade\r\n\r\n", ["media_fetch_failed"]),
+        (b"HTTP/1.1 200 OK\r\nx: a\0b\r\n\r\n" + clip(), ["media_fetch_failed"]),
         (b"SSH-2.0-OpenSSH_9.6\r\n", ["media_fetch_failed"]),
         (b"", ["media_fetch_failed"]),
         (b"\0" * 100_000, ["media_fetch_failed"]),
@@ -237,6 +239,8 @@ def test_nothing_is_unpacked(site, headers):
 
 def test_a_video_whose_length_nobody_says_is_taken(site):
     assert site.ask(served(site, response(clip(), "content-type: video/mp4"))).status_code == 200
+    as_of_old = b"HTTP/1.0 200 OK\r\ncontent-type: video/mp4\r\n\r\n" + clip()
+    assert site.ask(served(site, as_of_old)).status_code == 200
 
 
 def part(url, key="video_url"):
@@ -253,6 +257,7 @@ def part(url, key="video_url"):
         [part(data_url(b"\0" * (MAX_BYTES + 1)))],
         [part(data_url(clip("mp4", "libx264", frames=1, size=(7680, 4320))))],
         [part(data_url(clip("matroska", "mpeg4", frames=1, size=(7680, 4320))))],
+        [part(data_url(growing("mpegts", "libx264", (64, 48), (3840, 2400), (64, 48), each=2), "video/mp2t"))],
         [part(data_url(lies.with_edits(clip(frames=60), [(10_000, 0)] * 20_000)))],
         [part(data_url(lies.claims_frames(clip(), 2**32 - 1)))],
         [part(data_url(lies.claims_rate(clip(), 10**9)))],

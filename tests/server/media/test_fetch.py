@@ -4,6 +4,7 @@ import re
 import ssl
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import unquote_to_bytes
 
 import pytest
 
@@ -72,7 +73,8 @@ SPELLINGS = [
     ),
     *("0177.0.0.1", "0177.1", "127.0.0.0x1", "127.00.0.1", "127.0.0.1..", "0", "0.0.0.0", "1.1.1.1.1", "256.1.1.1"),
     *("[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]", "[0:0:0:0:0:ffff:7f00:0001]", "[::127.0.0.1]"),
-    *("[64:ff9b::7f00:1]", "[2002:7f00:1::]", "[fe80::1%25eth0]", "[fe80::1%eth0]", "[::1%25lo]", "[2606:4700::1%251]"),
+    *("[64:ff9b::7f00:1]", "[64:ff9b::169.254.169.254]", "[64:ff9b:1::7f00:1]", "[2001::7f00:1]", "[::ffff:0:7f00:1]"),
+    *("[2002:7f00:1::]", "[fe80::1%25eth0]", "[fe80::1%eth0]", "[::1%25lo]", "[2606:4700::1%251]"),
     *("[fd00:ec2::254]", "169.254.169.254", "0xa9fea9fe", "2852039166", "[::ffff:169.254.169.254]", "168.63.129.16"),
     *(
         "１２７.０.０.１",
@@ -98,6 +100,9 @@ SPELLINGS = [
         "xn--",
         "a\u200bb",
         "a" * 300,
+        "a" * 64 + ".example",
+        ".".join(["a" * 60] * 5),
+        "a" * 100_000,
         "[v1.a]",
         "[1.2.3.4]",
     ),
@@ -131,12 +136,22 @@ async def test_no_spelling_of_an_address_that_is_not_public_is_dialled(internet,
         "http://media.example@127.0.0.1/",
         "http://user:pass@media.example/",
         "http://@media.example/",
+        "http://user@name@127.0.0.1/",
+        "http://media.example%40127.0.0.1/",
+        "http://media.example%2f@127.0.0.1/",
+        "http://media.example%00.trap/",
+        "http://media.example%0d%0ahost:%20other/",
+        "http://media.example\r\n@127.0.0.1/",
         "http://127.0.0.1#@media.example/",
         "http://127.0.0.1?@media.example/",
         "http://127.0.0.1/@media.example/",
         "http://127.0.0.1;@media.example/",
         "http://media.example:80:80/",
         "http://media.example:99999/",
+        "http://media.example:65536/",
+        "http://media.example:080:/",
+        "http://media.example:8_0/",
+        "http://media.example:+80/",
         "http://media.example:0/",
         "http://media.example:-1/",
         "http://media.example:٨٠/",
@@ -164,6 +179,12 @@ async def test_a_url_that_two_parsers_could_read_in_two_ways_is_not_dialled(fetc
     assert await refused(fetcher, url) in ("invalid_media_url", "media_host_not_allowed")
     assert internet.dialled == []
     assert internet.names.asked == []
+
+
+@pytest.mark.parametrize("path", ["/a%0d%0ax-evil:%20yes", "/a\u2028b", "/a\x85b", "/a%0D%0A%0D%0AGET%20/b%20HTTP/1.1"])
+async def test_nothing_in_a_path_becomes_a_line_of_its_own(fetcher, host, path):
+    assert await refused(fetcher, f"http://media.example{path}") == "media_fetch_failed"  # there is no such file
+    assert [asked.encode() for asked in host.asked] == [unquote_to_bytes(path.encode())]
 
 
 async def test_host_names_are_taken_in_every_spelling_of_their_own(fetcher, internet, host):
@@ -282,6 +303,12 @@ async def test_redirects_are_followed_and_each_is_checked(fetcher, internet, hos
         ("\\\\127.0.0.1\\", "media_fetch_failed"),
         ("file:///etc/passwd", "invalid_media_url"),
         ("data:video/mp4;base64,AAAA", "invalid_media_url"),
+        ("ftp://media.example/clip.mp4", "invalid_media_url"),
+        ("javascript:alert(1)", "invalid_media_url"),
+        ("http://media.example:0/", "invalid_media_url"),
+        ("http://media.example:65536/", "media_fetch_failed"),
+        ("http://[::ffff:7f00:1]/", "media_host_not_allowed"),
+        ("http://" + "a" * 5000 + "/", "invalid_media_url"),
         ("http://[::1", "media_fetch_failed"),
         ("", "media_fetch_failed"),
         ("/1", "media_fetch_failed"),

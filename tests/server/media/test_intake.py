@@ -9,7 +9,7 @@ from server.files import FileStore
 from server.keys import digest_of, new_key
 from server.media.intake import Intake
 from tests.server.clips import clip, data_url, picture, sound
-from tests.server.harness import CHAT, ask, ask_about, gateway, until
+from tests.server.harness import CHAT, ask, ask_about, error_of, gateway, until, value
 
 SECRET = "a secret of the operator"
 URL = "http://media.example"
@@ -17,6 +17,11 @@ URL = "http://media.example"
 
 def fetching(internet, **settings):
     return {"network": internet.network, "media_allow_http": True, **settings}
+
+
+def padded(size_bytes):
+    """A clip with so many bytes more that are nothing."""
+    return clip() + size_bytes.to_bytes(4, "big") + b"free" + b"\0" * (size_bytes - 8)
 
 
 def ask_with(*parts, **fields):
@@ -82,6 +87,17 @@ async def test_images_and_audio_on_a_public_host_reach_the_engine_as_data_urls(e
         {"image_url": png},
     ]
     assert "mm_processor_kwargs" not in engine.requests[0]
+
+
+async def test_the_images_of_responses_are_fetched_here_too(engine, internet, host):
+    async with gateway(engine, **fetching(internet)) as client:
+        content = [{"type": "input_image", "image_url": f"{URL}/a.png", "detail": "auto"}]
+        answer = await client.post(
+            "/v1/responses", json={"model": "llava", "input": [{"role": "user", "content": content}]}
+        )
+    assert answer.status_code == 200, answer.text
+    assert engine.requests[0]["input"][0]["content"] == [{**content[0], "image_url": data_url(picture(), "image/png")}]
+    assert host.asked == ["/a.png"]
 
 
 async def test_images_and_audio_in_the_request_and_text_pass_untouched(engine):
@@ -348,9 +364,9 @@ def records(monkeypatch):
     """The records of the requests that gateways took in."""
     taken, records = Intake.taken, []
 
-    def noted(self, chat, record):
+    def noted(self, media, record, buffer):
         records.append(record)
-        return taken(self, chat, record)
+        return taken(self, media, record, buffer)
 
     monkeypatch.setattr(Intake, "taken", noted)
     return records
@@ -403,3 +419,29 @@ async def test_when_nobody_waits_for_a_download_any_more_it_ends(engine, interne
             request.cancel()
             await asyncio.sleep(0.05)
         await until(lambda: host.left == 1)
+
+
+ROOM = {"max_buffered_bytes": 500_000, "max_body_bytes": 500_000, "media_max_bytes": 300_000}
+
+
+async def test_media_that_are_fetched_to_stand_in_requests_take_memory_that_is_bounded(engine, internet, host):
+    host.files["/large.mp4"] = padded(250_000)
+    engine.delay_seconds = 0.5
+    async with gateway(engine, **ROOM, **fetching(internet)) as client:
+        first = asyncio.create_task(client.post(CHAT, json=ask_about(f"{URL}/large.mp4")))
+        await until(lambda: engine.running)
+        assert value(client, "buffered_bytes") > 250_000
+        second = await client.post(CHAT, json=ask_about(f"{URL}/large.mp4"))
+        assert (second.status_code, error_of(second)["code"]) == (429, "rate_limit_exceeded")
+        assert (await first).status_code == 200
+        assert value(client, "buffered_bytes") == 0
+        assert (await client.post(CHAT, json=ask_about(f"{URL}/large.mp4"))).status_code == 200
+
+
+async def test_media_that_are_handed_over_as_files_take_no_memory_any_more(engine, tmp_path):
+    engine.delay_seconds = 0.5
+    async with gateway(engine, **ROOM, media_handoff="file", media_dir=tmp_path) as client:
+        asking = asyncio.create_task(client.post(CHAT, json=ask_about(data_url(padded(250_000)))))
+        await until(lambda: engine.running)
+        assert value(client, "buffered_bytes") == 0
+        assert (await asking).status_code == 200

@@ -4,13 +4,14 @@ import signal
 import struct
 import zlib
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from server.media.file import in_memory
 from server.media.identify import identify
-from server.media.probe import Limits, ProbeError, Prober
-from tests.server.clips import clip, picture, sound
+from server.media.probe import MEMORY_BYTES, Limits, ProbeError, Prober
+from tests.server.clips import clip, growing, picture, sound
 from tests.server.harness import children
 from tests.server.media import lies
 
@@ -111,6 +112,17 @@ async def test_a_probe_that_hangs_is_ended():
         prober.close()
 
 
+async def test_a_worker_is_held_to_its_memory_and_time_and_writes_nothing(prober):
+    await probe(prober, clip())
+    (worker,) = prober.process_ids
+    lines = Path(f"/proc/{worker}/limits").read_text().splitlines()
+    soft = {line[:26].strip(): line[26:].split()[0] for line in lines[1:]}
+    assert soft["Max address space"] == str(MEMORY_BYTES)
+    assert soft["Max file size"] == soft["Max core file size"] == "0"
+    assert 0 < int(soft["Max cpu time"]) < 60
+    assert b"AOT_" not in Path(f"/proc/{worker}/environ").read_bytes()
+
+
 async def test_probes_do_not_exceed_their_processes():
     prober = Prober(limits=LIMITS, seconds=5, num_workers=2)
     try:
@@ -168,6 +180,47 @@ async def test_a_video_beyond_a_limit_is_refused(change, code):
         assert caught.value.code == code
     finally:
         prober.close()
+
+
+@pytest.mark.parametrize(
+    ("container", "codec", "pix_fmt"),
+    [
+        ("mp4", "libx264", "yuv420p"),
+        ("mpegts", "libx264", "yuv420p"),
+        ("matroska", "libx265", "yuv420p"),
+        ("webm", "libsvtav1", "yuv420p"),
+        ("webm", "libvpx", "yuv420p"),
+        ("webm", "libvpx-vp9", "yuv420p"),
+        ("avi", "mpeg4", "yuv420p"),
+        ("avi", "mjpeg", "yuvj420p"),
+        ("flv", "flv1", "yuv420p"),
+    ],
+)
+async def test_frames_that_grow_in_the_middle_count_as_the_largest(prober, container, codec, pix_fmt):
+    small, large = (64, 48), (320, 240)
+    data = growing(container, codec, small, large, small, pix_fmt=pix_fmt)
+    facts = await probe(prober, data)
+    assert (facts.width, facts.height, facts.frames) == (*large, 12)
+    assert facts.decoded_bytes == 12 * large[0] * large[1] * 3
+    narrow = Prober(limits=replace(LIMITS, max_pixels=2**16), seconds=5, num_workers=1)
+    try:
+        with pytest.raises(ProbeError, match="pixels, at most 65536 are allowed") as caught:
+            await probe(narrow, data)
+        assert caught.value.code == "media_too_large"
+        assert (await probe(narrow, growing(container, codec, small, pix_fmt=pix_fmt))).width == small[0]
+    finally:
+        narrow.close()
+
+
+async def test_a_last_frame_that_is_larger_is_noticed(prober):
+    assert (await probe(prober, growing("mpegts", "libx264", (64, 48), (320, 240), each=1))).width == 320
+
+
+async def test_frames_that_are_broken_behind_the_first_are_left_to_the_engines_which_pass_over_them(prober):
+    data = clip("avi", "mpeg4", frames=12)
+    at = data.index(b"00dc", data.index(b"00dc", data.index(b"movi")) + 4) + 12
+    facts = await probe(prober, data[:at] + os.urandom(200) + data[at + 200 :])
+    assert (facts.width, facts.height) == (64, 48)
 
 
 def png_header(width, height):
