@@ -2,8 +2,8 @@
 
 `tower`: single frames, the pooled features of which must tell what each cell shows. `text-8` and `text-16`: clips of 8
 and of 16 frames with a dozen questions each, on features of the tower as it then is, kept on disk and reused. `joint`:
-everything, on clips never seen before. All randomness comes from the step's number, so a run that was interrupted and
-resumed ends with the same weights. `--export MODEL` writes what a run has reached as a checkpoint that vLLM reads.
+everything, on clips never seen before. All randomness comes from the step's number, so a run that was interrupted sees
+what it would have seen. `--export MODEL` writes what a run has reached as a checkpoint that vLLM reads.
 """
 
 from __future__ import annotations
