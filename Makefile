@@ -33,7 +33,7 @@ test: test-fast  ## all tests, with real engines on both of vLLM's model runners
 	@mkdir -p .cache; $(VENV)/python -m pytest tests/e2e --runner v2 > .cache/test-v2.log 2>&1 & second=$$!; \
 	trap 'kill $$second' INT TERM; \
 	$(VENV)/python -m pytest tests/e2e --runner v1; first_status=$$?; \
-	wait $$second; second_status=$$?; cat .cache/test-v2.log; \
+	wait $$second; second_status=$$?; echo "On the second runner:"; cat .cache/test-v2.log; \
 	[ $$first_status -eq 0 ] && [ $$second_status -eq 0 ]
 
 test-fast: install-test  ## the tests that need no engine

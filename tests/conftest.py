@@ -5,6 +5,11 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
+LINES_OF_OUTPUT = 40
+"""How much of what a failed test printed is shown: engines log thousands of lines."""
+
 TRITON_INTERPRETER = Path(__file__).parent / "triton_interpreter"
 
 ENGINE_ENVIRONMENT = {
@@ -41,6 +46,20 @@ def pytest_configure(config):
         os.environ["PYTHONPATH"] = os.pathsep.join(
             [str(TRITON_INTERPRETER), *filter(None, [os.environ.get("PYTHONPATH")])]
         )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    report.sections = [(title, last_lines(text)) for title, text in report.sections]
+    return report
+
+
+def last_lines(text):
+    """Return the end of `text`, with a line that says how many were left out."""
+    lines = text.splitlines(keepends=True)
+    left_out = len(lines) - LINES_OF_OUTPUT
+    return text if left_out <= 0 else f"[{left_out} lines before these]\n" + "".join(lines[left_out:])
 
 
 def is_built_for_cpu():
