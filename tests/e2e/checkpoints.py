@@ -90,6 +90,7 @@ def _qwen2_5_vl(directory):
         tokenizer=tokenizer,
         chat_template=QWEN_TEMPLATE,
     )
+    maker.hide_unprintable(model, tokenizer)
     maker.save(model, processor, tokenizer, directory, dtype=torch.float32)
 
 
@@ -195,6 +196,7 @@ def _framed(directory, config_class, model_class, *, tower=None, text=None, dtyp
         tokenizer=tokenizer,
         chat_template=QWEN_TEMPLATE,
     )
+    maker.hide_unprintable(model, tokenizer)
     maker.save(model, processor, tokenizer, directory, dtype=dtype)
 
 
@@ -204,6 +206,7 @@ def _qwen2(directory):
     config = transformers.Qwen2Config(**maker.text_config(tokenizer, **TEXT), tie_word_embeddings=False)
     model = transformers.Qwen2ForCausalLM(config)
     maker.randomise(model)
+    maker.hide_unprintable(model, tokenizer)
     maker.save(model, tokenizer, tokenizer, directory, dtype=torch.float32)
 
 
