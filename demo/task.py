@@ -41,6 +41,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond")
 MARKS = ("none", "dot", "line", "ring")
 DIRECTIONS = {"nowhere": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 CHANGES = ("nothing", "size", "shape", "speed")
+PLACES = ("top left", "top right", "bottom left", "bottom right")
 BACKGROUNDS = ("gradient", "noise", "stripes", "checks", "waves", "flicker")
 SPLITS = ("train", "test")
 KINDS = ("what", "where", "how many", "direction", "first", "changed", "detail")
@@ -369,6 +370,100 @@ def cell_labels(scene: Scene, frame: int, owner: np.ndarray) -> CellLabels:
     return CellLabels(**labels, background=background, row=row, column=column, centre=centre, radius=radius)
 
 
+SIZES = ("small", "medium", "large")
+NO_YES = ("no", "yes")
+HISTORY_CLASSES: dict[str, Sequence[Any]] = {
+    # of the thing in the cell
+    "direction": tuple(DIRECTIONS),  # from where it was first seen
+    "change": CHANGES,  # that it has been seen to make
+    "first place": PLACES,
+    "first shape": SHAPES,
+    "first size": SIZES,
+    "moves": NO_YES,  # since the last frame seen
+    "moved": NO_YES,  # at any time
+    "stood": NO_YES,
+    "before": range(6),  # things that came before it
+    "alike": range(6),  # things seen so far whose shape is that of this one
+    # of the clip
+    "count": range(6),  # things seen so far
+    "cut": NO_YES,  # whether the background has changed
+    "speck seen": ("none", *COLOURS),
+    **{f"{colour} seen": NO_YES for colour in COLOURS},
+}
+
+
+def history_labels(scene: Scene, frames: Sequence[int], colours: np.ndarray) -> dict[str, np.ndarray]:
+    """Return what the frames up to each one tell: for each of `HISTORY_CLASSES` an index plus one, (T, GRID, GRID).
+
+    `frames` are those that are seen, `colours`, (T, GRID, GRID), what `CellLabels` has of each. 0 where there is
+    nothing to tell: no thing in the cell, or a close call.
+    """
+    labels = {name: np.zeros(colours.shape, np.int64) for name in HISTORY_CLASSES}
+
+    def tell(name: str, where: tuple[Any, ...], value: object) -> None:
+        if value is not None:
+            labels[name][where] = 1 + list(HISTORY_CLASSES[name]).index(value)
+
+    seen: dict[int, list[int]] = {}  # things by index, and the frames they were seen in
+    speck = "none"
+    for t, frame in enumerate(frames):
+        for index, thing in enumerate(scene.things):
+            if thing.visible(frame):
+                seen.setdefault(index, []).append(frame)
+        if scene.speck is not None and scene.speck.visible(frame):
+            speck = scene.speck.colour
+        tell("count", (t,), len(seen))
+        tell("cut", (t,), NO_YES[scene.backgrounds[frame] != scene.backgrounds[frames[0]]])
+        tell("speck seen", (t,), speck)
+        for colour in COLOURS:
+            tell(f"{colour} seen", (t,), NO_YES[any(scene.things[index].colour == colour for index in seen)])
+        for index, thing in enumerate(scene.things):
+            if not thing.visible(frame):
+                continue
+            here = t, colours[t] == 1 + list(COLOURS).index(thing.colour)
+            first, shape = seen[index][0], thing.shapes[frame]
+            steps = np.abs(np.diff(thing.path[seen[index]], axis=0)).sum(1)
+            tell("direction", here, _moved(thing.path[first], thing.path[frame]))
+            tell("change", here, _change_seen(thing, seen[index]))
+            tell("first place", here, _place(thing, first))
+            tell("first shape", here, thing.shapes[first])
+            tell("first size", here, _size(thing.radii[first]))
+            tell("moves", here, NO_YES[bool(len(steps) and steps[-1] > 0)])
+            tell("moved", here, NO_YES[bool((steps > 0).any())])
+            tell("stood", here, NO_YES[bool((steps == 0).any())])
+            tell("before", here, sum(earlier[0] < first for earlier in seen.values()))
+            tell("alike", here, sum(scene.things[other].shapes[seen[other][-1]] == shape for other in seen))
+    return labels
+
+
+def _size(radius: float) -> str:
+    """Return which of `SIZES` a radius in pixels is."""
+    return SIZES[int(radius > SMALL) + int(radius >= LARGE)]
+
+
+def _moved(start: np.ndarray, end: np.ndarray) -> str:
+    """Return the direction from one place to another, in pixels, "nowhere" if they are half a cell apart or less."""
+    x, y = end - start
+    if max(abs(x), abs(y)) <= CELL / 2:
+        return "nowhere"
+    if abs(x) > abs(y):
+        return "right" if x > 0 else "left"
+    return "down" if y > 0 else "up"
+
+
+def _change_seen(thing: Thing, frames: Sequence[int]) -> str:
+    """Return what these frames of a thing, in order, show to change."""
+    last = frames[-1]
+    if thing.shapes[frames[0]] != thing.shapes[last]:
+        return "shape"
+    if thing.change == "size" and thing.radii[frames[0]] != thing.radii[last]:
+        return "size"
+    steps = np.abs(np.diff(thing.path[list(frames)], axis=0)).sum(1)
+    if thing.change == "speed" and (steps > 0).any() and (steps == 0).any():
+        return "speed"
+    return "nothing"
+
+
 def write_clip(file: Path | IO[bytes], pictures: np.ndarray) -> None:
     """Write frames, (T, H, W, 3) uint8, as H.264 in an mp4."""
     target: Any = str(file) if isinstance(file, Path) else file
@@ -399,7 +494,7 @@ def _place(thing: Thing, frame: int) -> str | None:
     x, y = thing.path[frame] - SIZE / 2
     if min(abs(x), abs(y)) < 6:
         return None
-    return f"{'top' if y < 0 else 'bottom'} {'left' if x < 0 else 'right'}"
+    return PLACES[2 * (y > 0) + (x > 0)]
 
 
 def _about_one(thing: Thing, things: Sequence[Thing]) -> list[Question]:

@@ -1,9 +1,11 @@
 """Train the embedded model from nothing: `python demo/train.py DIRECTORY` (a run's state), resumed when called again.
 
-`tower`: single frames, the pooled features of which must tell what each cell shows. `text-8` and `text-16`: clips of 8
-and of 16 frames with a dozen questions each, on features of the tower as it then is, kept on disk and reused. `joint`:
-everything, on clips never seen before. All randomness comes from the step's number, so a run that was interrupted sees
-what it would have seen. `--export MODEL` writes what a run has reached as a checkpoint that vLLM reads.
+`tower`: single frames, the pooled features of which must tell what each cell shows. `text-4`, `text-8` and `text-16`:
+clips of 4, 8 and 16 frames with a dozen questions each, on features of the tower as it then is, kept on disk and
+reused. `joint`: everything, on clips never seen before. Where answers are trained, the text model's middle layer also
+has to tell at each of a clip's cells what the frames up to it have shown (`history_labels`). All randomness comes from
+the step's number, so a run that was interrupted sees what it would have seen. `--export MODEL` writes what a run has
+reached as a checkpoint that vLLM reads.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from answering import BLOCKS, answer_logits, frame_features, normalise, pack, without_never_shown
+from answering import BLOCKS, HEAD, answer_logits, frame_features, normalise, pack, without_never_shown
 from card import card
 from checkpoint import SPECIAL_TOKENS, Shape, llava_onevision, save, train_tokenizer
 from evaluate import evaluate
@@ -30,6 +32,7 @@ from task import (
     COLOURS,
     GRID,
     HELD_OUT,
+    HISTORY_CLASSES,
     KINDS,
     MARKS,
     NUM_FRAMES,
@@ -39,6 +42,7 @@ from task import (
     Question,
     cell_labels,
     corpus,
+    history_labels,
     questions,
     render,
     scene,
@@ -56,8 +60,8 @@ SHAPE = Shape(
         "num_hidden_layers": 5,
         "hidden_size": 192,
         "intermediate_size": 512,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 3,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 6,
     },
 )
 CELL_CLASSES = {
@@ -90,15 +94,18 @@ class Stage:
 
 STAGES = (
     Stage("tower", 1700, 8, FRAMES_PER_SCENE, 2e-3, trains_tower=True, trains_text=False),
-    Stage("text-8", 1600, 8, 8, 2e-3, trains_tower=False, trains_text=True),
-    Stage("text-16", 2000, 8, 16, 1.5e-3, trains_tower=False, trains_text=True),
+    Stage("text-4", 600, 16, 4, 2e-3, trains_tower=False, trains_text=True),
+    Stage("text-8", 600, 12, 8, 1.5e-3, trains_tower=False, trains_text=True),
+    Stage("text-16", 700, 8, 16, 1.5e-3, trains_tower=False, trains_text=True),
     Stage("joint", 4000, 8, 16, 6e-4, trains_tower=True, trains_text=True),
 )
 SMOKE = tuple(
     Stage(stage.name, 2, 2, stage.frames, stage.peak_rate, stage.trains_tower, stage.trains_text) for stage in STAGES
 )
 QUESTIONS_PER_CLIP = 12
-POOL_START, POOL_GROWTH, POOL_LIMIT = 64, 2, 24_000  # clips of the text stages: at first, more each step, in all
+HISTORY_LAYER = 2  # of the text model: the layers behind it can look up what this one has gathered
+HISTORY_WEIGHT = 1.0
+POOL_START, POOL_GROWTH, POOL_LIMIT = 64, 3, 24_000  # clips of the text stages: at first, more each step, in all
 
 
 def initialise(model: Any) -> None:
@@ -120,6 +127,13 @@ def cell_heads(width: int) -> nn.ModuleDict:
     """Return the linear maps that read what a cell shows from its feature; used in the tower's stage alone."""
     heads = {name: nn.Linear(width, len(classes) + 1) for name, classes in CELL_CLASSES.items()}
     return nn.ModuleDict({**heads, "centre": nn.Linear(width, 2), "radius": nn.Linear(width, 1)})
+
+
+def history_heads(width: int) -> nn.ModuleDict:
+    """Return the maps that read what a clip has shown from the text model's middle layer; used in training alone."""
+    return nn.ModuleDict(
+        {name: nn.Sequential(nn.RMSNorm(width), nn.Linear(width, len(c) + 1)) for name, c in HISTORY_CLASSES.items()}
+    )
 
 
 class Weights:
@@ -191,13 +205,18 @@ class Weights:
         self.round()
 
 
+Clip = tuple[np.ndarray, np.ndarray]
+"""A clip's frames, (T, SIZE, SIZE, 3) uint8, and the colours of the things in their cells, (T, GRID, GRID)."""
+
+
 @dataclass(frozen=True)
 class Batch:
     """What one step is about: clips by seed, and their frames where those are needed."""
 
     seeds: list[int]
-    pictures: list[np.ndarray | None]
-    labels: list[CellLabels]  # in the tower's stage
+    clips: list[Clip | None]  # None where features of it are kept
+    pictures: np.ndarray | None  # in the tower's stage, (F, SIZE, SIZE, 3), and
+    labels: list[CellLabels]  # what they show
     asked: list[list[Question]]  # in the other stages
     frames: slice  # of each clip's features
 
@@ -219,7 +238,7 @@ class Batches(Dataset[Batch]):
         if not stage.trains_text:
             seeds = list(range(step * stage.batch, (step + 1) * stage.batch))
             pictures, labels = zip(*map(frames_and_labels, seeds), strict=True)
-            return Batch(seeds, list(pictures), list(itertools.chain(*labels)), [], slice(None))
+            return Batch(seeds, [], np.concatenate(pictures), list(itertools.chain(*labels)), [], slice(None))
         if stage.trains_tower:
             first = JOINT_SEEDS + step * stage.batch
             seeds = list(range(first, first + stage.batch))
@@ -229,7 +248,8 @@ class Batches(Dataset[Batch]):
         stride = NUM_FRAMES // stage.frames
         return Batch(
             seeds,
-            [None if self.features_path(seed).exists() else clip_pictures(seed) for seed in seeds],
+            [None if self.features_path(seed).exists() else clip(seed) for seed in seeds],
+            None,
             [],
             [choose(questions(scene(seed, split="train")), rng) for seed in seeds],
             slice(int(rng.integers(stride)), None, stride),
@@ -255,7 +275,9 @@ class Trainer:
         initialise(self.model)
         self.model.to(self.device)
         self.heads = cell_heads(SHAPE.text["hidden_size"]).to(self.device)
-        self.weights = Weights([self.model, self.heads])
+        self.history_heads = history_heads(SHAPE.text["hidden_size"]).to(self.device)
+        self.model.model.language_model.layers[HISTORY_LAYER].register_forward_hook(self._keep_states)
+        self.weights = Weights([self.model, self.heads, self.history_heads])
         self.stage_index = self.step = 0
         self.seconds = 0.0
         self._begin()
@@ -274,7 +296,9 @@ class Trainer:
         def trained(name: str) -> bool:
             is_tower = "vision_tower" in name or "multi_modal_projector" in name
             if name.startswith("1."):
-                return self.stage.name == "tower"
+                return not self.stage.trains_text
+            if name.startswith("2."):
+                return self.stage.trains_text
             return self.stage.trains_tower if is_tower else self.stage.trains_text
 
         self.weights.start([name for name in self.weights.live if trained(name)])
@@ -320,34 +344,47 @@ class Trainer:
         return loss.item()
 
     def _cell_loss(self, batch: Batch) -> Tensor:
-        features = self._features(np.concatenate(batch.pictures))
-        return cell_loss(self.heads, features, batch.labels)
+        assert batch.pictures is not None
+        return cell_loss(self.heads, self._features(batch.pictures), batch.labels)
 
     def _answer_loss(self, batch: Batch) -> Tensor:
-        by_clip = self._joint_features if self.stage.trains_tower else self._kept_features
-        features = torch.stack([clip[batch.frames] for clip in by_clip(batch)])
+        seen = self._new_clips(batch) if self.stage.trains_tower else self._kept_clips(batch)
+        features = torch.stack([features[batch.frames] for features, _ in seen])
         blocks = pack(self.tokenizer, batch.asked)
         logits, answers = answer_logits(self.model, self.tokenizer, features, blocks)
-        return cross_entropy(without_never_shown(logits, blocks), answers)
+        labels = [
+            history_labels(scene(seed, split="train"), range(NUM_FRAMES)[batch.frames], colours[batch.frames])
+            for seed, (_, colours) in zip(batch.seeds, seen, strict=True)
+        ]
+        start = len(self.tokenizer(HEAD, add_special_tokens=False)["input_ids"])
+        states = self._states[:, start : start + features.shape[1] * GRID**2]
+        gathered = history_loss(self.history_heads, states, labels)
+        return cross_entropy(without_never_shown(logits, blocks), answers) + HISTORY_WEIGHT * gathered
+
+    def _keep_states(self, _layer: nn.Module, _arguments: Any, states: Tensor) -> None:
+        self._states = states
 
     def _features(self, pictures: np.ndarray) -> Tensor:
         return frame_features(self.model, normalise(pictures).to(self.device))
 
-    def _joint_features(self, batch: Batch) -> Sequence[Tensor]:
-        return self._features(np.concatenate(batch.pictures)).split(NUM_FRAMES)
+    def _new_clips(self, batch: Batch) -> list[tuple[Tensor, np.ndarray]]:
+        pictures, colours = zip(*(clip for clip in batch.clips if clip is not None), strict=True)
+        return list(zip(self._features(np.concatenate(pictures)).split(NUM_FRAMES), colours, strict=True))
 
-    def _kept_features(self, batch: Batch) -> list[Tensor]:
-        """Return the clips' features, from disk where this tower has seen the clip before."""
-        features = []
-        for seed, pictures in zip(batch.seeds, batch.pictures, strict=True):
+    def _kept_clips(self, batch: Batch) -> list[tuple[Tensor, np.ndarray]]:
+        """Return the clips' features and colours, from disk where this tower has seen the clip before."""
+        kept = []
+        for seed, clip in zip(batch.seeds, batch.clips, strict=True):
             path = self.batches().features_path(seed)
-            if pictures is not None:
+            if clip is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with torch.no_grad():
-                    torch.save(self._features(pictures).cpu(), path.with_suffix(".part"))
+                    features = self._features(clip[0]).cpu()
+                torch.save((features, torch.from_numpy(clip[1]).to(torch.uint8)), path.with_suffix(".part"))
                 path.with_suffix(".part").replace(path)
-            features.append(torch.load(path).to(self.device))
-        return features
+            features, colours = torch.load(path)
+            kept.append((features.to(self.device), colours.numpy()))
+        return kept
 
     @torch.no_grad()
     def cell_accuracy(self, *, scenes: int = 16) -> dict[str, float]:
@@ -458,9 +495,23 @@ def never_shown_shapes() -> Tensor:
     return lacking
 
 
-def clip_pictures(seed: int) -> np.ndarray:
-    """Return a training clip's frames, as a file of it would have them."""
-    return through_h264(render(scene(seed, split="train"))[0])
+def history_loss(heads: nn.ModuleDict, states: Tensor, labels: Sequence[dict[str, np.ndarray]]) -> Tensor:
+    """Return how badly a layer's states at clips' cells, (B, tokens, width), tell what the clips have shown there."""
+    total = states.new_zeros((), dtype=torch.float32)
+    for name, head in heads.items():
+        wanted = torch.from_numpy(np.stack([clip[name] for clip in labels])).to(states.device).flatten()
+        logits = head(states).float().flatten(0, 1)
+        if (wanted > 0).any():
+            total = total + cross_entropy(logits, wanted, ignore_index=0)
+    return total / len(heads)
+
+
+def clip(seed: int) -> Clip:
+    """Return a training clip's frames, as a file of it would have them, and their cells' colours."""
+    made = scene(seed, split="train")
+    pictures, owners = render(made)
+    colours = [cell_labels(made, frame, owner).colour for frame, owner in enumerate(owners)]
+    return through_h264(pictures), np.stack(colours)
 
 
 def choose(asked: Sequence[Question], rng: np.random.Generator) -> list[Question]:

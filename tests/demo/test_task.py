@@ -11,6 +11,7 @@ from task import (
     COLOURS,
     GRID,
     HELD_OUT,
+    HISTORY_CLASSES,
     KINDS,
     MARKS,
     NO_THING,
@@ -18,6 +19,7 @@ from task import (
     SHAPES,
     SIZE,
     cell_labels,
+    history_labels,
     questions,
     render,
     scene,
@@ -137,6 +139,55 @@ def test_cells_are_labelled_with_what_they_show():
     assert not nothing.colour.any()
     assert not nothing.speck.any()
     assert nothing.background.all()
+
+
+def history(made, frames=range(NUM_FRAMES)):
+    """What `history_labels` says, by name and thing: its last cell that tells something, None if none does."""
+    _, owners = render(made, frames=frames)
+    colours = np.stack([cell_labels(made, frame, owner).colour for frame, owner in zip(frames, owners, strict=True)])
+    labels = history_labels(made, frames, colours)
+    told = {}
+    for name, classes in HISTORY_CLASSES.items():
+        for thing in made.things:
+            here = labels[name][colours == 1 + list(COLOURS).index(thing.colour)]
+            told[name, thing.colour] = classes[here[-1] - 1] if here.size and here[-1] else None
+    return labels, told
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_a_whole_clip_has_shown_is_what_is_answered_of_it(seed):
+    made = scene(seed, split="test")
+    labels, told = history(made)
+    for thing in made.things:
+        assert told["direction", thing.colour] == thing.direction
+        assert told["change", thing.colour] == thing.change
+        assert told["before", thing.colour] == sum(other.appears < thing.appears for other in made.things)
+    for question in questions(made):
+        named = [thing for thing in made.things if f"the {thing.colour} one" in question.text]
+        if question.text.endswith("first?") and question.kind == "where":
+            assert told["first place", named[0].colour] == question.answer
+    assert set(labels["count"][-1].flat) == {1 + len(made.things)}
+    assert set(labels["cut"][-1].flat) == {1 + made.cut}
+    speck = "none" if made.speck is None else made.speck.colour
+    assert set(labels["speck seen"][-1].flat) == {1 + HISTORY_CLASSES["speck seen"].index(speck)}
+
+
+def test_what_has_been_seen_is_counted_frame_by_frame():
+    made = scene(
+        next(s for s in range(99) if len({t.appears for t in scene(s, split="test").things}) > 2), split="test"
+    )
+    labels, _ = history(made)
+    for frame in range(NUM_FRAMES):
+        assert set(labels["count"][frame].flat) == {1 + sum(thing.appears <= frame for thing in made.things)}
+
+
+def test_of_one_frame_nothing_can_have_moved_or_changed():
+    made = scene(3, split="test")
+    labels, told = history(made, frames=[8])
+    seen = [thing.colour for thing in made.things if thing.visible(8)]
+    assert {told["direction", colour] for colour in seen} == {"nowhere"}
+    assert {told["change", colour] for colour in seen} == {"nothing"}
+    assert set(labels["cut"].flat) == {1}
 
 
 def test_a_clip_comes_back_from_h264_nearly_as_it_was():
