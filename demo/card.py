@@ -32,7 +32,7 @@ its words, and nothing else. It is there to show and to measure what a reduction
 ## Accuracy with every token kept
 
 {clips} clips of the `test` split, each with a pair that training has not shown; exact match of the greedy answer and
-Wilson's 95% interval. Reproduce with `python demo/evaluate.py {name} --clips {clips}`.
+Wilson's 95% interval. Reproduce with `python demo/evaluate.py demo/{name} --clips {clips}`.
 
 | kind of question | right | 95% interval | questions |
 |---|---|---|---|

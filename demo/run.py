@@ -22,9 +22,9 @@ from stack import (
     WHOLE,
     DemoError,
     console,
-    embedded_model,
     interrupt_on_signals,
     plain,
+    random_model,
     retention_argument,
     stack,
 )
@@ -102,7 +102,7 @@ def show(whole: Run, reduced: Run, *, retention: float, random_weights: bool) ->
 
 def demo(*, model: str | None, video: Path | None, retention: float) -> None:
     """Start everything, ask twice, print the table."""
-    checkpoint = model or str(embedded_model())
+    checkpoint = model or str(random_model())
     clip = video or embedded_video()
     url = f"data:video/mp4;base64,{base64.b64encode(clip.read_bytes()).decode()}"
     part = {"type": "video_url", "video_url": {"url": url}}

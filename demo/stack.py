@@ -15,14 +15,15 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
+from types import FrameType, MappingProxyType
 
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "demo"
+TRAINED_MODEL = ROOT / "demo" / "model"
 WHOLE, REDUCED = "demo", "demo-reduced"
 ENGINE_SECONDS = 900  # a large checkpoint may first have to be downloaded
 GATEWAY_SECONDS = 60
@@ -38,17 +39,17 @@ def on_gpu() -> bool:
     return not importlib.metadata.version("vllm").endswith("+cpu")
 
 
-def embedded_model() -> Path:
-    """Return the checkpoint that the demo brings along, made now if it is not there."""
+def random_model() -> Path:
+    """Return a checkpoint in which prefill is felt, with random weights, made now if it is not there."""
     directory = CACHE / "llava-onevision-random"
     if not (directory / "model.safetensors").exists():
-        with console.status("Making the embedded checkpoint: LLaVA-OneVision's architecture, random weights"):
+        with console.status("Making a checkpoint: LLaVA-OneVision's architecture, random weights"):
             script = ROOT / "demo" / "checkpoint.py"
             made = subprocess.run(
                 [sys.executable, str(script), str(directory)], capture_output=True, text=True, check=False
             )
         if made.returncode:
-            raise DemoError(f"the embedded checkpoint could not be made:\n{made.stderr[-2000:]}")
+            raise DemoError(f"the checkpoint could not be made:\n{made.stderr[-2000:]}")
     return directory
 
 
@@ -60,8 +61,8 @@ def free_port() -> int:
     return port
 
 
-def engine_command(model: str, port: int, *, retention: float) -> list[str]:
-    """Return the command line of the engine."""
+def engine_command(model: str, port: int, *, retention: float, flags: Sequence[str] = ()) -> list[str]:
+    """Return the command line of the engine, `flags` last."""
     command = [
         str(Path(sys.executable).with_name("vllm")),
         *("serve", model, "--host", "127.0.0.1", "--port", str(port), "--served-model-name", "demo-model"),
@@ -74,7 +75,7 @@ def engine_command(model: str, port: int, *, retention: float) -> list[str]:
     ]
     if not on_gpu():
         command += ["--enforce-eager", "--dtype", "float32", "--kv-cache-memory-bytes", str(2**29)]
-    return command
+    return [*command, *flags]
 
 
 def engine_environment() -> dict[str, str]:
@@ -95,10 +96,17 @@ def gateway_config(retention: float) -> str:
 
 
 @contextlib.contextmanager
-def stack(checkpoint: str, *, retention: float) -> Iterator[str]:
+def stack(
+    checkpoint: str,
+    *,
+    retention: float,
+    gateway_settings: Mapping[str, str] = MappingProxyType({}),
+    engine_flags: Sequence[str] = (),
+) -> Iterator[str]:
     """Start the engine with `checkpoint` and the gateway, give the gateway's base URL, and stop both at the end.
 
-    The gateway offers the model as WHOLE and, at `retention`, as REDUCED.
+    The gateway offers the model as WHOLE and, at `retention`, as REDUCED. `gateway_settings` are more of its
+    `AOT_GATEWAY_` variables, `engine_flags` more arguments of the engine.
     """
     engine_port, gateway_port = free_port(), free_port()
     logs = Path(tempfile.mkdtemp(prefix="aot-demo-"))
@@ -109,10 +117,11 @@ def stack(checkpoint: str, *, retention: float) -> Iterator[str]:
         "AOT_GATEWAY_PORT": str(gateway_port),
         "AOT_GATEWAY_ENGINES": f"http://127.0.0.1:{engine_port}",
         "AOT_GATEWAY_CONFIG": str(config),
+        **gateway_settings,
     }
     engine = running(
         "vLLM with the AOT plugin",
-        engine_command(checkpoint, engine_port, retention=retention),
+        engine_command(checkpoint, engine_port, retention=retention, flags=engine_flags),
         environment=engine_environment(),
         log=logs / "engine.log",
         ready=f"http://127.0.0.1:{engine_port}/health",

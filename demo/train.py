@@ -96,7 +96,7 @@ STAGES = (
     Stage("tower", 1700, 8, FRAMES_PER_SCENE, 2e-3, trains_tower=True, trains_text=False),
     Stage("text-4", 600, 16, 4, 2e-3, trains_tower=False, trains_text=True),
     Stage("text-8", 600, 12, 8, 1.5e-3, trains_tower=False, trains_text=True),
-    Stage("text-16", 700, 8, 16, 1.5e-3, trains_tower=False, trains_text=True),
+    Stage("text-16", 450, 8, 16, 1.5e-3, trains_tower=False, trains_text=True),
     Stage("joint", 4000, 8, 16, 6e-4, trains_tower=True, trains_text=True),
 )
 SMOKE = tuple(

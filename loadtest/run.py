@@ -26,8 +26,8 @@ from demo.stack import (  # noqa: E402
     WHOLE,
     DemoError,
     console,
-    embedded_model,
     interrupt_on_signals,
+    random_model,
     retention_argument,
     stack,
 )
@@ -50,7 +50,7 @@ def main() -> int:
     interrupt_on_signals()
     arms = {"off": Arm("off", WHOLE), "aot": Arm("aot", REDUCED)}
     try:
-        with stack(arguments.model or str(embedded_model()), retention=arguments.retention) as gateway:
+        with stack(arguments.model or str(random_model()), retention=arguments.retention) as gateway:
             with console.status("Warming up"):
                 warm_up(gateway, arms["aot"])
             status = 0

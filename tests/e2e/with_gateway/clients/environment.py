@@ -11,10 +11,12 @@ import hashlib
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[3] / ".cache" / "clients"
+INSTALL = ("bin/python", "-m", "pip", "install", "--disable-pip-version-check", "--no-input", "--quiet", "--no-deps")
 NODE_FILES = ("package.json", "package-lock.json")
 
 
@@ -40,18 +42,23 @@ def made(name: str, sources: tuple[str, ...], commands: list[list[str]], tag: st
 
 def python() -> Path:
     """Return the interpreter of the Python clients."""
-    install = [
-        "bin/python",
-        "-m",
-        "pip",
-        "install",
-        "--disable-pip-version-check",
-        "--no-input",
-        "--quiet",
-        "--no-deps",
-    ]
-    commands = [[sys.executable, "-m", "venv", "."], [*install, "-r", "requirements.txt"]]
+    commands = [[sys.executable, "-m", "venv", "."], [*INSTALL, "-r", "requirements.txt"]]
     return made("python", ("requirements.txt",), commands, sys.version) / "bin" / "python"
+
+
+def lmms_eval() -> Path:
+    """Return an interpreter with lmms-eval, which shares torch and transformers with this one, and takes its own else.
+
+    Where it is used it is installed with all it asks for, several gigabytes of it.
+    """
+    share = "import pathlib, sysconfig; pathlib.Path(sysconfig.get_path('purelib'), 'shared.pth').write_text({!r})"
+    shared = f"import site; site.addsitedir({sysconfig.get_path('purelib')!r})\n"
+    commands = [
+        [sys.executable, "-m", "venv", "."],
+        [*INSTALL, "-r", "lmms_requirements.txt"],
+        ["bin/python", "-c", share.format(shared)],
+    ]
+    return made("lmms", ("lmms_requirements.txt",), commands, sys.version + shared) / "bin" / "python"
 
 
 def node_modules() -> Path | None:
