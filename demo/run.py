@@ -95,7 +95,7 @@ def show(whole: Run, reduced: Run, *, retention: float, random_weights: bool) ->
     console.print(f"{tokens:.0%} of the video tokens and {seconds:.0%} of the time to the first token saved.")
     if random_weights:
         console.print(
-            "[yellow]The embedded model has random weights: its answers mean nothing, its token counts and times do. "
+            "[yellow]The demo's own model has random weights: its answers mean nothing, its token counts and times do. "
             "Serve a trained one with make demo MODEL=… VIDEO=…[/yellow]"
         )
 
@@ -122,7 +122,7 @@ def demo(*, model: str | None, video: Path | None, retention: float) -> None:
 def main() -> int:
     """Run the demo; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", help="a checkpoint that vLLM can load; the embedded one if not given")
+    parser.add_argument("--model", help="a checkpoint that vLLM can load; one with random weights if not given")
     parser.add_argument("--video", type=Path, help="a video file; the embedded clip if not given")
     parser.add_argument("--retention", type=retention_argument, default=0.10, help="fraction of video tokens kept")
     arguments = parser.parse_args()

@@ -3,7 +3,7 @@
 # TORCH_INDEX names a package index with CPU builds of torch, much smaller than those of the default index.
 FROM python:3.11-slim-bookworm
 LABEL org.opencontainers.image.title="aot-engine-cpu" \
-      org.opencontainers.image.description="vLLM with AOT video token reduction, for CPUs, with an embedded model" \
+      org.opencontainers.image.description="vLLM with AOT video token reduction, for CPUs, with a model to try it" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0"
 # hadolint ignore=DL3008
