@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from aot_vllm.errors import SettingError
 
+Anchors = Literal["diverse", "attention"]
 Emit = Literal["both", "compact"]
 
 
@@ -61,13 +62,18 @@ def quantise_retention(value: object, *, step: float = 0.01) -> float:
 class AOTConfig:
     """Every setting of the method.
 
-    The defaults are those of the released code, because the published accuracy was measured with them; the exceptions
-    are `iterations` and, on other towers than its own, `local_layer`. `AOTConfig.paper()` is the released behaviour
-    without exception.
+    The defaults are those of the released code but for what measurements spoke against: `anchors`, `emit` and `kappa`,
+    by the answers that are left (docs/accuracy.md), and `iterations`, by time; and `local_layer`, for towers of other
+    depths. `AOTConfig.paper()` is the released behaviour without exception.
     """
 
+    anchors: Anchors = "diverse"
+    """Which tokens of a frame become anchors: `diverse` takes those least like each other and least like what the frame
+    before keeps, `attention`, as released, those that receive most attention in two layers of the vision tower."""
+
     global_ratio: float = 0.5
-    """Share of a frame's anchors chosen by global score, in [0, 1]; the rest are local, window by window."""
+    """Share of a frame's anchors chosen by global score, in [0, 1]; the rest are local, window by window. `window`, the
+    two layers and this are of use to `attention` alone."""
 
     window: int = 9
     """Side of a local window in cells. 9 cuts the 27x27 grid of SigLIP-so400m into nine; a side that it
@@ -86,6 +92,10 @@ class AOTConfig:
     spatial_weight: float = 0.5
     """Weight of the distance on the unit square in the cost inside a frame (released code; the paper has none)."""
 
+    mass: float = 1.0
+    """Mass that a frame's other tokens carry to its anchors, all of them together; an anchor's own is 1. 1 as released;
+    0 moves nothing; with as much as there are other tokens each carries the whole of itself."""
+
     nearest_weight: float = 0.1
     """Share, in [0, 1], of the plain mean over each anchor's nearest tokens (released code; the paper has none)."""
 
@@ -95,10 +105,11 @@ class AOTConfig:
     clips: int = 8
     """Clips a video is cut into, each with one key frame; never more than frames."""
 
-    kappa: float = 0.3
-    """Share, in [0, 1], of a later frame's anchors that are kept as they are because they match no key token."""
+    kappa: float = 1.0
+    """Share, in [0, 1], of a later frame's anchors that are kept; the key frame absorbs the others. At 1 all frames
+    keep equally many, and nothing moves between them. The released code has 0.3."""
 
-    emit: Emit = "both"
+    emit: Emit = "compact"
     """`both` emits a key frame's anchors before and after absorbing, as released; `compact` only after."""
 
     local_layer: int | None = None
@@ -117,6 +128,7 @@ class AOTConfig:
             "iterations": check_integer("iterations", self.iterations, minimum=1),
             "tolerance": check_real("tolerance", self.tolerance),
             "spatial_weight": check_real("spatial_weight", self.spatial_weight),
+            "mass": check_real("mass", self.mass),
             "nearest_weight": check_real("nearest_weight", self.nearest_weight, high=1.0),
             "temporal_sigma": check_real("temporal_sigma", self.temporal_sigma, low_included=False),
             "clips": check_integer("clips", self.clips, minimum=1),
@@ -126,13 +138,15 @@ class AOTConfig:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+        if self.anchors not in ("diverse", "attention"):
+            raise SettingError(f"anchors must be 'diverse' or 'attention', got {self.anchors!r}")
         if self.emit not in ("both", "compact"):
             raise SettingError(f"emit must be 'both' or 'compact', got {self.emit!r}")
 
     @classmethod
     def paper(cls) -> Self:
         """Return the settings of the released code."""
-        return cls(iterations=100, local_layer=5)
+        return cls(anchors="attention", emit="both", kappa=0.3, iterations=100, local_layer=5)
 
     @classmethod
     def from_mapping(cls, mapping: object) -> Self:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from aot_vllm import AOTConfig, VideoGrid
 from aot_vllm.core.budget import budget
@@ -80,23 +81,39 @@ def aot(**settings: Any) -> Reduce:
     """Return the method with these settings in place of the defaults."""
 
     def reduce(*tensors: Tensor, config: AOTConfig, **rest: Any) -> ReducedVideo:
-        return reduce_video(*tensors, config=dataclasses.replace(config, **settings), **rest)
+        return reduce_video(*tensors, config=dataclasses.replace(config, **({"anchors": DEFAULT} | settings)), **rest)
 
     return reduce
 
 
+def anchors_by(score: Callable[[Tensor], Tensor]) -> Reduce:
+    """Return the method with the anchors of each frame that score highest: features (T, P, D) to scores (T, P)."""
+    by_score = aot(anchors="attention", global_ratio=1.0)
+
+    def reduce(features: Tensor, *_: Tensor, **rest: Any) -> ReducedVideo:
+        scores = score(features)
+        return by_score(features, scores, scores, **rest)
+
+    return reduce
+
+
+def unlikeness(features: Tensor) -> Tensor:
+    """Return the cosine distance of tokens to the mean of their frame."""
+    return 1 - cosine_similarity(features, features.mean(1, keepdim=True), dim=-1)
+
+
 def without_transport(features: Tensor, *scores: Tensor, **arguments: Any) -> ReducedVideo:
     """The tokens AOT keeps, as they were."""
-    reduced = reduce_video(features, *scores, **arguments)
+    reduced = aot()(features, *scores, **arguments)
     grid = arguments["grid"]
     index = (reduced.frames * grid.rows + reduced.rows) * grid.cols + reduced.cols
     return dataclasses.replace(reduced, tokens=features.reshape(grid.tokens, -1)[index])
 
 
-PAPER = {"iterations": 100}
+DEFAULT = AOTConfig().anchors
 ARMS: dict[str, Reduce] = {
-    "AOT": reduce_video,
-    "AOT, as released": aot(**PAPER),
+    "AOT": aot(),
+    "AOT, as released": aot(anchors="attention", emit="both", kappa=0.3, iterations=100),
     "anchors, nothing moved": without_transport,
     "EVS": stock("EVS"),
     "VidCom2": stock("VidCom2"),
@@ -105,19 +122,23 @@ ARMS: dict[str, Reduce] = {
     "random": at_random,
 }
 ABLATIONS: dict[str, Reduce] = {
-    "emitted once": aot(emit="compact"),
+    "anchors by attention": aot(anchors="attention"),
+    "anchors by length": anchors_by(lambda features: features.norm(dim=-1)),
+    "anchors by distance from the frame's mean": anchors_by(unlikeness),
+    "anchors by attention, kept and emitted as released": aot(anchors="attention", emit="both", kappa=0.3),
+    "30% kept of later frames, emitted twice": aot(emit="both", kappa=0.3),
     "1 clip": aot(clips=1),
     "4 clips": aot(clips=4),
     "16 clips": aot(clips=16),
-    "nothing kept of later frames": aot(kappa=0.0),
-    "all kept of later frames": aot(kappa=1.0),
+    "least kept of later frames": aot(kappa=0.0),
+    "30% kept of later frames": aot(kappa=0.3),
     "half kept of later frames": aot(kappa=0.5),
+    "no mass": aot(mass=0.0),
+    "a mass of 5": aot(mass=5.0),
+    "full mass": aot(mass=36.0),
     "no mean of the nearest": aot(nearest_weight=0.0),
     "half mean of the nearest": aot(nearest_weight=0.5),
     "no distance in space": aot(spatial_weight=0.0),
-    "local anchors alone": aot(global_ratio=0.0),
-    "global anchors alone": aot(global_ratio=1.0),
-    "windows of 3": aot(window=3),
     "5 iterations": aot(iterations=5),
     "100 iterations": aot(iterations=100),
 }

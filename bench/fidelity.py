@@ -42,8 +42,7 @@ from task import KINDS, questions, render, scene, through_h264
 
 from aot_vllm import VideoGrid
 from aot_vllm.core.budget import budget
-from aot_vllm.core.reduce import reduce_video
-from bench.arms import ABLATIONS, ARMS, Reduce
+from bench.arms import ABLATIONS, ARMS, Reduce, aot
 from bench.machine import ROOT, describe, engine_versions
 
 RETENTIONS = (0.50, 0.25, 0.15, 0.10, 0.05)
@@ -74,7 +73,7 @@ class Engine:
 
         from aot_vllm.adapters import llava_onevision
 
-        self.reduce: Reduce = reduce_video
+        self.reduce: Reduce = aot()
         llava_onevision.reduce_video = lambda *tensors, **rest: self.reduce(*tensors, **rest)
         self.sampling = SamplingParams(temperature=0, max_tokens=8)
         self.llm = LLM(
@@ -86,7 +85,7 @@ class Engine:
             kv_cache_memory_bytes=256 * 2**20,
             limit_mm_per_prompt={"image": 0, "video": 1},
             video_pruning_rate=0.9,
-            additional_config={"aot": settings},
+            additional_config={"aot": {"anchors": "attention"} | settings},  # some arms look at its scores
             disable_log_stats=True,
         )
 
@@ -110,7 +109,7 @@ def measure(
 ) -> Results:
     """Return the answers of every arm at every retention, and those of the whole videos."""
     results: Results = defaultdict(Answers)
-    runs = [(FULL, 1.0, reduce_video)]
+    runs = [(FULL, 1.0, aot())]
     runs += [(name, retention, arm) for retention in retentions for name, arm in arms.items()]
     impossible = set()
     for seed in track(range(first_clip, first_clip + clips), description="clips"):
@@ -236,7 +235,7 @@ def main() -> None:
     parser.add_argument("--retentions", type=float, nargs="+", default=list(RETENTIONS))
     parser.add_argument("--arms", nargs="+", choices=[*ARMS, *ABLATIONS], default=list(ARMS))
     parser.add_argument("--ablations", action="store_true", help="AOT's settings one by one in place of other methods")
-    parser.add_argument("--settings", type=json.loads, default={}, help="settings of the plugin, JSON")
+    parser.add_argument("--settings", type=json.loads, default={}, help="settings for all arms that have them, JSON")
     parser.add_argument("--out", type=Path, help="also write the tables here")
     parser.add_argument("--plot", type=Path, help="draw the shares here, a PNG")
     arguments = parser.parse_args()

@@ -27,11 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.machine import describe
 
-Inputs = tuple[Tensor, Tensor, Tensor]
 
-
-def make_inputs(grid: VideoGrid, width: int) -> Inputs:
-    """A slowly changing scene with noise: features (T, P, D) and two scores (T, P)."""
+def make_inputs(grid: VideoGrid, width: int) -> Tensor:
+    """A slowly changing scene with noise: features (T, P, D)."""
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
@@ -42,22 +40,22 @@ def make_inputs(grid: VideoGrid, width: int) -> Inputs:
     for frame in features:
         scene.mul_(0.95).add_(noise(grid.positions, width), alpha=0.3)
         frame.copy_(scene)
-    return features, noise(grid.frames, grid.positions).exp_(), noise(grid.frames, grid.positions).exp_()
+    return features
 
 
-def reduction(inputs: Inputs, grid: VideoGrid, retention: float) -> None:
+def reduction(features: Tensor, grid: VideoGrid, retention: float) -> None:
     """What is measured."""
-    reduce_video(*inputs, grid=grid, retention=retention)
+    reduce_video(features, None, None, grid=grid, retention=retention)
 
 
-def products(inputs: Inputs, grid: VideoGrid, retention: float) -> None:
-    """Only the matrix products of both phases: similarities and applied plans, in the shapes the method gives them."""
-    counts = budget(grid, retention=retention)
-    features, first = inputs[0], 0
+def products(features: Tensor, grid: VideoGrid, retention: float) -> None:
+    """Only the matrix products: likenesses, costs and applied plans, in the shapes the method gives them."""
+    counts, first = budget(grid, retention=retention), 0
     lengths = counts.clip_lengths
     for size in sorted(set(counts.anchors_per_clip), reverse=True):
         frames = sum(n for n, a in zip(lengths, counts.anchors_per_clip, strict=True) if a == size)
         x = features[first : first + frames]
+        torch.bmm(x, x.transpose(1, 2))
         anchors = x[:, :size]
         anchors + torch.bmm(torch.bmm(anchors, x.transpose(1, 2)), x)
         first += frames
@@ -66,7 +64,7 @@ def products(inputs: Inputs, grid: VideoGrid, retention: float) -> None:
         torch.bmm(torch.bmm(x, x.transpose(1, 2)), x)
 
 
-def frame_loop(inputs: Inputs, grid: VideoGrid, retention: float) -> None:
+def frame_loop(features: Tensor, grid: VideoGrid, retention: float) -> None:
     """The same method written frame by frame, the stopping rule read back after every iteration."""
     config, counts = AOTConfig(), budget(grid, retention=retention)
     axis = torch.linspace(0, 1, grid.rows), torch.linspace(0, 1, grid.cols)
@@ -76,8 +74,8 @@ def frame_loop(inputs: Inputs, grid: VideoGrid, retention: float) -> None:
         counts.clip_lengths, counts.anchors_per_clip, counts.originals_per_clip, strict=True
     ):
         for step in range(length):
-            x, local, glob = (tensor[frame] for tensor in inputs)
-            chosen = _loop_anchors(local, glob, grid, size, config)
+            x = features[frame]
+            chosen = _loop_anchors(x, size)
             merged = _loop_within(x, chosen, places, config)
             if step == 0:
                 key = merged
@@ -90,19 +88,16 @@ def frame_loop(inputs: Inputs, grid: VideoGrid, retention: float) -> None:
     assert len(torch.cat(output)) == counts.total
 
 
-def _loop_anchors(local: Tensor, glob: Tensor, grid: VideoGrid, size: int, config: AOTConfig) -> Tensor:
-    windows = math.ceil(grid.rows / config.window) * math.ceil(grid.cols / config.window)
-    share = int(size * (1 - config.global_ratio) // windows)
-    cells = torch.arange(grid.positions).view(grid.rows, grid.cols)
-    chosen = []
-    for top in range(0, grid.rows, config.window):
-        for left in range(0, grid.cols, config.window):
-            window = cells[top : top + config.window, left : left + config.window].flatten()
-            chosen.append(window[local[window].topk(share).indices])
-    rest = glob.clone()
-    rest[torch.cat(chosen)] = -torch.inf
-    chosen.append(rest.topk(size - sum(map(len, chosen))).indices)
-    return torch.cat(chosen).sort().values
+def _loop_anchors(x: Tensor, size: int) -> Tensor:
+    unit = normalize(x, dim=1)
+    alike = unit @ unit.T
+    nearest = alike.mean(1)
+    chosen: list[int] = []
+    while len(chosen) < size:
+        chosen.append(int(nearest.argmin()))
+        nearest = torch.maximum(nearest, alike[chosen[-1]]) if len(chosen) > 1 else alike[chosen[-1]].clone()
+        nearest[chosen] = torch.inf
+    return torch.tensor(sorted(chosen))
 
 
 def _loop_within(x: Tensor, chosen: Tensor, places: Tensor, config: AOTConfig) -> Tensor:
@@ -139,7 +134,7 @@ def _loop_sinkhorn(cost: Tensor, config: AOTConfig) -> Tensor:
     return row[:, None] * kernel * col
 
 
-CANDIDATES: dict[str, Callable[[Inputs, VideoGrid, float], None]] = {
+CANDIDATES: dict[str, Callable[[Tensor, VideoGrid, float], None]] = {
     "matrix products alone": products,
     "reduce_video": reduction,
     "per-frame loop": frame_loop,
@@ -193,10 +188,10 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, default=32)
-    parser.add_argument("--side", type=int, default=27)
+    parser.add_argument("--side", type=int, default=14)
     parser.add_argument("--width", type=int, default=3584)
     parser.add_argument("--retention", type=float, default=0.10)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, help="also write the table here")
     parser.add_argument("--json", type=Path, help="also write the numbers here")

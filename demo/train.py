@@ -2,10 +2,12 @@
 
 `tower`: single frames, the pooled features of which must tell what each cell shows. `text-4`, `text-8` and `text-16`:
 clips of 4, 8 and 16 frames with a dozen questions each, on features of the tower as it then is, kept on disk and
-reused. `joint`: everything, on clips never seen before. Where answers are trained, the text model's middle layer also
-has to tell at each of a clip's cells what the frames up to it have shown (`history_labels`). All randomness comes from
-the step's number, so a run that was interrupted sees what it would have seen. `--export MODEL` writes what a run has
-reached as a checkpoint that vLLM reads.
+reused. `parts`: the same, mostly with tokens left out (`some_cells`), for a model that knows a single layout of a video
+misses any token as it would miss a word of its only sentence. `joint`: everything, on clips never seen before, half of
+them with tokens left out. Where answers are trained, the text model's middle layer also has to tell at each of a clip's
+cells what the frames up to it have shown (`history_labels`). All randomness comes from the step's number, so a run that
+was interrupted sees what it would have seen. `--export MODEL` writes what a run has reached as a checkpoint that vLLM
+reads.
 """
 
 from __future__ import annotations
@@ -90,6 +92,7 @@ class Stage:
     peak_rate: float
     trains_tower: bool
     trains_text: bool
+    in_part: float = 0.0  # how many of the steps leave tokens out
 
 
 STAGES = (
@@ -97,14 +100,17 @@ STAGES = (
     Stage("text-4", 600, 16, 4, 2e-3, trains_tower=False, trains_text=True),
     Stage("text-8", 600, 12, 8, 1.5e-3, trains_tower=False, trains_text=True),
     Stage("text-16", 450, 8, 16, 1.5e-3, trains_tower=False, trains_text=True),
-    Stage("joint", 4000, 8, 16, 6e-4, trains_tower=True, trains_text=True),
+    Stage("parts", 1000, 12, 16, 1.2e-3, trains_tower=False, trains_text=True, in_part=0.8),
+    Stage("joint", 4000, 8, 16, 6e-4, trains_tower=True, trains_text=True, in_part=0.5),
 )
 SMOKE = tuple(
-    Stage(stage.name, 2, 2, stage.frames, stage.peak_rate, stage.trains_tower, stage.trains_text) for stage in STAGES
+    Stage(stage.name, 2, 2, stage.frames, stage.peak_rate, stage.trains_tower, stage.trains_text, stage.in_part)
+    for stage in STAGES
 )
 QUESTIONS_PER_CLIP = 12
 HISTORY_LAYER = 2  # of the text model: the layers behind it can look up what this one has gathered
 HISTORY_WEIGHT = 1.0
+LEAST_KEPT = 0.04  # of a video's tokens, where some are left out
 POOL_START, POOL_GROWTH, POOL_LIMIT = 64, 3, 24_000  # clips of the text stages: at first, more each step, in all
 
 
@@ -350,15 +356,20 @@ class Trainer:
     def _answer_loss(self, batch: Batch) -> Tensor:
         seen = self._new_clips(batch) if self.stage.trains_tower else self._kept_clips(batch)
         features = torch.stack([features[batch.frames] for features, _ in seen])
+        shown = np.stack([colours[batch.frames] > 0 for _, colours in seen])
+        rng = np.random.default_rng((self.stage_index, self.step, 1))
+        in_part = rng.random() < self.stage.in_part
+        cells = torch.from_numpy(some_cells(shown, rng) if in_part else every_cell(shown)).to(self.device)
+        features = features.flatten(1, 2).take_along_dim(cells[..., None], 1)
         blocks = pack(self.tokenizer, batch.asked)
-        logits, answers = answer_logits(self.model, self.tokenizer, features, blocks)
+        logits, answers = answer_logits(self.model, self.tokenizer, features[:, None], blocks)
         labels = [
             history_labels(scene(seed, split="train"), range(NUM_FRAMES)[batch.frames], colours[batch.frames])
             for seed, (_, colours) in zip(batch.seeds, seen, strict=True)
         ]
         start = len(self.tokenizer(HEAD, add_special_tokens=False)["input_ids"])
-        states = self._states[:, start : start + features.shape[1] * GRID**2]
-        gathered = history_loss(self.history_heads, states, labels)
+        states = self._states[:, start : start + cells.shape[1]]
+        gathered = history_loss(self.history_heads, states, labels, cells)
         return cross_entropy(without_never_shown(logits, blocks), answers) + HISTORY_WEIGHT * gathered
 
     def _keep_states(self, _layer: nn.Module, _arguments: Any, states: Tensor) -> None:
@@ -435,7 +446,7 @@ class Trainer:
             name=directory.name,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             tokens=NUM_FRAMES * GRID**2 + 1,
-            stages={**done, self.stage.name: self.step},
+            stages={**done, **({self.stage.name: self.step} if self.step else {})},
             seconds=self.seconds,
             clips=clips,
             shares=shares,
@@ -495,15 +506,40 @@ def never_shown_shapes() -> Tensor:
     return lacking
 
 
-def history_loss(heads: nn.ModuleDict, states: Tensor, labels: Sequence[dict[str, np.ndarray]]) -> Tensor:
-    """Return how badly a layer's states at clips' cells, (B, tokens, width), tell what the clips have shown there."""
+def history_loss(
+    heads: nn.ModuleDict, states: Tensor, labels: Sequence[dict[str, np.ndarray]], cells: Tensor
+) -> Tensor:
+    """Return how badly a layer's states, (B, K, width), tell what the clips have shown at their cells, (B, K)."""
     total = states.new_zeros((), dtype=torch.float32)
     for name, head in heads.items():
-        wanted = torch.from_numpy(np.stack([clip[name] for clip in labels])).to(states.device).flatten()
+        every = torch.from_numpy(np.stack([clip[name] for clip in labels])).to(states.device).flatten(1)
+        wanted = every.gather(1, cells).flatten()
         logits = head(states).float().flatten(0, 1)
         if (wanted > 0).any():
             total = total + cross_entropy(logits, wanted, ignore_index=0)
     return total / len(heads)
+
+
+def every_cell(shown: np.ndarray) -> np.ndarray:
+    """Return the places of all cells of clips whose cells are `shown`, (B, T, GRID, GRID): (B, T * GRID * GRID)."""
+    return np.tile(np.arange(shown[0].size), (len(shown), 1))
+
+
+def some_cells(shown: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return the places of some cells of each clip, ascending, of all clips equally many: (B, K).
+
+    From all of them down to `LEAST_KEPT`, short sequences as often as long ones. Which ones follows from noise of the
+    cell, of its frame and of its place in all frames, and from whether it shows a thing (`shown`, (B, T, GRID, GRID)),
+    each with a weight of its own in each clip, the last of either sign: no way of choosing tokens is the one trained.
+    """
+    clips, frames = shown.shape[:2]
+    count = int(shown[0].size * LEAST_KEPT ** rng.random())
+    parts = rng.standard_normal(shown.shape), rng.standard_normal((clips, frames, 1, 1))
+    parts += (rng.standard_normal((clips, 1, GRID, GRID)), shown)
+    weights = np.abs(rng.standard_normal((len(parts), clips, 1, 1, 1)))
+    weights[-1] = 1.5 * rng.standard_normal(weights[-1].shape)
+    scores = sum(weight * part for weight, part in zip(weights, parts, strict=True)).reshape(clips, -1)
+    return np.sort(np.argsort(scores, axis=1)[:, -count:], axis=1)
 
 
 def clip(seed: int) -> Clip:

@@ -1,4 +1,4 @@
-# vLLM for CPUs with the plugin, and the demo's model with random weights in /models/demo. Built from the root:
+# vLLM for CPUs with the plugin, and the demo's trained model in /models/demo. Built from the root:
 #   docker build -f docker/engine-cpu.Dockerfile -t aot-engine-cpu .
 # TORCH_INDEX names a package index with CPU builds of torch, much smaller than those of the default index.
 FROM python:3.11-slim-bookworm
@@ -16,11 +16,10 @@ WORKDIR /opt/aot
 COPY LICENSE README.md constraints.txt constraints-cpu.txt pyproject.toml ./
 COPY aot_vllm aot_vllm/
 COPY server server/
-COPY demo demo/
+COPY demo/environment.py demo/
 ARG TORCH_INDEX=""
-RUN PIP_NO_CACHE_DIR=1 TORCH_INDEX="$TORCH_INDEX" python demo/environment.py \
-    && .venv/bin/python demo/checkpoint.py /models/demo \
-    && chmod -R a+rX /models  # safetensors writes for its user alone
+RUN PIP_NO_CACHE_DIR=1 TORCH_INDEX="$TORCH_INDEX" python demo/environment.py
+COPY demo/model /models/demo
 COPY --chmod=0755 docker/serve.sh /usr/local/bin/serve
 ENV PATH=/opt/aot/.venv/bin:$PATH \
     HOME=/home/vllm \

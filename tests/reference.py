@@ -107,6 +107,30 @@ def select_anchors(local, glob, rows, cols, count, global_ratio, window):
     return sorted(chosen + rest[: count - len(chosen)])
 
 
+def select_diverse_anchors(frame, count, before=(), compared=None):
+    """Anchors of one frame in the order of their choice: unlike each other and the tokens `before`."""
+    cells = range(len(frame))
+    alike = [[cosine(frame[i][:compared], frame[j][:compared]) for j in cells] for i in cells]
+    already = [max((cosine(token[:compared], other[:compared]) for other in before), default=-2) for token in frame]
+    chosen = []
+    while len(chosen) < count:
+        rest = [i for i in cells if i not in chosen]
+        if chosen or before:
+            chosen.append(min(rest, key=lambda i: (max([already[i], *(alike[i][j] for j in chosen)]), i)))
+        else:
+            chosen.append(min(rest, key=lambda i: (sum(alike[i]), i)))
+    return chosen
+
+
+def select_diverse_anchors_of_clip(frames, count, keep_per_frame, compared=None):
+    """The same of each frame of a clip; before a frame is what the one before it keeps."""
+    chosen, before = [], []
+    for step, frame in enumerate(frames):
+        chosen.append(select_diverse_anchors(frame, count, before, compared))
+        before = [frame[i] for i in chosen[-1][: keep_per_frame[step] if step else count]]
+    return chosen
+
+
 def cosine(x, y):
     """Cosine similarity; 0 for a zero vector."""
     length = max(math.hypot(*x), 1e-12) * max(math.hypot(*y), 1e-12)
@@ -179,14 +203,14 @@ def merge_within_frames(features, anchors, rows, cols, settings, compared=None):
         nearest = [row.index(max(row)) for row in similarity[t]]
         merged.append([])
         for n, j in enumerate(anchors[t]):
-            sent = _absorb(frame[j], [row[n] for row in plans[t]], tokens)
+            sent = _absorb(frame[j], [settings["mass"] * row[n] for row in plans[t]], tokens)
             mean = _absorb(frame[j], [float(at == n) for at in nearest], tokens)
             blend = settings["nearest_weight"]
             merged[t].append([(1 - blend) * a + blend * b for a, b in zip(sent, mean, strict=True)])
     return merged, taken
 
 
-def merge_across_frames(tokens, clip_lengths, keep_per_frame, originals_per_clip, settings, compared=None):
+def merge_across_frames(tokens, clip_lengths, keep_per_frame, originals_per_clip, settings, compared=None, ranks=None):
     """Surviving (token, frame, slot) in output order, and the iterations of each solve."""
     survivors, taken, first = [], [], 0
     for length, originals in zip(clip_lengths, originals_per_clip, strict=True):
@@ -194,6 +218,9 @@ def merge_across_frames(tokens, clip_lengths, keep_per_frame, originals_per_clip
         merged, absorbed, kept = [list(y) for y in key], [0.0] * len(key), []
         for step in range(1, length):
             frame = tokens[first + step]
+            if keep_per_frame[first + step] == len(frame):
+                kept += [(token, first + step, i) for i, token in enumerate(frame)]
+                continue
             cost = [[1 - cosine(x[:compared], y[:compared]) for y in merged] for x in frame]
             lowest = min(map(min, cost))
             discount = 1 - math.exp(-(step**2) / (2 * settings["temporal_sigma"] ** 2))
@@ -201,7 +228,8 @@ def merge_across_frames(tokens, clip_lengths, keep_per_frame, originals_per_clip
             (plan,), count = sinkhorn([cost], settings["epsilon"], settings["iterations"], settings["tolerance"])
             taken.append(count)
             share = [[entry / sum(row) for entry in row] for row in plan]
-            order = sorted(range(len(frame)), key=lambda i: (max(share[i]), i))
+            of_rank = ranks[first + step] if ranks else [max(row) for row in share]
+            order = sorted(range(len(frame)), key=lambda i: (of_rank[i], i))
             keep = sorted(order[: keep_per_frame[first + step]])
             kept += [(frame[i], first + step, i) for i in keep]
             for i in keep:
@@ -228,18 +256,29 @@ def reduce_video(features, local, glob, rows, cols, retention, settings, compare
         clips = [clip for clip, count in enumerate(sizes) if count == size]
         lengths = [counts["clip_lengths"][clip] for clip in clips]
         frames = range(first, first + sum(lengths))
-        anchors = [
-            select_anchors(local[t], glob[t], rows, cols, size, settings["global_ratio"], settings["window"])
-            for t in frames
-        ]
+        keep = [counts["keep_per_frame"][t] for t in frames]
+        ranks = None
+        if settings["anchors"] == "diverse":
+            orders, start = [], first
+            for length in lengths:
+                clip = range(start, start + length)
+                kept = [counts["keep_per_frame"][t] for t in clip]
+                orders += select_diverse_anchors_of_clip([features[t] for t in clip], size, kept, compared)
+                start += length
+            anchors = [sorted(order) for order in orders]
+            ranks = [[order.index(p) for p in sorted(order)] for order in orders]
+        else:
+            ratio, window = settings["global_ratio"], settings["window"]
+            anchors = [select_anchors(local[t], glob[t], rows, cols, size, ratio, window) for t in frames]
         merged, _ = merge_within_frames([features[t] for t in frames], anchors, rows, cols, settings, compared)
         tokens, _ = merge_across_frames(
             merged,
             lengths,
-            [counts["keep_per_frame"][t] for t in frames],
+            keep,
             [counts["originals_per_clip"][clip] for clip in clips],
             settings,
             compared,
+            ranks,
         )
         survivors += [(token, first + t, anchors[t][slot]) for token, t, slot in tokens]
         first += len(frames)

@@ -19,6 +19,8 @@ seeds = st.integers(0, 2**31)
 retentions = st.one_of(st.floats(0.001, 1.0), st.sampled_from([0.01, 0.05, 0.1, 0.25, 0.5, 0.9, 0.99, 1.0]))
 configs = st.builds(
     AOTConfig,
+    anchors=st.sampled_from(["diverse", "attention"]),
+    mass=st.sampled_from([0.0, 1.0, 5.0]),
     global_ratio=st.sampled_from([0.0, 0.3, 0.5, 1.0]),
     window=st.integers(1, 10),
     clips=st.integers(1, 9),

@@ -37,6 +37,7 @@ def test_what_the_settings_table_does_not_allow_is_refused(name):
         "at least 1": (0, 1.5),
         "`true`, `false`": (1, "true"),
         '`"both"`, `"compact"`': ("all", None),
+        '`"diverse"`, `"attention"`': ("random", None),
         "a layer of the tower": (1.5, None),
         "a layer of the tower, or `null`": (1.5, "3"),
     }

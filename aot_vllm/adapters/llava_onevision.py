@@ -27,7 +27,7 @@ from vllm.utils.tensor_schema import TensorShape
 
 from aot_vllm.adapters.blocks import frames_at_once, in_blocks
 from aot_vllm.adapters.processing import RETENTION, ReducedVideoProcessor, without_retention
-from aot_vllm.adapters.scores import AttentionScores, scoring_layers
+from aot_vllm.adapters.scores import AttentionScores, scoring_modules
 from aot_vllm.adapters.settings import Reduction, from_ppm
 from aot_vllm.adapters.telemetry import METER
 from aot_vllm.core.budget import budget
@@ -110,7 +110,7 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
     """LLaVA-OneVision that reduces each video between its vision tower and its language model."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        """Build the model and hook the two layers that score.
+        """Build the model and hook the two layers that score, where anchors are chosen by attention.
 
         Raises:
             UnsupportedError: the vision tower isn't SigLIP.
@@ -124,9 +124,8 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
             )
         self.method = Reduction.of(self.config).method
         layers = self.vision_tower.vision_model.encoder.layers
-        local, global_ = scoring_layers(self.method, num_layers=len(layers))
         self.scores = AttentionScores(
-            (layers[local].self_attn.attn, layers[global_].self_attn.attn),
+            scoring_modules(self.method, [layer.self_attn.attn for layer in layers]),
             total_heads=self.config.vision_config.num_attention_heads,
             sum_over_ranks=tensor_model_parallel_all_reduce,
         )
@@ -157,7 +156,7 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
         else:
             with self.scores.recording() as recorded:
                 features = self._tower(pixels)
-            local_scores, global_scores = (self._pool(scores) for scores in recorded())
+            local_scores, global_scores = (None if scores is None else self._pool(scores) for scores in recorded())
             with METER.timing(features.device):
                 reduced = reduce_video(
                     features, local_scores, global_scores, grid=grid, retention=retention, config=self.method

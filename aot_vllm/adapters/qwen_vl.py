@@ -31,7 +31,7 @@ from aot_vllm.adapters.positions import (
     with_coordinates,
 )
 from aot_vllm.adapters.processing import RETENTION, ReducedVideoProcessor, without_retention
-from aot_vllm.adapters.scores import AttentionScores, attention_received, scoring_layers
+from aot_vllm.adapters.scores import AttentionScores, attention_received, scoring_modules
 from aot_vllm.adapters.settings import Reduction, from_ppm
 from aot_vllm.adapters.telemetry import METER
 from aot_vllm.config import AOTConfig
@@ -101,7 +101,7 @@ class ReducedQwenVL:
     scores: AttentionScores
 
     def score_by(self, whole_frame: Sequence[int] | None = None) -> None:
-        """Hook the two layers that score; `whole_frame`: the layers that attend to a whole frame, None for all.
+        """Hook the two layers that score, if any; `whole_frame`: the layers that attend to a whole frame, None for all.
 
         Raises:
             SettingError: a scoring layer that the tower does not have.
@@ -110,9 +110,8 @@ class ReducedQwenVL:
         let_proposer_know_reduced_models()
         self.method = Reduction.of(self.config).method
         blocks = self.visual.blocks
-        local, global_ = scoring_layers(self.method, num_layers=len(blocks), whole_frame=whole_frame)
         self.scores = AttentionScores(
-            (blocks[local].attn.attn, blocks[global_].attn.attn),
+            scoring_modules(self.method, [block.attn.attn for block in blocks], whole_frame=whole_frame),
             total_heads=self.config.vision_config.num_heads,
             sum_over_ranks=tensor_model_parallel_all_reduce,
         )
@@ -161,18 +160,17 @@ class ReducedQwenVL:
         """Return what is left of one video, given as the tower's input or, `embedded`, as its output."""
         if budget(grid, retention=retention, config=self.method).identity:
             features = self._embedded(part, grid) if embedded else self._tower(part, grid)
-            local_scores = global_scores = features.new_zeros(features.shape[:2])  # nobody looks at them
+            local_scores = global_scores = None  # nobody looks at them
         elif embedded:
-            # no tower runs, so there is no attention of its own: tokens attend to each other as they are
             features = self._embedded(part, grid)
-            main = torch.nn.functional.normalize(features[..., : self._main_width].float(), dim=-1)
-            local_scores = global_scores = attention_received(main, main, num_heads=1, scale=1.0)
+            local_scores = global_scores = self._mutual_scores(features)
         else:
             merged = self.config.vision_config.spatial_merge_size**2
             with self.scores.recording(tokens_per_frame=grid.positions * merged) as recorded:
                 features = self._tower(part, grid)
             local_scores, global_scores = (
-                self.row_major(scores.unflatten(1, (-1, merged)).mean(2), grid) for scores in recorded()
+                None if scores is None else self.row_major(scores.unflatten(1, (-1, merged)).mean(2), grid)
+                for scores in recorded()
             )
         with METER.timing(features.device):
             reduced = reduce_video(
@@ -186,6 +184,16 @@ class ReducedQwenVL:
             )
         METER.add_unconverged(reduced.unconverged)
         return reduced
+
+    def _mutual_scores(self, features: Tensor) -> Tensor | None:
+        """Return scores (frames, tokens) of features that no tower of this engine made, None where none are needed.
+
+        There is no attention of a tower's own: tokens attend to each other as they are.
+        """
+        if self.method.anchors != "attention":
+            return None
+        main = torch.nn.functional.normalize(features[..., : self._main_width].float(), dim=-1)
+        return attention_received(main, main, num_heads=1, scale=1.0)
 
     def _rows(self, reduced: ReducedVideo, grid: VideoGrid, times: Sequence[int]) -> Tensor:
         """Return a video's rows in the order of frames, rows and columns, each with its coordinates behind it."""

@@ -92,19 +92,31 @@ def _received_from(queries: Tensor, keys: Tensor) -> Tensor:
     return torch.matmul(shares.transpose(-1, -2), maps).sum(dim=(1, 2))
 
 
+def scoring_modules(
+    config: AOTConfig, modules: Sequence[nn.Module], *, whole_frame: Sequence[int] | None = None
+) -> tuple[nn.Module, ...]:
+    """Return the local and the global scoring layer's module, none where anchors aren't chosen by attention.
+
+    Raises `SettingError` like `scoring_layers`.
+    """
+    layers = scoring_layers(config, num_layers=len(modules), whole_frame=whole_frame)
+    return tuple(modules[layer] for layer in layers) if config.anchors == "attention" else ()
+
+
 class AttentionScores:
     """Records the attention received in two layers of a vision tower, block of frames by block of frames.
 
-    `modules`: the two attention modules, each with `num_heads` (of this rank) and `scale`, called with query, key and
-    value: (frames, tokens, heads * size), or all frames one after the other, (1, frames * tokens, heads, size).
-    `total_heads`: heads of a layer on all ranks; where this rank has fewer, `sum_over_ranks` adds the others', so that
-    every rank ranks the tokens alike.
+    `modules`: the two attention modules, or none for nothing to be recorded; each with `num_heads` (of this rank) and
+    `scale`, called with query, key and value: (frames, tokens, heads * size), or all frames one after the other,
+    (1, frames * tokens, heads, size). `total_heads`: heads of a layer on all ranks; where this rank has fewer,
+    `sum_over_ranks` adds the others', so that every rank ranks the tokens alike.
     """
 
     def __init__(
-        self, modules: tuple[nn.Module, nn.Module], *, total_heads: int, sum_over_ranks: Callable[[Tensor], Tensor]
+        self, modules: Sequence[nn.Module], *, total_heads: int, sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> None:
-        """Hook both modules; the hooks do nothing until `recording`."""
+        """Hook the modules; the hooks do nothing until `recording`."""
+        self._slots = range(len(modules))
         self._total_heads = total_heads
         self._sum_over_ranks = sum_over_ranks
         self._blocks: dict[int, list[Tensor]] | None = None
@@ -127,14 +139,16 @@ class AttentionScores:
         return record
 
     @contextmanager
-    def recording(self, *, tokens_per_frame: int | None = None) -> Iterator[Callable[[], tuple[Tensor, Tensor]]]:
+    def recording(self, *, tokens_per_frame: int | None = None) -> Iterator[Callable[[], Sequence[Tensor | None]]]:
         """Record while the tower runs; the value, called afterwards, returns local and global (frames, tokens).
+
+        Both are None where nothing is recorded.
 
         `tokens_per_frame`: where to cut the sequence of a tower that lays frames one after the other.
         """
-        blocks: dict[int, list[Tensor]] = {0: [], 1: []}
+        blocks: dict[int, list[Tensor]] = {slot: [] for slot in self._slots}
         self._blocks, self._tokens_per_frame = blocks, tokens_per_frame
         try:
-            yield lambda: (torch.cat(blocks[0]), torch.cat(blocks[1]))
+            yield lambda: [torch.cat(recorded) for recorded in blocks.values()] or (None, None)
         finally:
             self._blocks = None

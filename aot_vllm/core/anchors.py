@@ -1,15 +1,22 @@
-"""Which tokens of a frame become anchors (section 3.2 of the paper, "token anchors").
+"""Which tokens of a frame become anchors: by attention (section 3.2 of the paper, "token anchors"), or by diversity.
 
-Dimensions: T frames, P positions of a frame, A anchors of a frame, W windows, E cells of a window (padding included).
+Dimensions: T frames, P positions of a frame, A anchors of a frame, W windows, E cells of a window (padding included), D
+width.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from aot_vllm.config import check_integer, check_real
+from aot_vllm.core import cost
+from aot_vllm.core.layout import check_clip_lengths, check_keep, clip_layout
 from aot_vllm.errors import SettingError, ShapeError
+
+# Likenesses of all pairs of a frame's tokens, and float32 copies of these, take this many bytes at a time.
+LIKENESS_BYTES = 64 * 2**20
 
 
 def select_anchors(
@@ -38,8 +45,7 @@ def select_anchors(
     if global_scores.shape != local_scores.shape:
         expected, got = tuple(local_scores.shape), tuple(global_scores.shape)
         raise ShapeError(f"global_scores must have shape {expected}, got {got}")
-    if check_integer("count", count, minimum=1) > positions:
-        raise SettingError(f"count must be at most {positions}, the positions of a frame, got {count}")
+    _check_count(count, positions)
     check_real("global_ratio", global_ratio, high=1.0)
     check_integer("window", window, minimum=1)
 
@@ -50,6 +56,101 @@ def select_anchors(
     priority_TP = _finite(global_scores).masked_fill(is_local_TP, torch.inf)
     order_TP = priority_TP.argsort(dim=1, descending=True, stable=True)
     return order_TP[:, :count].sort(dim=1).values
+
+
+def select_diverse_anchors(
+    features: Tensor,
+    *,
+    count: int,
+    clip_lengths: Sequence[int] | None = None,
+    keep: int | Sequence[int] | None = None,
+) -> Tensor:
+    """Return `count` distinct positions of every frame, in the order of their choice: (T, P, D) -> (T, count).
+
+    One after the other the token least like any chosen before it, by cosine: greedy k-center (Gonzalez, "Clustering to
+    minimize the maximum intercluster distance", 1985). What a frame repeats is chosen once; what stands out is chosen,
+    however small. The first frame of a clip begins with its token least like the rest; each later one avoids what the
+    frame before it keeps, so that frames show each what the other does not. A key frame keeps all it chooses, a later
+    one the first `keep`, one count or one a frame, by default all; by default each frame is a clip of its own. A NaN is
+    least like all.
+
+    Raises `ShapeError` for features that are not (T, P, D), `SettingError` for counts that do not fit them.
+    """
+    if features.dim() != 3 or 0 in features.shape:
+        raise ShapeError(f"features must have shape (frames, positions, width), none 0, got {tuple(features.shape)}")
+    frames, positions, _ = features.shape
+    _check_count(count, positions)
+    layout = clip_layout(
+        check_clip_lengths((1,) * frames if clip_lengths is None else clip_lengths, frames=frames),
+        check_keep(count if keep is None else keep, frames=frames, anchors=count),
+        (0,) * (frames if clip_lengths is None else len(clip_lengths)),
+        count,
+        features.device,
+    )
+    walk, chosen = [layout.key_frames], [_choose(features, layout.key_frames, count)]
+    kept_nk = chosen[0]
+    for step in layout.steps:
+        running = slice(len(step.frames))
+        before = walk[-1][running], kept_nk[running]
+        walk.append(step.frames)
+        chosen.append(_choose(features, step.frames, count, before=before))
+        # a frame that keeps less than others of its step repeats its first choice
+        is_kept_nk = layout.ranks[: step.most_kept] < step.keep
+        kept_nk = chosen[-1][:, : step.most_kept].where(is_kept_nk, chosen[-1][:, :1])
+    return torch.cat(chosen)[torch.cat(walk).argsort()]
+
+
+def _choose(
+    features_TPD: Tensor, frames_n: Tensor, count: int, *, before: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """Return the choices of these frames, (n, count); `before` has frames (n,) and what they keep, (n, k)."""
+    _, positions, width = features_TPD.shape
+    at_once = max(1, LIKENESS_BYTES // (8 * positions * (positions + width)))
+    choices = []
+    for start in range(0, len(frames_n), at_once):
+        some = slice(start, start + at_once)
+        tokens_nPD = _unit(features_TPD.index_select(0, frames_n[some]))
+        likeness_nPP = torch.bmm(tokens_nPD, tokens_nPD.transpose(1, 2))
+        kept_nkD = None
+        if before is not None and before[1].shape[1]:
+            frames_before_n, cells_nk = before[0][some], before[1][some]
+            rows_nk = frames_before_n.unsqueeze(1) * positions + cells_nk
+            rows = features_TPD.flatten(0, 1).index_select(0, rows_nk.flatten())
+            kept_nkD = _unit(rows.view(*rows_nk.shape, width))
+        nearest_nP = None if kept_nkD is None else torch.bmm(tokens_nPD, kept_nkD.transpose(1, 2)).amax(dim=2)
+        choices.append(_spread_out(likeness_nPP, nearest_nP, count))
+    return torch.cat(choices)
+
+
+def _unit(features: Tensor) -> Tensor:
+    """Return the features in float32, each of length 1; zero vectors stay what they are."""
+    features = features.float()
+    return features / cost.norms(features).unsqueeze(-1)
+
+
+def _spread_out(likeness_nPP: Tensor, nearest_nP: Tensor | None, count: int) -> Tensor:
+    """Return `count` tokens of each frame, each least like the ones before: (n, P, P) -> (n, count).
+
+    `nearest_nP` says how much each is like what is already there; where nothing is, the first is least like the rest.
+    """
+    frames, positions, _ = likeness_nPP.shape
+    rows_nP = likeness_nPP.flatten(0, 1)
+    starts_n = torch.arange(0, frames * positions, positions, device=likeness_nPP.device)
+    least_nP = likeness_nPP.mean(dim=2) if nearest_nP is None else nearest_nP
+    chosen: list[Tensor] = []
+    for _ in range(count):
+        chosen.append(least_nP.argmin(dim=1))
+        row_nP = rows_nP.index_select(0, starts_n + chosen[-1])
+        # fmax lets no NaN pass, so that what is chosen stays infinitely near
+        least_nP = row_nP if nearest_nP is None and len(chosen) == 1 else torch.fmax(least_nP, row_nP)
+        least_nP.scatter_(1, chosen[-1].unsqueeze(1), torch.inf)
+    return torch.stack(chosen, dim=1)
+
+
+def _check_count(count: int, positions: int) -> None:
+    """Raise `SettingError` for a count of anchors that a frame can't have."""
+    if check_integer("count", count, minimum=1) > positions:
+        raise SettingError(f"count must be at most {positions}, the positions of a frame, got {count}")
 
 
 def _best_of_each_window(scores_TP: Tensor, *, rows: int, cols: int, window: int, local_count: float) -> Tensor:

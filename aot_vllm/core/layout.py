@@ -6,12 +6,16 @@ Dimensions: T frames, A anchors of a frame, C clips (the longest first), n clips
 survive.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain
 
 import torch
 from torch import Tensor
+
+from aot_vllm.config import check_integer
+from aot_vllm.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,9 @@ class Step:
     """(n,) the frames, in the order of the clips."""
     keep: Tensor
     """(n, 1) how many tokens each of them keeps."""
+    least_kept: int
     most_kept: int
-    """The largest of `keep`."""
+    """The smallest and the largest of `keep`."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,28 @@ class ClipLayout:
     """(K,) the candidate whose slot each output token has."""
     merged_rows: Tensor
     """(C * A,) the output rows of the merged anchors."""
+
+
+def check_clip_lengths(clip_lengths: Sequence[int], *, frames: int) -> tuple[int, ...]:
+    """Return the lengths; raises `SettingError` for those that are not at least 1 each and `frames` together."""
+    lengths = tuple(check_integer("a clip length", length, minimum=1) for length in clip_lengths)
+    if sum(lengths) != frames:
+        raise SettingError(f"clip_lengths must sum to {frames}, the frames of tokens, got {lengths}")
+    return lengths
+
+
+def check_keep(keep: int | Sequence[int], *, frames: int, anchors: int) -> tuple[int, ...]:
+    """Return one count a frame; raises `SettingError` for another number of them, or for one outside 0 to `anchors`."""
+    return check_counts("keep", keep if isinstance(keep, Sequence) else (keep,) * frames, frames, anchors)
+
+
+def check_counts(name: str, counts: Sequence[int], expected: int, anchors: int) -> tuple[int, ...]:
+    """Return the counts; raises `SettingError` where they are not as many as expected, or not in 0 to `anchors`."""
+    if len(counts) != expected:
+        raise SettingError(f"{name} must have {expected} counts, got {len(counts)}")
+    if max(check_integer(name, count, minimum=0) for count in counts) > anchors:
+        raise SettingError(f"{name} must be at most {anchors}, the anchors of a frame, got {max(counts)}")
+    return tuple(counts)
 
 
 @lru_cache(maxsize=64)
@@ -93,9 +120,10 @@ def clip_layout(
     return ClipLayout(
         key_frames=index(frames_at(0)),
         steps=tuple(
-            Step(step, index(at), index([keep_per_frame[frame] for frame in at]).unsqueeze(1), kept[step - 1])
+            Step(step, index(at), index(counts).unsqueeze(1), min(counts), max(counts))
             for step in range(1, max(clip_lengths))
             for at in [frames_at(step)]
+            for counts in [[keep_per_frame[frame] for frame in at]]
         ),
         originals=index([originals_per_clip[clip] for clip in order]).unsqueeze(1),
         most_originals=stage_widths[0],

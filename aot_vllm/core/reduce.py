@@ -3,7 +3,7 @@
 Dimensions: T frames, P positions of a frame, A anchors of a frame, D width, K tokens that survive.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from aot_vllm.config import AOTConfig
-from aot_vllm.core.anchors import select_anchors
+from aot_vllm.core.anchors import select_anchors, select_diverse_anchors
 from aot_vllm.core.budget import Budget, budget
 from aot_vllm.core.grid import VideoGrid
 from aot_vllm.core.transport import absorb_frames, merge_across_frames
@@ -42,8 +42,8 @@ class ReducedVideo:
 
 def reduce_video(
     features: Tensor,
-    local_scores: Tensor,
-    global_scores: Tensor,
+    local_scores: Tensor | None,
+    global_scores: Tensor | None,
     *,
     grid: VideoGrid,
     retention: float,
@@ -52,24 +52,44 @@ def reduce_video(
 ) -> ReducedVideo:
     """Return the reduced video: features (T, P, D), scores (T, P) -> exactly `budget(...).total` tokens.
 
-    `retention` in (0, 1] is the fraction of tokens kept; at 1 the input comes back unchanged. Tokens have the type of
-    `features`; everything is accumulated in float32. Nothing waits for the device. Where a model hands its language
-    model several features of a token side by side, `compared` is the width of the first: the plan follows from it
-    alone, and the same plan merges the others. Raises `ShapeError` for tensors that do not fit the grid and
-    `SettingError` for a retention outside its range. Section 3 of the paper.
+    `retention` in (0, 1] is the fraction of tokens kept; at 1 the input comes back unchanged. Scores are needed where
+    `config` has anchors chosen by attention, and may be None otherwise. Tokens have the type of `features`; everything
+    is accumulated in float32. Nothing waits for the device. Where a model hands its language model several features of
+    a token side by side, `compared` is the width of the first: the plan follows from it alone, and the same plan merges
+    the others. Raises `ShapeError` for tensors that do not fit the grid and `SettingError` for a retention outside its
+    range. Section 3 of the paper.
     """
     config = config or AOTConfig()
     counts = budget(grid, retention=retention, config=config)
-    _check_shapes(features, local_scores, global_scores, grid)
+    _check_shapes(features, {"local_scores": local_scores, "global_scores": global_scores}, grid)
     if compared is not None and not 1 <= compared <= features.shape[2]:
         raise ShapeError(f"compared must be in [1, {features.shape[2]}], the width of features, got {compared}")
     if counts.identity:
         return _unchanged(features, grid, counts)
 
-    parts = [
-        _reduce_part(
-            features, local_scores, global_scores, part, counts=counts, grid=grid, config=config, compared=compared
+    def anchors_of(part: _Part) -> tuple[Tensor, Tensor | None]:
+        if config.anchors == "diverse":
+            return select_diverse_anchors(
+                features[part.frames, :, :compared],
+                count=part.anchors,
+                clip_lengths=counts.clip_lengths[part.clips],
+                keep=counts.keep_per_frame[part.frames],
+            ).sort(dim=1)
+        if local_scores is None or global_scores is None:
+            raise ShapeError("local_scores and global_scores must be tensors, for anchors are chosen by attention")
+        anchors_TA = select_anchors(
+            local_scores[part.frames],
+            global_scores[part.frames],
+            rows=grid.rows,
+            cols=grid.cols,
+            count=part.anchors,
+            global_ratio=config.global_ratio,
+            window=config.window,
         )
+        return anchors_TA, None
+
+    parts = [
+        _reduce_part(features, *anchors_of(part), part, counts=counts, grid=grid, config=config, compared=compared)
         for part in _parts(counts)
     ]
     whole = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
@@ -98,8 +118,8 @@ def _parts(counts: Budget) -> Iterator[_Part]:
 
 def _reduce_part(
     features: Tensor,
-    local_scores: Tensor,
-    global_scores: Tensor,
+    anchors_TA: Tensor,
+    ranks_TA: Tensor | None,
     part: _Part,
     *,
     counts: Budget,
@@ -109,14 +129,6 @@ def _reduce_part(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return a part's tokens, their frames and positions, and the iterations and convergence of its solves."""
     size = {"rows": grid.rows, "cols": grid.cols}
-    anchors_TA = select_anchors(
-        local_scores[part.frames],
-        global_scores[part.frames],
-        **size,
-        count=part.anchors,
-        global_ratio=config.global_ratio,
-        window=config.window,
-    )
     within = absorb_frames(features[part.frames], anchors_TA, **size, config=config, compared=compared)
     across = merge_across_frames(
         within.tokens,
@@ -124,6 +136,7 @@ def _reduce_part(
         keep=counts.keep_per_frame[part.frames],
         config=config,
         originals=counts.originals_per_clip[part.clips],
+        ranks=ranks_TA,
         compared=compared,
     )
     return (
@@ -150,7 +163,7 @@ def _unchanged(features: Tensor, grid: VideoGrid, counts: Budget) -> ReducedVide
     )
 
 
-def _check_shapes(features: Tensor, local_scores: Tensor, global_scores: Tensor, grid: VideoGrid) -> None:
+def _check_shapes(features: Tensor, scores: Mapping[str, Tensor | None], grid: VideoGrid) -> None:
     """Raise `ShapeError` for the first tensor that does not fit the grid."""
     expected = (grid.frames, grid.positions)
     if features.dim() != 3 or features.shape[:2] != expected or features.shape[2] == 0:
@@ -159,6 +172,6 @@ def _check_shapes(features: Tensor, local_scores: Tensor, global_scores: Tensor,
         )
     if not features.is_floating_point():
         raise ShapeError(f"features must be of a floating-point type, got {features.dtype}")
-    for name, scores in (("local_scores", local_scores), ("global_scores", global_scores)):
-        if scores.shape != expected:
-            raise ShapeError(f"{name} must have shape {expected}, got {tuple(scores.shape)}")
+    for name, given in scores.items():
+        if given is not None and given.shape != expected:
+            raise ShapeError(f"{name} must have shape {expected}, got {tuple(given.shape)}")

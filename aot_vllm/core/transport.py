@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from aot_vllm.config import AOTConfig, check_integer
+from aot_vllm.config import AOTConfig
 from aot_vllm.core import cost
-from aot_vllm.core.layout import ClipLayout, Step, clip_layout
+from aot_vllm.core.layout import ClipLayout, Step, check_clip_lengths, check_counts, check_keep, clip_layout
 from aot_vllm.core.sinkhorn import TransportPlan, sinkhorn
-from aot_vllm.errors import SettingError, ShapeError
+from aot_vllm.errors import ShapeError
 
 # A float32 copy of half-precision features is made for this many bytes at a time.
 BLOCK_BYTES = 256 * 2**20
@@ -81,6 +81,7 @@ def absorb_frames(
         tolerance=config.tolerance,
         joint=True,
     )
+    solution.plan.mul_(config.mass)
     weight_TPA, own_TA = _absorption(solution, nearest_TP, source_TP, nearest_weight=config.nearest_weight)
     merged_TAD = anchors_TAD.mul_(own_TA.unsqueeze(2))
     for block in _blocks(features):
@@ -141,6 +142,7 @@ def merge_across_frames(
     keep: int | Sequence[int],
     config: AOTConfig,
     originals: Sequence[int] | None = None,
+    ranks: Tensor | None = None,
     compared: int | None = None,
 ) -> ClipTokens:
     """Return the tokens of all clips: (T, A, D) -> (K, D), clip by clip.
@@ -148,8 +150,9 @@ def merge_across_frames(
     Of a clip come first its key frame's anchors as they were (`originals` of them, by default all when `config.emit` is
     `both`, else none; where not all, those that absorbed most), then what each later frame keeps (`keep`, one count
     or one a frame, those at key frames unused), then the key frame's anchors after absorbing the rest; ascending slots
-    in each. Tokens are compared by their first `compared` columns, by default all; all columns are merged. Raises
-    `ShapeError` or `SettingError` for counts that do not fit. Section 3.3.
+    in each. A later frame keeps the tokens of lowest `ranks`, (T, A), by default those that match the key frame least.
+    Tokens are compared by their first `compared` columns, by default all; all columns are merged. Raises `ShapeError`
+    or `SettingError` for counts that do not fit. Section 3.3.
     """
     layout = _checked_layout(tokens, clip_lengths, keep, originals, config)
     tokens_TAD = tokens.float()
@@ -158,12 +161,16 @@ def merge_across_frames(
     absorbed_CA = torch.zeros_like(merged_CAD[:, :, 0])
     slots, solutions = [], []
     for step in layout.steps:
+        if step.least_kept == len(layout.ranks):
+            slots.append(layout.ranks.expand(len(step.frames), -1))  # nothing is left to absorb
+            continue
         x_nAD, y_nAD = tokens_TAD.index_select(0, step.frames), merged_CAD[: len(step.frames)]
         discount = cost.temporal_discount(step.frames_apart, sigma=config.temporal_sigma)
         solution = _match(
             x_nAD[..., :compared], y_nAD[..., :compared], norms_TA[step.frames], discount=discount, config=config
         )
-        share_nAA, kept_nk = _keep_or_absorb(solution.plan, step, layout.ranks)
+        ranks_nA = None if ranks is None else ranks.index_select(0, step.frames)
+        share_nAA, kept_nk = _keep_or_absorb(solution.plan, step, layout.ranks, ranks_nA)
         mass_nA = share_nAA.sum(dim=1)
         y_nAD.baddbmm_(share_nAA.transpose(1, 2), x_nAD).div_(1 + mass_nA.unsqueeze(2))
         absorbed_CA[: len(step.frames)] += mass_nA
@@ -189,13 +196,14 @@ def _match(x_nAD: Tensor, y_nAD: Tensor, x_norms_nA: Tensor, *, discount: float,
     )
 
 
-def _keep_or_absorb(plan_nAA: Tensor, step: Step, ranks_A: Tensor) -> tuple[Tensor, Tensor]:
+def _keep_or_absorb(plan_nAA: Tensor, step: Step, ranks_A: Tensor, ranks_nA: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return what each token gives to each anchor, (n, A, A), zero where it is kept, and the slots kept, (n, k).
 
-    The tokens whose largest share is lowest are kept, exactly as many as the step says: they carry change.
+    The tokens of lowest rank are kept, exactly as many as the step says; without ranks those whose largest share is
+    lowest, for they carry change.
     """
     share_nAA = plan_nAA / plan_nAA.sum(dim=2, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
-    order_nA = share_nAA.amax(dim=2).argsort(dim=1, stable=True)
+    order_nA = (share_nAA.amax(dim=2) if ranks_nA is None else ranks_nA).argsort(dim=1, stable=True)
     is_absorbed_nA = torch.zeros_like(share_nAA[:, :, 0]).scatter_(1, order_nA, (ranks_A >= step.keep).float())
     return share_nAA.mul_(is_absorbed_nA.unsqueeze(2)), _first(order_nA, step.keep, most=step.most_kept, ranks=ranks_A)
 
@@ -233,17 +241,11 @@ def _checked_layout(
     if tokens.dim() != 3 or 0 in tokens.shape:
         raise ShapeError(f"tokens must have shape (frames, anchors, width), none 0, got {tuple(tokens.shape)}")
     frames, num_anchors, _ = tokens.shape
-    lengths = tuple(check_integer("a clip length", length, minimum=1) for length in clip_lengths)
-    if sum(lengths) != frames:
-        raise SettingError(f"clip_lengths must sum to {frames}, the frames of tokens, got {lengths}")
-    keep_per_frame = tuple(keep) if isinstance(keep, Sequence) else (keep,) * frames
+    lengths = check_clip_lengths(clip_lengths, frames=frames)
     if originals is None:
         originals = (num_anchors if config.emit == "both" else 0,) * len(lengths)
-    for name, counts, expected in (("keep", keep_per_frame, frames), ("originals", originals, len(lengths))):
-        if len(counts) != expected:
-            raise SettingError(f"{name} must have {expected} counts, got {len(counts)}")
-        if max(check_integer(name, count, minimum=0) for count in counts) > num_anchors:
-            raise SettingError(f"{name} must be at most {num_anchors}, the anchors of a frame, got {max(counts)}")
+    keep_per_frame = check_keep(keep, frames=frames, anchors=num_anchors)
+    check_counts("originals", originals, len(lengths), num_anchors)
     return clip_layout(lengths, keep_per_frame, tuple(originals), num_anchors, tokens.device)
 
 

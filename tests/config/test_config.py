@@ -9,7 +9,7 @@ from aot_vllm.config import check_retention, quantise_retention
 from aot_vllm.errors import AOTError, SettingError
 
 NO_NUMBERS = ["0.5", None, True, False, math.nan, math.inf, -math.inf, [], 1j]
-REALS = ["global_ratio", "epsilon", "tolerance", "spatial_weight", "nearest_weight", "temporal_sigma", "kappa"]
+REALS = ["global_ratio", "epsilon", "tolerance", "spatial_weight", "mass", "nearest_weight", "temporal_sigma", "kappa"]
 INTEGERS = ["window", "iterations", "clips", "local_layer", "global_layer"]
 
 
@@ -28,12 +28,14 @@ def test_what_is_no_finite_number_is_refused_by_name_and_value(name, value):
     [
         *((name, bad) for name in ("global_ratio", "nearest_weight", "kappa") for bad in (-0.01, 1.01)),
         *((name, bad) for name in ("epsilon", "temporal_sigma") for bad in (0, 0.0, -1.0)),
-        *((name, -1e-9) for name in ("tolerance", "spatial_weight")),
+        *((name, -1e-9) for name in ("tolerance", "spatial_weight", "mass")),
         *((name, bad) for name in ("window", "iterations", "clips") for bad in (0, -1, 2.0)),
         ("local_layer", 5.0),
         ("emit", "twice"),
         ("emit", None),
         ("emit", ["both"]),
+        ("anchors", "random"),
+        ("anchors", None),
     ],
 )
 def test_values_out_of_range_are_refused(name, value):
@@ -51,7 +53,7 @@ def test_the_message_gives_the_allowed_range():
 
 
 def test_the_ends_of_closed_ranges_are_allowed():
-    AOTConfig(global_ratio=0, nearest_weight=1, kappa=0, tolerance=0, spatial_weight=0, window=1, clips=1)
+    AOTConfig(global_ratio=0, nearest_weight=1, kappa=0, tolerance=0, spatial_weight=0, mass=0, window=1, clips=1)
     AOTConfig(global_ratio=1, nearest_weight=0, kappa=1)
 
 
@@ -83,19 +85,19 @@ def test_settings_are_frozen_and_keyword_only():
 
 
 def test_the_paper_differs_from_the_default_in_iterations_and_local_layer_alone():
-    assert AOTConfig.paper() == AOTConfig(iterations=100, local_layer=5)
+    assert AOTConfig.paper() == AOTConfig(anchors="attention", emit="both", kappa=0.3, iterations=100, local_layer=5)
 
 
 def test_equal_settings_have_one_digest_and_every_setting_changes_it():
     assert AOTConfig(spatial_weight=1, window=np.int64(9)).digest() == AOTConfig(spatial_weight=1.0).digest()
-    changes = {"emit": "compact"} | dict.fromkeys(INTEGERS, 7) | dict.fromkeys(REALS, 0.25)
+    changes = {"emit": "both", "anchors": "attention"} | dict.fromkeys(INTEGERS, 7) | dict.fromkeys(REALS, 0.25)
     digests = {AOTConfig(**{name: value}).digest() for name, value in changes.items()}
     assert len(digests | {AOTConfig().digest()}) == len(changes) + 1
     assert {len(digest) for digest in digests} == {16}
 
 
 def test_the_digest_is_the_same_in_every_process():
-    assert AOTConfig().digest() == "3184000044bdbfde"
+    assert AOTConfig().digest() == "6383c43e1b6edb5c"
 
 
 @pytest.mark.parametrize("value", [*NO_NUMBERS, 0, 0.0, -0.1, 1.5, 1.0000001])

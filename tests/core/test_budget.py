@@ -75,23 +75,29 @@ def test_the_allocation_is_that_of_the_oracle(grid, retention, config):
 
 
 def test_the_papers_setting_gives_the_papers_anchors():
-    counts = budget(VideoGrid(32, 27, 27), retention=0.10)
+    counts = budget(VideoGrid(32, 27, 27), retention=0.10, config=AOTConfig.paper())
     assert counts.total == round(0.10 * 32 * 729) == 2333
     assert counts.clip_lengths == (4,) * 8
     assert 0.13 <= counts.anchors / 729 <= 0.14
     assert counts.keep / counts.anchors == pytest.approx(0.3, abs=0.02)
 
 
+def test_by_default_all_frames_keep_equally_many():
+    per_frame = budget(VideoGrid(33, 14, 14), retention=0.10).per_frame
+    assert sum(per_frame) == round(0.10 * 33 * 196)
+    assert max(per_frame) - min(per_frame) <= 1
+
+
 def test_the_compact_layout_has_more_anchors_for_the_same_count():
     grid = VideoGrid(32, 27, 27)
-    compact = budget(grid, retention=0.10, config=AOTConfig(emit="compact"))
+    compact = budget(grid, retention=0.10, config=AOTConfig(kappa=0.3))
     assert compact.total == 2333
-    assert compact.anchors > budget(grid, retention=0.10).anchors
+    assert compact.anchors > budget(grid, retention=0.10, config=AOTConfig.paper()).anchors
     assert set(compact.originals_per_clip) == {0}
 
 
 def test_when_all_positions_are_anchors_later_frames_keep_more_than_kappa():
-    counts = budget(VideoGrid(32, 14, 14), retention=0.9)
+    counts = budget(VideoGrid(32, 14, 14), retention=0.9, config=AOTConfig.paper())
     assert counts.anchors == 196
     assert counts.keep > 0.3 * 196
 

@@ -1,5 +1,7 @@
 """Nothing in the reduction waits for the device: no value is read back, no shape depends on data."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -34,16 +36,17 @@ GEOMETRIES = [
     (VideoGrid(100, 2, 3), 0.5),
     (VideoGrid(5, 4, 4), 1.0),
 ]
+CONFIGS = (AOTConfig(), AOTConfig.paper(), AOTConfig(emit="both"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("emit", ["both", "compact"])
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(("grid", "retention"), GEOMETRIES)
-def test_tensors_without_data_go_all_the_way_through(grid, retention, emit, dtype):
+def test_tensors_without_data_go_all_the_way_through(grid, retention, config, dtype):
     features = torch.empty(grid.frames, grid.positions, 16, dtype=dtype, device="meta")
     scores = torch.empty(grid.frames, grid.positions, device="meta")
     reduced = reduce_video(
-        features, scores, scores, grid=grid, retention=retention, config=AOTConfig(emit=emit, iterations=3)
+        features, scores, scores, grid=grid, retention=retention, config=dataclasses.replace(config, iterations=3)
     )
     for tensor in (reduced.tokens, reduced.frames, reduced.rows, reduced.cols, reduced.unconverged):
         assert tensor.device.type == "meta"
@@ -69,12 +72,12 @@ class Recorder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("emit", ["both", "compact"])
+@pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(("grid", "retention"), GEOMETRIES[:6])
-def test_the_only_reads_are_those_that_end_a_solve_early_on_the_cpu(grid, retention, emit):
+def test_the_only_reads_are_those_that_end_a_solve_early_on_the_cpu(grid, retention, config):
     inputs = video(1, grid)
     with Recorder() as recorder:
-        reduced = reduce_video(*inputs, grid=grid, retention=retention, config=AOTConfig(emit=emit))
+        reduced = reduce_video(*inputs, grid=grid, retention=retention, config=config)
     # One read for each iteration of each step: all problems of a step share the loop, so fewer than their sum.
     assert set(recorder.found) <= {"_local_scalar_dense", "is_nonzero"}
     assert len(recorder.found) <= 2 * reduced.iterations.sum()

@@ -1,3 +1,5 @@
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given
@@ -81,7 +83,8 @@ def test_merging_across_frames_is_that_of_the_oracle(seed, lengths, size, emit, 
     assert result.frames.tolist() == [frame for _, frame, _ in survivors]
     assert result.slots.tolist() == [slot for _, _, slot in survivors]
     torch.testing.assert_close(result.tokens, torch.tensor([token for token, _, _ in survivors]), rtol=1e-4, atol=1e-5)
-    assert sorted(result.iterations.tolist()) == sorted(taken)
+    # frames of which nothing is absorbed need no solve, and have one where others of their step do
+    assert not Counter(taken) - Counter(result.iterations.tolist())
 
 
 @few
@@ -110,7 +113,7 @@ def test_renumbered_key_anchors_give_renumbered_merged_anchors(seed, length, siz
     torch.testing.assert_close(permuted, merged[order])
 
 
-def test_the_default_emits_single_key_frames_twice_as_released():
+def test_the_released_layout_emits_single_key_frames_twice_as_released():
     tokens = noise(1, 2, 3, 4)
     clips = merge_across_frames(tokens, clip_lengths=[1, 1], keep=2, config=PAPER)
     assert torch.equal(clips.tokens, torch.cat([tokens[0], tokens[0], tokens[1], tokens[1]]))

@@ -52,6 +52,10 @@ def prompt(*media, question="What happens?"):
     return f"<|im_start|>user {placeholders}\n{question}<|im_end|><|im_start|>assistant\n"
 
 
+BY_ATTENTION = {"aot": {"anchors": "attention"}}
+"""Anchors as the paper has them, by scores of the vision tower; the default needs none."""
+
+
 @dataclass(frozen=True)
 class Answer:
     prompt_tokens: int

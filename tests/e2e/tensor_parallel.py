@@ -1,4 +1,4 @@
-"""Answers on two CPU processes, and what each rank kept; one JSON line on stdout for each checkpoint and tower mode."""
+"""Answers on two CPU processes, and what each rank kept; one JSON line on stdout for each engine asked for."""
 
 import json
 import os
@@ -15,12 +15,13 @@ def main():
     from tests.e2e.engines import Engine
     from tests.e2e.ranks import requests_to
 
-    for name, mode in json.load(sys.stdin):
+    for name, mode, settings in json.load(sys.stdin):
         engine = Engine(
             checkpoint(name),
             video_pruning_rate=0.75,
             tensor_parallel_size=2,
             mm_encoder_tp_mode=mode,
+            additional_config={"aot": settings},
             worker_extension_cls="tests.e2e.ranks.RankProbe",
         )
         engine.llm.collective_rpc("probe_kept_cells")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from demo.clip import write_clip
+from demo.task import KINDS
 from tests.e2e.checkpoints import ROOT, checkpoint
 
 pytestmark = pytest.mark.only_on("v1")
@@ -25,10 +26,11 @@ def arguments(tmp_path):
     return [f"--model={checkpoint('tiny')}", f"--video={clip}", "--retention=0.25"]
 
 
-def start(arguments, tmp_path):
+def start(arguments, tmp_path, program=("run.py",)):
     environment = {**os.environ, MARK: str(tmp_path), "COLUMNS": "120", "TMPDIR": str(tmp_path)}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "demo" / "run.py"), *arguments],
+        [sys.executable, *program, *arguments],
+        cwd=ROOT / "demo",
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -50,6 +52,24 @@ def still_running(tmp_path):
     return left
 
 
+def test_the_embedded_model_answers_whole_and_reduced(tmp_path):
+    demo = start([], tmp_path, ("-c", "import run; run.show_answers(retention=0.1)"))
+    output, _ = demo.communicate(timeout=200)
+    assert demo.returncode == 0, output
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "?" in line]
+    assert len(rows) == len(KINDS)
+    whole_right = 0
+    for _, truth, *said in rows:
+        for answer in said:
+            words, _, mark = answer.rpartition(" ")
+            assert mark == ("✓" if words == truth else "✗")
+        whole_right += said[0].endswith("✓")
+    assert whole_right >= len(KINDS) - 1
+    assert f"{whole_right} of {len(KINDS)} right with 577 video tokens" in output
+    assert "with 59." in output
+    assert still_running(tmp_path) == []
+
+
 def test_it_prints_what_a_question_costs_whole_and_reduced(arguments, tmp_path):
     demo = start(arguments, tmp_path)
     output, _ = demo.communicate(timeout=200)
@@ -65,7 +85,7 @@ def test_it_prints_what_a_question_costs_whole_and_reduced(arguments, tmp_path):
     assert all(float(cell.removesuffix(" s")) > 0 for cell in rows["time to first token"])
     assert all(rows["answer"])
     assert "75% of the video tokens" in output
-    assert "random weights" not in output  # that is said of the embedded model only
+    assert "random weights" not in output  # that is said of the demo's own model only
     assert still_running(tmp_path) == []
 
 

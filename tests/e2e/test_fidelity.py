@@ -29,9 +29,7 @@ def test_an_arm_keeps_as_many_tokens_as_the_prompt_has_places_for(name):
         reduced = (ARMS | ABLATIONS)[name](features, *scores, grid=GRID, retention=retention, config=AOTConfig())
         assert reduced.tokens.shape == (total, 8)
         cells = (reduced.frames * 6 + reduced.rows) * 6 + reduced.cols
-        if name in ARMS and not name.startswith(
-            "AOT"
-        ):  # which emits key frames twice, and moves what others know into its tokens
+        if name in ARMS and not name.startswith("AOT"):  # which moves what others know into its tokens
             assert torch.equal(reduced.tokens, features.reshape(576, 8)[cells])
 
 

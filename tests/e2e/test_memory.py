@@ -34,19 +34,21 @@ DUST = 1.005
 """Index tensors and the like."""
 
 
-@pytest.fixture(params=list(CHECKPOINTS))
+@pytest.fixture(params=[(name, anchors) for name in CHECKPOINTS for anchors in ("diverse", "attention")], ids="-".join)
 def model(request, start_engine):
     """Return a model, without weights that mean anything, and one video as large as memory is profiled with."""
     from vllm.multimodal import MULTIMODAL_REGISTRY
     from vllm.multimodal.encoder_budget import MultiModalBudget
 
+    name, anchors = request.param
     engine = start_engine(
-        CHECKPOINTS[request.param],
+        CHECKPOINTS[name],
         video_pruning_rate=0.75,
         load_format="dummy",
-        hf_overrides=WIDTHS[request.param],
-        mm_processor_kwargs=SMALLER_FRAMES if request.param == "qwen3-vl" else None,
+        hf_overrides=WIDTHS[name],
+        mm_processor_kwargs=SMALLER_FRAMES if name == "qwen3-vl" else None,
         limit_mm_per_prompt={"image": 0, "video": 3},
+        additional_config={"aot": {"anchors": anchors}},
     )
     budget = MultiModalBudget(engine.llm.llm_engine.vllm_config, MULTIMODAL_REGISTRY, enable_cache=False)
     (largest,) = budget.get_dummy_encoder_profile_inputs("video", 1)

@@ -8,7 +8,7 @@ import transformers
 
 from aot_vllm import VideoGrid, budget
 from tests.e2e.checkpoints import checkpoint
-from tests.e2e.engines import Answer, agree, image, in_float32, rounding, video
+from tests.e2e.engines import BY_ATTENTION, Answer, agree, image, in_float32, rounding, video
 from tests.e2e.qwen import Probe, metadata, qwen_request
 
 RATE = 0.75
@@ -167,7 +167,7 @@ def grid_of(engine, frames):
 @in_float32
 @models(*TOWERS)
 def test_scores_are_the_attention_that_transformers_computes(start_engine, name, monkeypatch):
-    engine = start_engine(name, video_pruning_rate=RATE)
+    engine = start_engine(name, video_pruning_rate=RATE, additional_config=BY_ATTENTION)
     probe = Probe(engine, monkeypatch)
     seen = []
 
@@ -225,7 +225,13 @@ def test_scores_are_the_attention_that_transformers_computes(start_engine, name,
 @in_float32
 @models(*TOWERS)
 def test_the_tower_sees_a_long_video_in_blocks_of_frames_and_makes_the_same_of_it(start_engine, name):
-    engine = start_engine(name, video_pruning_rate=RATE, mm_processor_cache_gb=0, enable_prefix_caching=False)
+    engine = start_engine(
+        name,
+        video_pruning_rate=RATE,
+        mm_processor_cache_gb=0,
+        enable_prefix_caching=False,
+        additional_config=BY_ATTENTION,
+    )
     blocks = []
 
     def compare(model):
@@ -250,8 +256,9 @@ def test_the_tower_sees_a_long_video_in_blocks_of_frames_and_makes_the_same_of_i
 
 
 @models(*TOWERS)
-def test_embeddings_that_a_client_made_are_reduced_without_a_tower(start_engine, name):
-    """No layer scores them, so they score each other. Whole ones get the answer of the stock model."""
+@pytest.mark.parametrize("anchors", ["diverse", "attention"])
+def test_embeddings_that_a_client_made_are_reduced_without_a_tower(start_engine, name, anchors):
+    """By attention they score each other, for no layer scores them. Whole ones get the answer of the stock model."""
     width = 64 if name == "qwen2.5-vl" else 3 * 64  # with those of deepstack
     data = {
         "video_embeds": torch.randn(4 * 4 * 6, width, generator=torch.Generator().manual_seed(3)),
@@ -264,7 +271,8 @@ def test_embeddings_that_a_client_made_are_reduced_without_a_tower(start_engine,
         return {**qwen_request(wide(8, 41), "?", retention=retention), "multi_modal_data": {"video": data}}
 
     (stock,) = start_engine(name, enable_mm_embeds=True).ask(asked())
-    engine = start_engine(name, video_pruning_rate=RATE, enable_mm_embeds=True)
+    settings = {"aot": {"anchors": anchors}}
+    engine = start_engine(name, video_pruning_rate=RATE, enable_mm_embeds=True, additional_config=settings)
     pad = engine.llm.llm_engine.model_config.hf_config.video_token_id
     for retention, kept in ((1.0, 96), (0.5, 48), (None, 24)):
         answers = [engine.ask(asked(retention))[0] for _ in range(2)]

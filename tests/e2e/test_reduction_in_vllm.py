@@ -9,7 +9,7 @@ import pytest
 
 from aot_vllm import VideoGrid, budget
 from tests.e2e.checkpoints import checkpoint
-from tests.e2e.engines import Answer, agree, image, in_float32, request, rounding, video
+from tests.e2e.engines import BY_ATTENTION, Answer, agree, image, in_float32, request, rounding, video
 
 RATE = 0.75
 TEXT_TOKENS = 23
@@ -233,7 +233,7 @@ def test_the_tower_never_sees_more_frames_than_memory_was_profiled_for(start_eng
 
 def test_the_tower_attends_as_fast_as_before_and_returns_the_same_features(start_engine):
     """Scores are computed beside the tower's own attention, which runs once a layer and block, hooked or not."""
-    engine = start_engine("tiny", video_pruning_rate=RATE)
+    engine = start_engine("tiny", video_pruning_rate=RATE, additional_config=BY_ATTENTION)
 
     def compare(model):
         import torch
@@ -257,7 +257,7 @@ def test_the_tower_attends_as_fast_as_before_and_returns_the_same_features(start
 
 @in_float32
 def test_scores_are_the_attention_that_transformers_reports(start_engine):
-    engine = start_engine("tiny", video_pruning_rate=RATE)
+    engine = start_engine("tiny", video_pruning_rate=RATE, additional_config=BY_ATTENTION)
 
     def scores_of(model):
         import torch
