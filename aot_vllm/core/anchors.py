@@ -87,39 +87,38 @@ def select_diverse_anchors(
         count,
         features.device,
     )
-    walk, chosen = [layout.key_frames], [_choose(features, layout.key_frames, count)]
-    kept_nk = chosen[0]
+    order_nA, kept_nkD = _choose(features, layout.key_frames, count, keep=None, before=None)
+    walk, orders = [layout.key_frames], [order_nA]
     for step in layout.steps:
-        running = slice(len(step.frames))
-        before = walk[-1][running], kept_nk[running]
-        walk.append(step.frames)
-        chosen.append(_choose(features, step.frames, count, before=before))
         # a frame that keeps less than others of its step repeats its first choice
-        is_kept_nk = layout.ranks[: step.most_kept] < step.keep
-        kept_nk = chosen[-1][:, : step.most_kept].where(is_kept_nk, chosen[-1][:, :1])
-    return torch.cat(chosen)[torch.cat(walk).argsort()]
+        ranks_nk = layout.ranks[: step.most_kept].where(layout.ranks[: step.most_kept] < step.keep, 0)
+        order_nA, kept_nkD = _choose(features, step.frames, count, keep=ranks_nk, before=kept_nkD[: len(step.frames)])
+        walk.append(step.frames)
+        orders.append(order_nA)
+    return torch.cat(orders)[torch.cat(walk).argsort()]
 
 
 def _choose(
-    features_TPD: Tensor, frames_n: Tensor, count: int, *, before: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
-    """Return the choices of these frames, (n, count); `before` has frames (n,) and what they keep, (n, k)."""
+    features_TPD: Tensor, frames_n: Tensor, count: int, *, keep: Tensor | None, before: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the choices of some frames, (n, count), and those that they keep as unit vectors, (n, k, D).
+
+    `keep` (n, k) has the ranks of the choices that are kept, None for all; `before` is what the frames before keep.
+    """
     _, positions, width = features_TPD.shape
     at_once = max(1, LIKENESS_BYTES // (8 * positions * (positions + width)))
-    choices = []
+    orders, kept = [], []
     for start in range(0, len(frames_n), at_once):
         some = slice(start, start + at_once)
         tokens_nPD = _unit(features_TPD.index_select(0, frames_n[some]))
-        likeness_nPP = torch.bmm(tokens_nPD, tokens_nPD.transpose(1, 2))
-        kept_nkD = None
-        if before is not None and before[1].shape[1]:
-            frames_before_n, cells_nk = before[0][some], before[1][some]
-            rows_nk = frames_before_n.unsqueeze(1) * positions + cells_nk
-            rows = features_TPD.flatten(0, 1).index_select(0, rows_nk.flatten())
-            kept_nkD = _unit(rows.view(*rows_nk.shape, width))
-        nearest_nP = None if kept_nkD is None else torch.bmm(tokens_nPD, kept_nkD.transpose(1, 2)).amax(dim=2)
-        choices.append(_spread_out(likeness_nPP, nearest_nP, count))
-    return torch.cat(choices)
+        nearest_nP = None
+        if before is not None and before.shape[1]:
+            nearest_nP = torch.bmm(tokens_nPD, before[some].transpose(1, 2)).amax(dim=2)
+        order_nA = _spread_out(torch.bmm(tokens_nPD, tokens_nPD.transpose(1, 2)), nearest_nP, count)
+        kept_nk = order_nA if keep is None else order_nA.gather(1, keep[some])
+        orders.append(order_nA)
+        kept.append(tokens_nPD.take_along_dim(kept_nk.unsqueeze(2), 1))
+    return torch.cat(orders), torch.cat(kept)
 
 
 def _unit(features: Tensor) -> Tensor:

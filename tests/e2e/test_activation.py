@@ -18,6 +18,8 @@ pytestmark = pytest.mark.only_on("v1")
 @pytest.fixture
 def lines(monkeypatch):
     """Return the lines the plugin logs, as they come."""
+    import vllm.logger  # noqa: F401  which would throw out handlers that are there before it
+
     said = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())
@@ -64,6 +66,9 @@ def test_with_a_rate_one_line_says_what_is_active(lines):
 
 
 def test_a_server_without_the_endpoint_plugin_is_told_what_it_misses(lines, monkeypatch):
+    from vllm import envs
+
+    envs.disable_envs_cache()  # which an engine that ran in this process has filled
     monkeypatch.delenv("VLLM_PLUGINS")
     configure(video_pruning_rate=0.9)
     assert lines[-1].endswith("set VLLM_PLUGINS=aot.")
