@@ -65,6 +65,7 @@ MARKS = {
     "decode": "running",
     "gateway": "added by",
     "fidelity": "| kept |",
+    "ablations": "| kept |",
 }
 
 
