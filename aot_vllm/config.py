@@ -94,7 +94,7 @@ class AOTConfig:
 
     mass: float = 1.0
     """Mass that a frame's other tokens carry to its anchors, all of them together; an anchor's own is 1. 1 as released;
-    0 moves nothing; with as much as there are other tokens each carries the whole of itself."""
+    with 0 the mean of the nearest alone is left; with as much as there are other tokens each carries all of itself."""
 
     nearest_weight: float = 0.1
     """Share, in [0, 1], of the plain mean over each anchor's nearest tokens (released code; the paper has none)."""
@@ -103,7 +103,8 @@ class AOTConfig:
     """Frames after which the cost across frames has left its discount: 1 - exp(-dt^2 / (2 sigma^2))."""
 
     clips: int = 8
-    """Clips a video is cut into, each with one key frame; never more than frames."""
+    """Clips a video is cut into, each with one key frame; never more than frames. What a frame keeps is avoided by the
+    next of its clip, and absorbed into no other clip."""
 
     kappa: float = 1.0
     """Share, in [0, 1], of a later frame's anchors that are kept; the key frame absorbs the others. At 1 all frames

@@ -18,7 +18,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,10 +103,7 @@ STAGES = (
     Stage("parts", 1000, 12, 16, 1.2e-3, trains_tower=False, trains_text=True, in_part=0.8),
     Stage("joint", 4000, 8, 16, 6e-4, trains_tower=True, trains_text=True, in_part=0.5),
 )
-SMOKE = tuple(
-    Stage(stage.name, 2, 2, stage.frames, stage.peak_rate, stage.trains_tower, stage.trains_text, stage.in_part)
-    for stage in STAGES
-)
+SMOKE = tuple(replace(stage, steps=2, batch=2) for stage in STAGES)
 QUESTIONS_PER_CLIP = 12
 HISTORY_LAYER = 2  # of the text model: the layers behind it can look up what this one has gathered
 HISTORY_WEIGHT = 1.0

@@ -2,6 +2,7 @@
 
 import json
 import re
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +15,7 @@ _EMPTY_CHOICES = re.compile(rb'"choices":\s*\[\s*\]')
 _TOKEN_FIELDS = ("content", "reasoning", "reasoning_content", "tool_calls", "refusal", "text")  # completions: text
 
 
-class EventStream:
+class EventStream(ABC):
     """Takes an engine's stream in pieces of any size and returns the bytes for the client, in whole events.
 
     After each `feed`: `tokens` counts the chunks that carried output, `failure` is set if the engine reported an
@@ -62,8 +63,9 @@ class EventStream:
         """Return an error as the last event of this kind of stream."""
         return told.event()
 
+    @abstractmethod
     def _pass(self, event: bytes) -> bytes:
-        raise NotImplementedError
+        """Return what the client gets of an event, and note what it says."""
 
 
 class ChatStream(EventStream):
