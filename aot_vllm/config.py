@@ -68,7 +68,7 @@ class AOTConfig:
     """
 
     anchors: Anchors = "diverse"
-    """Which tokens of a frame become anchors: `diverse` takes those least like each other and least like what the frame
+    """Which tokens of a frame become anchors: `diverse` takes those farthest from each other and from what the frame
     before keeps, `attention`, as released, those that receive most attention in two layers of the vision tower."""
 
     global_ratio: float = 0.5
@@ -103,15 +103,15 @@ class AOTConfig:
     """Frames after which the cost across frames has left its discount: 1 - exp(-dt^2 / (2 sigma^2))."""
 
     clips: int = 8
-    """Clips a video is cut into, each with one key frame; never more than frames. What a frame keeps is avoided by the
-    next of its clip, and absorbed into no other clip."""
+    """Clips a video is cut into, each with one key frame; never more than frames. Of use where `kappa` is below 1."""
 
     kappa: float = 1.0
-    """Share, in [0, 1], of a later frame's anchors that are kept; the key frame absorbs the others. At 1 all frames
-    keep equally many, and nothing moves between them. The released code has 0.3."""
+    """Share, in [0, 1], of a later frame's anchors that are kept; the key frame absorbs the others. At 1 the video is
+    one clip whose frames have equally many tokens, and nothing moves between them. The released code has 0.3."""
 
     emit: Emit = "compact"
-    """`both` emits a key frame's anchors before and after absorbing, as released; `compact` only after."""
+    """`both` emits a key frame's anchors before absorbing, and after it at the end of the clip, as released; `compact`
+    emits them after absorbing alone, in the key frame's place."""
 
     local_layer: int | None = None
     """Executed encoder layer whose attention gives the local score: shallow layers look at neighbourhoods. None is the

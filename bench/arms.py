@@ -6,16 +6,19 @@ Each returns exactly as many tokens as the prompt has places for.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
+from torch.nn.functional import cosine_similarity, interpolate, normalize
 
 from aot_vllm import AOTConfig, VideoGrid
+from aot_vllm.core.anchors import select_diverse_anchors
 from aot_vllm.core.budget import budget
 from aot_vllm.core.reduce import ReducedVideo, reduce_video
+from aot_vllm.core.transport import absorb_frames, merge_across_frames
 
 Reduce = Callable[..., ReducedVideo]
 
@@ -102,36 +105,124 @@ def unlikeness(features: Tensor) -> Tensor:
     return 1 - cosine_similarity(features, features.mean(1, keepdim=True), dim=-1)
 
 
-def without_transport(features: Tensor, *scores: Tensor, **arguments: Any) -> ReducedVideo:
-    """The tokens AOT keeps, as they were."""
-    reduced = aot()(features, *scores, **arguments)
-    grid = arguments["grid"]
-    index = (reduced.frames * grid.rows + reduced.rows) * grid.cols + reduced.cols
-    return dataclasses.replace(reduced, tokens=features.reshape(grid.tokens, -1)[index])
+def alone(features: Tensor) -> Tensor:
+    """Return scores that rank each frame's tokens as they are chosen where no frame knows of another."""
+    positions = features.shape[1]
+    order = select_diverse_anchors(features, count=positions, keep=0)
+    return -order.argsort(dim=1).float()
 
+
+def by_directions(features: Tensor, *scores: Tensor, **rest: Any) -> ReducedVideo:
+    """Anchors that differ in direction, whatever their lengths."""
+    directions = normalize(features.float(), dim=-1)
+    width = features.shape[-1]
+    reduced = aot()(torch.cat((directions, features), dim=-1), *scores, compared=width, **rest)
+    return dataclasses.replace(reduced, tokens=reduced.tokens[:, width:])
+
+
+def before_pooling(features: Tensor, *_: Tensor, grid: VideoGrid, **rest: Any) -> ReducedVideo:
+    """Anchors by what is chosen of the encoder's grid, four times as many: the cells that hold most of it."""
+    (fine,) = UNPOOLED
+    frames, positions, _ = fine.shape
+    side = math.isqrt(positions)
+    counts = budget(grid, retention=rest["retention"])
+    times = positions // grid.positions
+    order_TA = select_diverse_anchors(
+        fine,
+        count=times * max(counts.anchors_per_clip),
+        keep=[times * kept for kept in counts.per_frame],
+    )
+    falling_A = torch.linspace(1, 0.999, order_TA.shape[1]).expand(frames, -1)  # of equals, what was chosen earlier
+    mask = torch.zeros(frames, positions).scatter_(1, order_TA, falling_A)
+    scores = interpolate(mask.view(frames, 1, side, side), (grid.rows, grid.cols), mode="bilinear").flatten(1)
+    by_score = aot(anchors="attention", global_ratio=1.0)
+    return by_score(features, scores, scores, grid=grid, **rest)
+
+
+def changes(features: Tensor) -> Tensor:
+    """Return how far each frame is from the one before it, (T,), the first as far as the farthest."""
+    far = (features[1:] - features[:-1]).float().square().sum(-1).mean(1)
+    return torch.cat((far.max()[None], far))
+
+
+def by_change(features: Tensor, *_: Tensor, grid: VideoGrid, retention: float, **__: Any) -> ReducedVideo:
+    """Anchors where half of them go to the frames that change most, and nothing moved."""
+    total = budget(grid, retention=retention).total
+    wanted = total * (0.5 / grid.frames + 0.5 * changes(features) / changes(features).sum())
+    counts = wanted.floor().clamp(1, grid.positions).long()
+    while counts.sum() != total:
+        more = bool(counts.sum() < total)
+        can = counts < grid.positions if more else counts > 1
+        short = (wanted - counts).masked_fill(~can, -torch.inf if more else torch.inf)
+        counts[short.argmax() if more else short.argmin()] += 1 if more else -1
+    kept = counts.tolist()
+    order = select_diverse_anchors(features, count=max(kept), keep=kept)
+    rows = [frame * grid.positions + order[frame, :count] for frame, count in enumerate(kept)]
+    return chosen(features, torch.cat(rows), grid, retention)
+
+
+def cut_at_changes(**settings: Any) -> Reduce:
+    """Return the method with as many clips as ever, cut where frames change most."""
+
+    def reduce(
+        features: Tensor, *_: Tensor, grid: VideoGrid, retention: float, config: AOTConfig, **__: Any
+    ) -> ReducedVideo:
+        config = dataclasses.replace(config, anchors=DEFAULT, **settings)
+        counts = budget(grid, retention=retention, config=config)
+        clips = len(counts.clip_lengths)
+        starts = [0, *(1 + changes(features)[1:].topk(clips - 1).indices.sort().values).tolist(), grid.frames]
+        kept = iter(sorted((k for k in counts.keep_per_frame if k), reverse=True))
+        keeps = [0 if frame in starts else next(kept) for frame in range(grid.frames)]
+        most = counts.anchors_per_clip[0]
+        order = select_diverse_anchors(features, count=most, keep=[k or most for k in keeps])
+        parts = []
+        for clip, anchors in enumerate(counts.anchors_per_clip):
+            first, end = starts[clip], starts[clip + 1]
+            keep = keeps[first:end]
+            slots, ranks = order[first:end, :anchors].sort(dim=1)
+            within = absorb_frames(features[first:end], slots, rows=grid.rows, cols=grid.cols, config=config)
+            across = merge_across_frames(
+                within.tokens, clip_lengths=[end - first], keep=keep, config=config, ranks=ranks
+            )
+            cells = slots[across.frames, across.slots]
+            parts.append((across.tokens, across.frames + first, cells))
+        tokens, frames, cells = map(torch.cat, zip(*parts, strict=True))
+        if len(tokens) != counts.total:
+            raise ValueError(f"an arm kept {len(tokens)} tokens, the prompt has places for {counts.total}")
+        none = cells[:0]
+        return ReducedVideo(tokens, frames, cells // grid.cols, cells % grid.cols, counts, none, none.bool())
+
+    return reduce
+
+
+UNPOOLED: list[Tensor] = []
+"""What the model pooled last, (T, positions of the encoder, D), where somebody keeps it."""
 
 DEFAULT = AOTConfig().anchors
 ARMS: dict[str, Reduce] = {
     "AOT": aot(),
-    "AOT, as released": aot(anchors="attention", emit="both", kappa=0.3, iterations=100),
-    "anchors, nothing moved": without_transport,
+    "AOT, as released": aot(anchors="attention", iterations=100, emit="both", kappa=0.3),
+    "anchors, nothing moved": aot(mass=0.0, nearest_weight=0.0),
     "EVS": stock("EVS"),
     "VidCom2": stock("VidCom2"),
     "attention": attention,
     "uniform": uniform,
     "random": at_random,
 }
+RELEASED_CLIPS = {"kappa": 0.3, "emit": "both"}
 ABLATIONS: dict[str, Reduce] = {
-    "anchors by attention": aot(anchors="attention"),
+    "anchors by direction": by_directions,
+    "anchors of each frame by itself": anchors_by(alone),
+    "anchors chosen before pooling": before_pooling,
     "anchors by length": anchors_by(lambda features: features.norm(dim=-1)),
     "anchors by distance from the frame's mean": anchors_by(unlikeness),
-    "anchors by attention, kept and emitted as released": aot(anchors="attention", emit="both", kappa=0.3),
-    "30% kept of later frames, emitted twice": aot(emit="both", kappa=0.3),
-    "1 clip": aot(clips=1),
-    "4 clips": aot(clips=4),
-    "16 clips": aot(clips=16),
-    "least kept of later frames": aot(kappa=0.0),
+    "anchors by attention": aot(anchors="attention"),
+    "anchors by attention, kept and emitted as released": aot(anchors="attention", **RELEASED_CLIPS),
+    "more for frames that change, nothing moved": by_change,
     "30% kept of later frames": aot(kappa=0.3),
+    "30% kept of later frames, 4 clips": aot(kappa=0.3, clips=4),
+    "30% kept of later frames, clips cut at changes": cut_at_changes(kappa=0.3),
+    "30% kept of later frames, emitted twice": aot(**RELEASED_CLIPS),
     "half kept of later frames": aot(kappa=0.5),
     "no mass": aot(mass=0.0),
     "a mass of 5": aot(mass=5.0),

@@ -42,7 +42,7 @@ from task import KINDS, questions, render, scene, through_h264
 
 from aot_vllm import VideoGrid
 from aot_vllm.core.budget import budget
-from bench.arms import ABLATIONS, ARMS, Reduce, aot
+from bench.arms import ABLATIONS, ARMS, UNPOOLED, Reduce, aot
 from bench.machine import ROOT, describe, engine_versions
 
 RETENTIONS = (0.50, 0.25, 0.15, 0.10, 0.05)
@@ -75,6 +75,14 @@ class Engine:
 
         self.reduce: Reduce = aot()
         llava_onevision.reduce_video = lambda *tensors, **rest: self.reduce(*tensors, **rest)
+        pool = llava_onevision.AOTLlavaOnevision.apply_pooling
+
+        def remembering(model: Any, features: Any, *rest: Any) -> Any:
+            if features.shape[-1] > 1:  # else scores
+                UNPOOLED[:] = [features]
+            return pool(model, features, *rest)
+
+        llava_onevision.AOTLlavaOnevision.apply_pooling = remembering
         self.sampling = SamplingParams(temperature=0, max_tokens=8)
         self.llm = LLM(
             model=str(model),
@@ -239,7 +247,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the tables here")
     parser.add_argument("--plot", type=Path, help="draw the shares here, a PNG")
     arguments = parser.parse_args()
-    names = ["AOT", *ABLATIONS] if arguments.ablations else arguments.arms
+    names = ["AOT", "anchors, nothing moved", *ABLATIONS] if arguments.ablations else arguments.arms
     every = ARMS | ABLATIONS
     arms = {name: every[name] for name in names}
     versions = engine_versions()

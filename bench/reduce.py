@@ -9,7 +9,6 @@ a fresh process.
 
 import argparse
 import json
-import math
 import statistics
 import sys
 import time
@@ -49,19 +48,11 @@ def reduction(features: Tensor, grid: VideoGrid, retention: float) -> None:
 
 
 def products(features: Tensor, grid: VideoGrid, retention: float) -> None:
-    """Only the matrix products: likenesses, costs and applied plans, in the shapes the method gives them."""
-    counts, first = budget(grid, retention=retention), 0
-    lengths = counts.clip_lengths
-    for size in sorted(set(counts.anchors_per_clip), reverse=True):
-        frames = sum(n for n, a in zip(lengths, counts.anchors_per_clip, strict=True) if a == size)
-        x = features[first : first + frames]
-        torch.bmm(x, x.transpose(1, 2))
-        anchors = x[:, :size]
-        anchors + torch.bmm(torch.bmm(anchors, x.transpose(1, 2)), x)
-        first += frames
-    for step in range(1, max(lengths)):
-        x = features[: sum(n > step for n in lengths), : counts.anchors]
-        torch.bmm(torch.bmm(x, x.transpose(1, 2)), x)
+    """Only the matrix products: distances, costs and applied plans, in the shapes the default gives them."""
+    x = features
+    torch.bmm(x, x.transpose(1, 2))
+    anchors = x[:, : budget(grid, retention=retention).anchors]
+    anchors + torch.bmm(torch.bmm(anchors, x.transpose(1, 2)), x)
 
 
 def frame_loop(features: Tensor, grid: VideoGrid, retention: float) -> None:
@@ -69,35 +60,25 @@ def frame_loop(features: Tensor, grid: VideoGrid, retention: float) -> None:
     config, counts = AOTConfig(), budget(grid, retention=retention)
     axis = torch.linspace(0, 1, grid.rows), torch.linspace(0, 1, grid.cols)
     places = torch.cartesian_prod(*axis)
-    output, frame = [], 0
-    for length, size, originals in zip(
-        counts.clip_lengths, counts.anchors_per_clip, counts.originals_per_clip, strict=True
-    ):
-        for step in range(length):
-            x = features[frame]
-            chosen = _loop_anchors(x, size)
-            merged = _loop_within(x, chosen, places, config)
-            if step == 0:
-                key = merged
-                output.append(key[:originals])
-            else:
-                kept, key = _loop_across(merged, key, step, counts.keep_per_frame[frame], config)
-                output.append(kept)
-            frame += 1
-        output.append(key)
+    output, before = [], None
+    for x, keep in zip(features, counts.per_frame, strict=True):
+        order = _loop_anchors(x, counts.anchors, before)
+        before = x[order[:keep]]
+        chosen, ranks = order.sort()
+        output.append(_loop_within(x, chosen, places, config)[ranks < keep])
     assert len(torch.cat(output)) == counts.total
 
 
-def _loop_anchors(x: Tensor, size: int) -> Tensor:
-    unit = normalize(x, dim=1)
-    alike = unit @ unit.T
-    nearest = alike.mean(1)
+def _loop_anchors(x: Tensor, size: int, before: Tensor | None) -> Tensor:
+    apart = torch.cdist(x, x).square()
+    far = apart.mean(1) if before is None else torch.cdist(x, before).square().amin(1)
     chosen: list[int] = []
     while len(chosen) < size:
-        chosen.append(int(nearest.argmin()))
-        nearest = torch.maximum(nearest, alike[chosen[-1]]) if len(chosen) > 1 else alike[chosen[-1]].clone()
-        nearest[chosen] = torch.inf
-    return torch.tensor(sorted(chosen))
+        chosen.append(int(far.argmax()))
+        row = apart[chosen[-1]]
+        far = row.clone() if before is None and len(chosen) == 1 else torch.minimum(far, row)
+        far[chosen] = -torch.inf
+    return torch.tensor(chosen)
 
 
 def _loop_within(x: Tensor, chosen: Tensor, places: Tensor, config: AOTConfig) -> Tensor:
@@ -110,16 +91,6 @@ def _loop_within(x: Tensor, chosen: Tensor, places: Tensor, config: AOTConfig) -
     moved = (anchors + plan.T @ sources) / (1 + plan.sum(0)[:, None])
     mean = (anchors + nearest.T @ sources) / (1 + nearest.sum(0)[:, None])
     return (1 - config.nearest_weight) * moved + config.nearest_weight * mean
-
-
-def _loop_across(x: Tensor, key: Tensor, step: int, keep: int, config: AOTConfig) -> tuple[Tensor, Tensor]:
-    cost = 1 - normalize(x, dim=1) @ normalize(key, dim=1).T
-    cost = (cost - cost.min()) * (1 - math.exp(-(step**2) / (2 * config.temporal_sigma**2)))
-    plan = _loop_sinkhorn(cost, config)
-    share = plan / plan.sum(1, keepdim=True)
-    kept = share.amax(1).argsort(stable=True)[:keep].sort().values
-    share[kept] = 0
-    return x[kept], (key + share.T @ x) / (1 + share.sum(0)[:, None])
 
 
 def _loop_sinkhorn(cost: Tensor, config: AOTConfig) -> Tensor:

@@ -10,7 +10,7 @@ import math
 def budget(frames, positions, retention, settings):
     """Counts of the reduced video, handing out the remainder token by token."""
     total = max(frames, min(frames * positions, round(retention * frames * positions)))
-    clips = min(settings["clips"], frames)
+    clips = 1 if settings["kappa"] == 1 else min(settings["clips"], frames)
     lengths = [0] * clips
     for frame in range(frames):
         lengths[frame % clips] += 1
@@ -108,26 +108,26 @@ def select_anchors(local, glob, rows, cols, count, global_ratio, window):
 
 
 def select_diverse_anchors(frame, count, before=(), compared=None):
-    """Anchors of one frame in the order of their choice: unlike each other and the tokens `before`."""
+    """Anchors of one frame in the order of their choice: far from each other and from the tokens `before`."""
     cells = range(len(frame))
-    alike = [[cosine(frame[i][:compared], frame[j][:compared]) for j in cells] for i in cells]
-    already = [max((cosine(token[:compared], other[:compared]) for other in before), default=-2) for token in frame]
+    apart = [[math.dist(frame[i][:compared], frame[j][:compared]) for j in cells] for i in cells]
+    already = [min((math.dist(x[:compared], y[:compared]) for y in before), default=math.inf) for x in frame]
     chosen = []
     while len(chosen) < count:
         rest = [i for i in cells if i not in chosen]
         if chosen or before:
-            chosen.append(min(rest, key=lambda i: (max([already[i], *(alike[i][j] for j in chosen)]), i)))
+            chosen.append(max(rest, key=lambda i: (min([already[i], *(apart[i][j] for j in chosen)]), -i)))
         else:
-            chosen.append(min(rest, key=lambda i: (sum(alike[i]), i)))
+            chosen.append(max(rest, key=lambda i: (sum(d * d for d in apart[i]), -i)))
     return chosen
 
 
-def select_diverse_anchors_of_clip(frames, count, keep_per_frame, compared=None):
-    """The same of each frame of a clip; before a frame is what the one before it keeps."""
+def select_diverse_anchors_of_video(frames, count, keep, compared=None):
+    """The same of each frame; before a frame is what the one before it keeps."""
     chosen, before = [], []
-    for step, frame in enumerate(frames):
+    for frame, kept in zip(frames, keep, strict=True):
         chosen.append(select_diverse_anchors(frame, count, before, compared))
-        before = [frame[i] for i in chosen[-1][: keep_per_frame[step] if step else count]]
+        before = [frame[i] for i in chosen[-1][:kept]]
     return chosen
 
 
@@ -221,6 +221,12 @@ def merge_across_frames(tokens, clip_lengths, keep_per_frame, originals_per_clip
             if keep_per_frame[first + step] == len(frame):
                 kept += [(token, first + step, i) for i, token in enumerate(frame)]
                 continue
+            if ranks and settings["kappa"] == 1:
+                own = ranks[first + step]
+                kept += [
+                    (token, first + step, i) for i, token in enumerate(frame) if own[i] < keep_per_frame[first + step]
+                ]
+                continue
             cost = [[1 - cosine(x[:compared], y[:compared]) for y in merged] for x in frame]
             lowest = min(map(min, cost))
             discount = 1 - math.exp(-(step**2) / (2 * settings["temporal_sigma"] ** 2))
@@ -232,15 +238,19 @@ def merge_across_frames(tokens, clip_lengths, keep_per_frame, originals_per_clip
             order = sorted(range(len(frame)), key=lambda i: (of_rank[i], i))
             keep = sorted(order[: keep_per_frame[first + step]])
             kept += [(frame[i], first + step, i) for i in keep]
-            for i in keep:
+            for i in range(len(frame)) if settings["kappa"] == 1 else keep:
                 share[i] = [0.0] * len(merged)
             weights = [[row[j] for row in share] for j in range(len(merged))]
             merged = [_absorb(y, weights[j], frame) for j, y in enumerate(merged)]
             absorbed = [a + sum(w) for a, w in zip(absorbed, weights, strict=True)]
         emitted = sorted(sorted(range(len(key)), key=lambda j: (-absorbed[j], j))[:originals])
+        absorbing = [(y, first, j) for j, y in enumerate(merged)]
+        if settings["emit"] == "compact":
+            survivors += absorbing
         survivors += [(key[j], first, j) for j in emitted]
         survivors += kept
-        survivors += [(y, first, j) for j, y in enumerate(merged)]
+        if settings["emit"] == "both":
+            survivors += absorbing
         first += length
     return survivors, taken
 
@@ -252,6 +262,13 @@ def reduce_video(features, local, glob, rows, cols, retention, settings, compare
         return [(token, t, p) for t, frame in enumerate(features) for p, token in enumerate(frame)]
     survivors, first = [], 0
     sizes = counts["anchors_per_clip"]
+    if settings["anchors"] == "diverse":
+        kept = [
+            counts["keep_per_frame"][sum(counts["clip_lengths"][:clip]) + step] if step else size
+            for clip, size in enumerate(sizes)
+            for step in range(counts["clip_lengths"][clip])
+        ]
+        diverse = select_diverse_anchors_of_video(features, max(sizes), kept, compared)
     for size in sorted(set(sizes), reverse=True):
         clips = [clip for clip, count in enumerate(sizes) if count == size]
         lengths = [counts["clip_lengths"][clip] for clip in clips]
@@ -259,12 +276,7 @@ def reduce_video(features, local, glob, rows, cols, retention, settings, compare
         keep = [counts["keep_per_frame"][t] for t in frames]
         ranks = None
         if settings["anchors"] == "diverse":
-            orders, start = [], first
-            for length in lengths:
-                clip = range(start, start + length)
-                kept = [counts["keep_per_frame"][t] for t in clip]
-                orders += select_diverse_anchors_of_clip([features[t] for t in clip], size, kept, compared)
-                start += length
+            orders = [order[:size] for order in diverse[first : first + len(frames)]]
             anchors = [sorted(order) for order in orders]
             ranks = [[order.index(p) for p in sorted(order)] for order in orders]
         else:

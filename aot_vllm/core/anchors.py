@@ -12,11 +12,8 @@ from torch import Tensor
 
 from aot_vllm.config import check_integer, check_real
 from aot_vllm.core import cost
-from aot_vllm.core.layout import check_clip_lengths, check_keep, clip_layout
+from aot_vllm.core.layout import check_keep
 from aot_vllm.errors import SettingError, ShapeError
-
-# Likenesses of all pairs of a frame's tokens, and float32 copies of these, take this many bytes at a time.
-LIKENESS_BYTES = 64 * 2**20
 
 
 def select_anchors(
@@ -58,21 +55,15 @@ def select_anchors(
     return order_TP[:, :count].sort(dim=1).values
 
 
-def select_diverse_anchors(
-    features: Tensor,
-    *,
-    count: int,
-    clip_lengths: Sequence[int] | None = None,
-    keep: int | Sequence[int] | None = None,
-) -> Tensor:
+def select_diverse_anchors(features: Tensor, *, count: int, keep: int | Sequence[int] | None = None) -> Tensor:
     """Return `count` distinct positions of every frame, in the order of their choice: (T, P, D) -> (T, count).
 
-    One after the other the token least like any chosen before it, by cosine: greedy k-center (Gonzalez, "Clustering to
-    minimize the maximum intercluster distance", 1985). What a frame repeats is chosen once; what stands out is chosen,
-    however small. The first frame of a clip begins with its token least like the rest; each later one avoids what the
-    frame before it keeps, so that frames show each what the other does not. A key frame keeps all it chooses, a later
-    one the first `keep`, one count or one a frame, by default all; by default each frame is a clip of its own. A NaN is
-    least like all.
+    One after the other the token farthest from all chosen before it: greedy k-center (Gonzalez, "Clustering to
+    minimize the maximum intercluster distance", 1985) by Euclidean distance. What a frame repeats is chosen once; what
+    stands out is chosen, however small. The first frame begins with its token farthest from the rest; each later one
+    avoids what the frame before it keeps, so that frames show each what the other does not. A frame keeps the first
+    `keep` of its choices, one count or one a frame, by default all. A NaN changes no count. Entries must be below
+    1e18 / sqrt(D), where squares overflow.
 
     Raises `ShapeError` for features that are not (T, P, D), `SettingError` for counts that do not fit them.
     """
@@ -80,70 +71,33 @@ def select_diverse_anchors(
         raise ShapeError(f"features must have shape (frames, positions, width), none 0, got {tuple(features.shape)}")
     frames, positions, _ = features.shape
     _check_count(count, positions)
-    layout = clip_layout(
-        check_clip_lengths((1,) * frames if clip_lengths is None else clip_lengths, frames=frames),
-        check_keep(count if keep is None else keep, frames=frames, anchors=count),
-        (0,) * (frames if clip_lengths is None else len(clip_lengths)),
-        count,
-        features.device,
-    )
-    order_nA, kept_nkD = _choose(features, layout.key_frames, count, keep=None, before=None)
-    walk, orders = [layout.key_frames], [order_nA]
-    for step in layout.steps:
-        # a frame that keeps less than others of its step repeats its first choice
-        ranks_nk = layout.ranks[: step.most_kept].where(layout.ranks[: step.most_kept] < step.keep, 0)
-        order_nA, kept_nkD = _choose(features, step.frames, count, keep=ranks_nk, before=kept_nkD[: len(step.frames)])
-        walk.append(step.frames)
-        orders.append(order_nA)
-    return torch.cat(orders)[torch.cat(walk).argsort()]
+    kept_kD = features[0, :0].float()
+    orders = []
+    for frame_PD, kept in zip(
+        features, check_keep(count if keep is None else keep, frames=frames, anchors=count), strict=True
+    ):
+        tokens_PD = frame_PD.float()
+        order_A = _spread_out(tokens_PD, kept_kD, count)
+        kept_kD = tokens_PD.index_select(0, order_A[:kept])
+        orders.append(order_A)
+    return torch.stack(orders)
 
 
-def _choose(
-    features_TPD: Tensor, frames_n: Tensor, count: int, *, keep: Tensor | None, before: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the choices of some frames, (n, count), and those that they keep as unit vectors, (n, k, D).
+def _spread_out(tokens_PD: Tensor, before_kD: Tensor, count: int) -> Tensor:
+    """Return `count` tokens, each farthest from the ones before it and from what is already there: (P, D) -> (count,).
 
-    `keep` (n, k) has the ranks of the choices that are kept, None for all; `before` is what the frames before keep.
+    Where nothing is, the first is farthest from the rest.
     """
-    _, positions, width = features_TPD.shape
-    at_once = max(1, LIKENESS_BYTES // (8 * positions * (positions + width)))
-    orders, kept = [], []
-    for start in range(0, len(frames_n), at_once):
-        some = slice(start, start + at_once)
-        tokens_nPD = _unit(features_TPD.index_select(0, frames_n[some]))
-        nearest_nP = None
-        if before is not None and before.shape[1]:
-            nearest_nP = torch.bmm(tokens_nPD, before[some].transpose(1, 2)).amax(dim=2)
-        order_nA = _spread_out(torch.bmm(tokens_nPD, tokens_nPD.transpose(1, 2)), nearest_nP, count)
-        kept_nk = order_nA if keep is None else order_nA.gather(1, keep[some])
-        orders.append(order_nA)
-        kept.append(tokens_nPD.take_along_dim(kept_nk.unsqueeze(2), 1))
-    return torch.cat(orders), torch.cat(kept)
-
-
-def _unit(features: Tensor) -> Tensor:
-    """Return the features in float32, each of length 1; zero vectors stay what they are."""
-    features = features.float()
-    return features / cost.norms(features).unsqueeze(-1)
-
-
-def _spread_out(likeness_nPP: Tensor, nearest_nP: Tensor | None, count: int) -> Tensor:
-    """Return `count` tokens of each frame, each least like the ones before: (n, P, P) -> (n, count).
-
-    `nearest_nP` says how much each is like what is already there; where nothing is, the first is least like the rest.
-    """
-    frames, positions, _ = likeness_nPP.shape
-    rows_nP = likeness_nPP.flatten(0, 1)
-    starts_n = torch.arange(0, frames * positions, positions, device=likeness_nPP.device)
-    least_nP = likeness_nPP.mean(dim=2) if nearest_nP is None else nearest_nP
+    distance_PP = cost.squared_distances(tokens_PD, tokens_PD)
+    is_first = len(before_kD) == 0
+    far_P = distance_PP.mean(dim=1) if is_first else cost.squared_distances(tokens_PD, before_kD).amin(dim=1)
+    distance_PP.fill_diagonal_(-torch.inf)  # what is chosen is as near as can be
     chosen: list[Tensor] = []
     for _ in range(count):
-        chosen.append(least_nP.argmin(dim=1))
-        row_nP = rows_nP.index_select(0, starts_n + chosen[-1])
-        # fmax lets no NaN pass, so that what is chosen stays infinitely near
-        least_nP = row_nP if nearest_nP is None and len(chosen) == 1 else torch.fmax(least_nP, row_nP)
-        least_nP.scatter_(1, chosen[-1].unsqueeze(1), torch.inf)
-    return torch.stack(chosen, dim=1)
+        chosen.append(far_P.argmax(dim=0, keepdim=True))
+        row_P = distance_PP.index_select(0, chosen[-1])[0]
+        far_P = row_P if is_first and len(chosen) == 1 else torch.fmin(far_P, row_P)  # which lets no NaN pass
+    return torch.cat(chosen)
 
 
 def _check_count(count: int, positions: int) -> None:

@@ -5,7 +5,8 @@ An engine lays out placeholder tokens before the vision tower has run, so the co
 With T frames in C clips, a token count N is spent on three things (sections 3.2 and 3.3 of the paper):
 anchors A of each clip's key frame, `keep` tokens of each of the S = T - C later frames, and, when the released layout
 emits key frames twice, the originals of the M clips that have later frames. `keep` aims at kappa * A, which gives
-A = N / (C + M + S * kappa).
+A = N / (C + M + S * kappa). At kappa = 1 a video is one clip, so that all frames have equally many tokens but for what
+does not divide.
 """
 
 from dataclasses import dataclass
@@ -52,7 +53,8 @@ def budget(grid: VideoGrid, *, retention: float, config: AOTConfig | None = None
     config = config or AOTConfig()
     wanted = round(check_retention(retention) * grid.tokens)
     total = max(grid.frames, min(grid.tokens, wanted))
-    return _allocate(grid.frames, grid.positions, total, config.clips, config.kappa, config.emit == "both")
+    clips = 1 if config.kappa == 1 else config.clips  # where nothing moves between frames, they share evenly
+    return _allocate(grid.frames, grid.positions, total, clips, config.kappa, config.emit == "both")
 
 
 @lru_cache(maxsize=1024)

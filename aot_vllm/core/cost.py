@@ -27,6 +27,12 @@ def cosine(tokens_BMD: Tensor, anchors_BND: Tensor, token_norms_BM: Tensor, anch
     return product_BMN.div_(token_norms_BM.unsqueeze(2)).div_(anchor_norms_BN.unsqueeze(1))
 
 
+def squared_distances(x_MD: Tensor, y_ND: Tensor) -> Tensor:
+    """Return squared Euclidean distances, (M, N), of float32 features; equal ones may be off 0 by rounding."""
+    x_squares_M, y_squares_N = x_MD.square().sum(dim=1), y_ND.square().sum(dim=1)
+    return torch.addmm(x_squares_M.unsqueeze(1), x_MD, y_ND.T, alpha=-2).add_(y_squares_N)
+
+
 def spatial_distance(anchors_TA: Tensor, *, rows: int, cols: int) -> Tensor:
     """Return the distance from every position to every anchor on the unit square, (T, P, A), in [0, sqrt(2)]."""
     distances_PP = _distances(rows, cols, anchors_TA.device)

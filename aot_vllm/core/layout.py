@@ -86,8 +86,13 @@ def clip_layout(
     originals_per_clip: tuple[int, ...],
     num_anchors: int,
     device: torch.device,
+    *,
+    merged_first: bool = False,
 ) -> ClipLayout:
-    """Return the layout of clips of these lengths; counts are at most `num_anchors`."""
+    """Return the layout of clips of these lengths; counts are at most `num_anchors`.
+
+    A clip's merged anchors come behind what its frames keep, or before it.
+    """
     starts = list(accumulate(clip_lengths, initial=0))[:-1]
     order = sorted(range(len(clip_lengths)), key=lambda clip: -clip_lengths[clip])
 
@@ -103,16 +108,23 @@ def clip_layout(
     frames: list[int] = []
     candidates: list[range] = []
     merged_rows: dict[int, range] = {}
+
+    def emit_merged(clip: int) -> None:
+        merged_rows[clip] = range(len(frames), len(frames) + num_anchors)
+        frames.extend([starts[clip]] * num_anchors)
+        candidates.append(range(stage_starts[-1], stage_starts[-1] + num_anchors))
+
     for clip, (start, length) in enumerate(zip(starts, clip_lengths, strict=True)):
+        if merged_first:
+            emit_merged(clip)
         counts = [originals_per_clip[clip], *keep_per_frame[start + 1 : start + length]]
         place = order.index(clip)
         for step, count in enumerate(counts):
             first = stage_starts[step] + place * stage_widths[step]
             frames += [start + step] * count
             candidates.append(range(first, first + count))
-        merged_rows[clip] = range(len(frames), len(frames) + num_anchors)
-        frames += [start] * num_anchors
-        candidates.append(range(stage_starts[-1], stage_starts[-1] + num_anchors))
+        if not merged_first:
+            emit_merged(clip)
 
     def index(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=device)

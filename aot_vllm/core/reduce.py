@@ -67,14 +67,11 @@ def reduce_video(
     if counts.identity:
         return _unchanged(features, grid, counts)
 
+    order_TA = _diverse_order(features[:, :, :compared], counts) if config.anchors == "diverse" else None
+
     def anchors_of(part: _Part) -> tuple[Tensor, Tensor | None]:
-        if config.anchors == "diverse":
-            return select_diverse_anchors(
-                features[part.frames, :, :compared],
-                count=part.anchors,
-                clip_lengths=counts.clip_lengths[part.clips],
-                keep=counts.keep_per_frame[part.frames],
-            ).sort(dim=1)
+        if order_TA is not None:
+            return order_TA[part.frames, : part.anchors].sort(dim=1)
         if local_scores is None or global_scores is None:
             raise ShapeError("local_scores and global_scores must be tensors, for anchors are chosen by attention")
         anchors_TA = select_anchors(
@@ -95,6 +92,17 @@ def reduce_video(
     whole = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
     tokens_KD, frames_K, cells_K, iterations, converged = whole
     return ReducedVideo(tokens_KD, frames_K, cells_K // grid.cols, cells_K % grid.cols, counts, iterations, converged)
+
+
+def _diverse_order(features: Tensor, counts: Budget) -> Tensor:
+    """Return the anchors of every frame in the order of their choice, (T, A), A those of the first clip's frames.
+
+    A clip with fewer has the first of them.
+    """
+    clips = zip(counts.anchors_per_clip, counts.clip_lengths, strict=True)
+    anchors_per_frame = [anchors for anchors, length in clips for _ in range(length)]
+    keep = list(map(min, counts.per_frame, anchors_per_frame))  # which counts what is emitted twice once
+    return select_diverse_anchors(features, count=anchors_per_frame[0], keep=keep)
 
 
 @dataclass(frozen=True)

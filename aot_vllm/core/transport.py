@@ -18,6 +18,7 @@ from aot_vllm.errors import ShapeError
 
 # A float32 copy of half-precision features is made for this many bytes at a time.
 BLOCK_BYTES = 256 * 2**20
+SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -149,10 +150,11 @@ def merge_across_frames(
 
     Of a clip come first its key frame's anchors as they were (`originals` of them, by default all when `config.emit` is
     `both`, else none; where not all, those that absorbed most), then what each later frame keeps (`keep`, one count
-    or one a frame, those at key frames unused), then the key frame's anchors after absorbing the rest; ascending slots
-    in each. A later frame keeps the tokens of lowest `ranks`, (T, A), by default those that match the key frame least.
-    Tokens are compared by their first `compared` columns, by default all; all columns are merged. Raises `ShapeError`
-    or `SettingError` for counts that do not fit. Section 3.3.
+    or one a frame, those at key frames unused), then the key frame's anchors after absorbing the rest; with
+    `config.emit` at `compact` these take the key frame's place, first. Slots ascend in each. A later frame keeps the
+    tokens of lowest `ranks`, (T, A), by default those that match the key frame least; with `config.kappa` at 1 the
+    others are dropped, not absorbed. Tokens are compared by their first `compared` columns, by default all; all columns
+    are merged. Raises `ShapeError` or `SettingError` for counts that do not fit. Section 3.3.
     """
     layout = _checked_layout(tokens, clip_lengths, keep, originals, config)
     tokens_TAD = tokens.float()
@@ -164,18 +166,23 @@ def merge_across_frames(
         if step.least_kept == len(layout.ranks):
             slots.append(layout.ranks.expand(len(step.frames), -1))  # nothing is left to absorb
             continue
-        x_nAD, y_nAD = tokens_TAD.index_select(0, step.frames), merged_CAD[: len(step.frames)]
-        discount = cost.temporal_discount(step.frames_apart, sigma=config.temporal_sigma)
-        solution = _match(
-            x_nAD[..., :compared], y_nAD[..., :compared], norms_TA[step.frames], discount=discount, config=config
-        )
-        ranks_nA = None if ranks is None else ranks.index_select(0, step.frames)
-        share_nAA, kept_nk = _keep_or_absorb(solution.plan, step, layout.ranks, ranks_nA)
-        mass_nA = share_nAA.sum(dim=1)
-        y_nAD.baddbmm_(share_nAA.transpose(1, 2), x_nAD).div_(1 + mass_nA.unsqueeze(2))
-        absorbed_CA[: len(step.frames)] += mass_nA
-        slots.append(kept_nk)
-        solutions.append(solution)
+        order_nA = None if ranks is None else ranks.index_select(0, step.frames).argsort(dim=1, stable=True)
+        if order_nA is None or config.kappa < 1:
+            x_nAD, y_nAD = tokens_TAD.index_select(0, step.frames), merged_CAD[: len(step.frames)]
+            discount = cost.temporal_discount(step.frames_apart, sigma=config.temporal_sigma)
+            solution = _match(
+                x_nAD[..., :compared], y_nAD[..., :compared], norms_TA[step.frames], discount=discount, config=config
+            )
+            solutions.append(solution)
+            share_nAA = solution.plan / solution.plan.sum(dim=2, keepdim=True).clamp_min_(SMALLEST)
+            if order_nA is None:  # kept are those whose largest share is lowest, for they carry change
+                order_nA = share_nAA.amax(dim=2).argsort(dim=1, stable=True)
+            if config.kappa < 1:
+                given_nAA = _absorbed_share(share_nAA, order_nA, step, layout.ranks)
+                mass_nA = given_nAA.sum(dim=1)
+                y_nAD.baddbmm_(given_nAA.transpose(1, 2), x_nAD).div_(1 + mass_nA.unsqueeze(2))
+                absorbed_CA[: len(step.frames)] += mass_nA
+        slots.append(_first(order_nA, step.keep, most=step.most_kept, ranks=layout.ranks))
 
     by_absorbed_CA = absorbed_CA.argsort(dim=1, descending=True, stable=True)
     slots.insert(0, _first(by_absorbed_CA, layout.originals, most=layout.most_originals, ranks=layout.ranks))
@@ -196,16 +203,10 @@ def _match(x_nAD: Tensor, y_nAD: Tensor, x_norms_nA: Tensor, *, discount: float,
     )
 
 
-def _keep_or_absorb(plan_nAA: Tensor, step: Step, ranks_A: Tensor, ranks_nA: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return what each token gives to each anchor, (n, A, A), zero where it is kept, and the slots kept, (n, k).
-
-    The tokens of lowest rank are kept, exactly as many as the step says; without ranks those whose largest share is
-    lowest, for they carry change.
-    """
-    share_nAA = plan_nAA / plan_nAA.sum(dim=2, keepdim=True).clamp_min_(torch.finfo(torch.float32).tiny)
-    order_nA = (share_nAA.amax(dim=2) if ranks_nA is None else ranks_nA).argsort(dim=1, stable=True)
+def _absorbed_share(share_nAA: Tensor, order_nA: Tensor, step: Step, ranks_A: Tensor) -> Tensor:
+    """Return what each token gives to each anchor, (n, A, A), zero where it is kept: as many as the step says."""
     is_absorbed_nA = torch.zeros_like(share_nAA[:, :, 0]).scatter_(1, order_nA, (ranks_A >= step.keep).float())
-    return share_nAA.mul_(is_absorbed_nA.unsqueeze(2)), _first(order_nA, step.keep, most=step.most_kept, ranks=ranks_A)
+    return share_nAA * is_absorbed_nA.unsqueeze(2)
 
 
 def _first(order_nA: Tensor, count_n1: Tensor, *, most: int, ranks: Tensor) -> Tensor:
@@ -246,7 +247,14 @@ def _checked_layout(
         originals = (num_anchors if config.emit == "both" else 0,) * len(lengths)
     keep_per_frame = check_keep(keep, frames=frames, anchors=num_anchors)
     check_counts("originals", originals, len(lengths), num_anchors)
-    return clip_layout(lengths, keep_per_frame, tuple(originals), num_anchors, tokens.device)
+    return clip_layout(
+        lengths,
+        keep_per_frame,
+        tuple(originals),
+        num_anchors,
+        tokens.device,
+        merged_first=config.emit == "compact",
+    )
 
 
 def _check_within(features: Tensor, anchors: Tensor, *, positions: int) -> None:

@@ -3,7 +3,6 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from aot_vllm.core import anchors
 from aot_vllm.core.anchors import select_anchors, select_diverse_anchors
 from aot_vllm.errors import SettingError, ShapeError
 from tests import reference
@@ -104,50 +103,36 @@ def test_a_window_that_does_not_divide_the_grid_cuts_it_evenly():
 
 
 @many
-@given(
-    lengths=st.lists(st.integers(1, 4), min_size=1, max_size=4),
-    positions=st.integers(1, 25),
-    seed=seeds,
-    data=st.data(),
-)
-def test_diverse_anchors_are_those_of_the_oracle(lengths, positions, seed, data):
-    assume(positions != 2)  # which are as much like each other as each other
-    features = noise(seed, sum(lengths), positions, 8)
+@given(frames=st.integers(1, 6), positions=st.integers(1, 25), seed=seeds, data=st.data())
+def test_diverse_anchors_are_those_of_the_oracle(frames, positions, seed, data):
+    assume(positions != 2)  # which are as far from each other as each other
+    features = noise(seed, frames, positions, 8)
     count = data.draw(st.integers(1, positions))
-    keep = data.draw(st.lists(st.integers(1, count), min_size=len(features), max_size=len(features)))
-    chosen = select_diverse_anchors(features, count=count, clip_lengths=lengths, keep=keep)
-    expected = [
-        order
-        for clip, kept in zip(features.split(lengths), torch.tensor(keep).split(lengths), strict=True)
-        for order in reference.select_diverse_anchors_of_clip(clip.tolist(), count, kept.tolist())
-    ]
-    assert chosen.tolist() == expected
+    keep = data.draw(st.lists(st.integers(0, count), min_size=frames, max_size=frames))
+    chosen = select_diverse_anchors(features, count=count, keep=keep)
+    assert chosen.tolist() == reference.select_diverse_anchors_of_video(features.tolist(), count, keep)
 
 
 def test_what_is_repeated_is_chosen_once_and_what_stands_out_is_chosen():
     background, things = torch.eye(8)[0], torch.eye(8)[1:4]
     frame = background.repeat(25, 1)
     frame[[3, 4, 5, 11, 17]] = things[[0, 0, 0, 1, 2]]
-    chosen = select_diverse_anchors(torch.stack([frame, frame * 3]), count=4)
-    assert chosen.sort(dim=1).values.tolist() == [[0, 3, 11, 17]] * 2
+    for scaled in (frame, frame * 3):
+        chosen = select_diverse_anchors(scaled[None], count=4)
+        assert chosen.sort(dim=1).values.tolist() == [[0, 3, 11, 17]]
 
 
-def test_frames_of_a_clip_show_each_what_the_one_before_does_not():
-    frame = torch.eye(6)
-    chosen = select_diverse_anchors(torch.stack([frame] * 4), count=3, clip_lengths=[3, 1], keep=[3, 2, 3, 3])
-    first, second, third, alone = (set(row) for row in chosen.tolist())
-    assert first == alone
+def test_each_frame_shows_what_the_one_before_does_not():
+    chosen = select_diverse_anchors(torch.stack([torch.eye(6)] * 3), count=3, keep=[3, 2, 3])
+    first, second, third = (set(row) for row in chosen.tolist())
     assert first | second == set(range(6))
     assert set(chosen[1, :2].tolist()).isdisjoint(third)
 
 
-def test_clips_together_are_the_clips_one_by_one():
+def test_more_anchors_begin_with_those_that_are_fewer():
     features = noise(5, 9, 30, 16)
-    together = select_diverse_anchors(features, count=6, clip_lengths=[4, 3, 2], keep=2)
-    parts = [
-        select_diverse_anchors(clip, count=6, clip_lengths=[len(clip)], keep=2) for clip in features.split([4, 3, 2])
-    ]
-    assert torch.equal(together, torch.cat(parts))
+    more = select_diverse_anchors(features, count=10, keep=4)
+    assert torch.equal(more[:, :6], select_diverse_anchors(features, count=6, keep=4))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, torch.nan, torch.inf, 65504.0])
@@ -164,16 +149,7 @@ def test_features_that_are_no_numbers_do_not_change_the_count():
     features[2, :, 3] = torch.inf
     chosen = select_diverse_anchors(features, count=9)
     assert (chosen.sort(dim=1).values.diff(dim=1) > 0).all()
-    assert torch.equal(chosen[[0, 3]], select_diverse_anchors(features[[0, 3]], count=9))
-
-
-def test_the_size_of_memory_blocks_changes_no_choice(monkeypatch):
-    features = noise(4, 7, 30, 16)
-    arguments = {"count": 8, "clip_lengths": [3, 2, 2], "keep": 5}
-    whole = select_diverse_anchors(features, **arguments)
-    for size in (1, 8 * 2 * 30 * 46):
-        monkeypatch.setattr(anchors, "LIKENESS_BYTES", size)
-        assert torch.equal(select_diverse_anchors(features, **arguments), whole)
+    assert torch.equal(chosen[:1], select_diverse_anchors(features[:1], count=9))
 
 
 @pytest.mark.parametrize("count", [0, 10, -1, True, 2.0, None])
@@ -191,8 +167,6 @@ def test_features_that_are_not_frames_of_tokens_are_refused(shape):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"clip_lengths": [2]}, "clip_lengths must sum to 3"),
-        ({"clip_lengths": [3, 0]}, "a clip length must be an integer of at least 1, got 0"),
         ({"keep": [1, 1]}, "keep must have 3 counts, got 2"),
         ({"keep": 5}, "keep must be at most 4"),
         ({"keep": -1}, "keep must be an integer of at least 0, got -1"),

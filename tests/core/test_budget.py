@@ -1,5 +1,5 @@
 import time
-from itertools import product
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given
@@ -19,7 +19,7 @@ def check(counts, grid, config, total):
     assert len(counts.per_frame) == len(counts.keep_per_frame) == grid.frames
     assert min(counts.per_frame) >= 1
     assert sum(counts.clip_lengths) == grid.frames
-    assert len(counts.clip_lengths) == min(config.clips, grid.frames)
+    assert len(counts.clip_lengths) == (1 if config.kappa == 1 else min(config.clips, grid.frames))
     assert max(counts.clip_lengths) - min(counts.clip_lengths) <= 1
     assert max(counts.anchors_per_clip) - min(counts.anchors_per_clip) <= 1
     assert counts.anchors == min(counts.anchors_per_clip)
@@ -86,6 +86,8 @@ def test_by_default_all_frames_keep_equally_many():
     per_frame = budget(VideoGrid(33, 14, 14), retention=0.10).per_frame
     assert sum(per_frame) == round(0.10 * 33 * 196)
     assert max(per_frame) - min(per_frame) <= 1
+    larger = [frame for frame, count in enumerate(per_frame) if count == max(per_frame)]
+    assert max(b - a for a, b in pairwise(larger)) <= 2
 
 
 def test_the_compact_layout_has_more_anchors_for_the_same_count():
@@ -113,7 +115,7 @@ def test_a_frame_never_vanishes():
 
 
 def test_videos_no_longer_than_the_number_of_clips_have_key_frames_only():
-    counts = budget(VideoGrid(8, 14, 14), retention=0.1)
+    counts = budget(VideoGrid(8, 14, 14), retention=0.1, config=AOTConfig(kappa=0.3))
     assert counts.per_frame == (20, 20, 20, 20, 20, 19, 19, 19)
     assert counts.originals_per_clip == counts.keep_per_frame == (0,) * 8
 

@@ -107,6 +107,14 @@ def test_the_same_video_gives_the_same_bits_again(grid, seed, retention, config)
 
 
 @few
+@given(grid=grids(frames=12, side=6), seed=seeds, retention=retentions, kappa=st.floats(0, 1))
+def test_emitted_once_tokens_come_in_the_order_of_the_video(grid, seed, retention, kappa):
+    reduced = reduce_video(*video(seed, grid), grid=grid, retention=retention, config=AOTConfig(kappa=kappa))
+    places = (reduced.frames * grid.rows + reduced.rows) * grid.cols + reduced.cols
+    assert (places.diff() > 0).all()
+
+
+@few
 @given(grid=grids(frames=12, side=6), seed=seeds)
 def test_a_merged_token_lies_between_the_tokens_it_came_from(grid, seed):
     inputs = video(seed, grid)

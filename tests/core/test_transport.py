@@ -63,11 +63,12 @@ def test_the_size_of_memory_blocks_changes_nothing(dtype, monkeypatch):
     lengths=st.lists(st.integers(1, 5), min_size=1, max_size=5),
     size=st.integers(1, 8),
     emit=st.sampled_from(["both", "compact"]),
+    kappa=st.sampled_from([0.3, 1.0]),
     ragged=st.booleans(),
     data=st.data(),
 )
-def test_merging_across_frames_is_that_of_the_oracle(seed, lengths, size, emit, ragged, data):
-    frames, config = sum(lengths), AOTConfig(emit=emit)
+def test_merging_across_frames_is_that_of_the_oracle(seed, lengths, size, emit, kappa, ragged, data):
+    frames, config = sum(lengths), AOTConfig(emit=emit, kappa=kappa)
     tokens = noise(seed, 1, size, 16) + 0.5 * noise(seed + 1, frames, size, 16).cumsum(0)
     keep = data.draw(st.lists(st.integers(0, size), min_size=frames, max_size=frames)) if ragged else size // 3
     originals = data.draw(st.lists(st.integers(0, size), min_size=len(lengths), max_size=len(lengths)))
@@ -124,7 +125,15 @@ def test_the_released_layout_emits_single_key_frames_twice_as_released():
 def test_keeping_everything_leaves_the_key_frame_as_it_was():
     tokens = noise(2, 3, 5, 4)
     clips = merge_across_frames(tokens, clip_lengths=[3], keep=5, config=AOTConfig(emit="compact"))
-    assert torch.equal(clips.tokens, torch.cat([tokens[1], tokens[2], tokens[0]]))
+    assert torch.equal(clips.tokens, tokens.flatten(0, 1))
+
+
+def test_nothing_moves_between_frames_where_the_share_kept_is_1():
+    tokens = noise(2, 3, 5, 4)
+    ranks = torch.tensor([[0, 1, 2, 3, 4], [4, 0, 3, 1, 2], [1, 4, 0, 3, 2]])
+    clips = merge_across_frames(tokens, clip_lengths=[3], keep=[0, 2, 1], ranks=ranks, config=AOTConfig(kappa=1))
+    assert torch.equal(clips.tokens, torch.cat([tokens[0], tokens[1, [1, 3]], tokens[2, [2]]]))
+    assert clips.iterations.numel() == 0
 
 
 def test_a_token_unlike_every_key_token_is_the_one_kept():
@@ -134,8 +143,8 @@ def test_a_token_unlike_every_key_token_is_the_one_kept():
     clips = merge_across_frames(
         torch.cat([key, later]), clip_lengths=[2], keep=1, config=AOTConfig(emit="compact", temporal_sigma=0.5)
     )
-    assert clips.slots[0] == 2
-    assert torch.equal(clips.tokens[0], later[0, 2])
+    assert clips.slots[-1] == 2
+    assert torch.equal(clips.tokens[-1], later[0, 2])
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0, -3.0, 65504.0])
