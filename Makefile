@@ -19,10 +19,10 @@ install-test:
 	@$(PYTHON) demo/environment.py --with test
 
 demo: install  ## ask a real engine about a real video, whole and reduced; MODEL=… VIDEO=… RETENTION=…
-	@$(VENV)/python demo/run.py $(if $(MODEL),--model "$(MODEL)") $(if $(VIDEO),--video "$(VIDEO)") --retention "$(RETENTION)"
+	@$(VENV)/python -m demo.run $(if $(MODEL),--model "$(MODEL)") $(if $(VIDEO),--video "$(VIDEO)") --retention "$(RETENTION)"
 
 train: install  ## train the embedded model from nothing (hours on a CPU); goes on where it was stopped
-	@$(VENV)/python demo/train.py .cache/train
+	@$(VENV)/python -m demo.train .cache/train
 
 loadtest:  ## users who ask a real engine about videos, whole and then reduced; USERS=… DURATION=… MODEL=… RETENTION=…
 	@$(PYTHON) demo/environment.py --with loadtest

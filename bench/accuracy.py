@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "demo"))
-
-from stack import TRAINED_MODEL, WHOLE, stack
-from task import questions, render, scene, write_clip
 
 from bench.machine import ROOT, describe
+from demo.h264 import write_h264
+from demo.stack import TRAINED_MODEL, WHOLE, stack
+from demo.task import questions, render, scene
 
 RETENTIONS = (1.0, 0.25, 0.20, 0.15, 0.10, 0.05)
 METRICS = {  # of lmms-eval's tasks: the metric, and what brings it to percent
@@ -72,7 +71,7 @@ def write_local_task(directory: Path, clips: int) -> None:
         for seed in range(clips):
             made = scene(seed, split="test")
             video = directory / f"{seed}.mp4"
-            write_clip(video, render(made)[0])
+            write_h264(video, render(made)[0])
             for question in questions(made):
                 doc = {"video": str(video), "question": question.text, "answer": question.answer}
                 lines.write(json.dumps(doc) + "\n")

@@ -15,17 +15,17 @@ from collections import defaultdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "demo"))
 
 import numpy as np
 import torch
 import transformers
-from answering import normalise
-from task import GRID, cell_labels, render, scene, through_h264
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, interpolate
 
 from bench.machine import ROOT, describe
+from demo.answering import normalise
+from demo.h264 import through_h264
+from demo.task import GRID, cell_labels, render, scene
 
 PICKED = 4  # tokens of a frame, about what is left at 10%
 

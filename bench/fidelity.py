@@ -33,17 +33,17 @@ os.environ.update(
 )
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-sys.path.insert(1, str(Path(__file__).resolve().parent.parent / "demo"))
 
 import numpy as np
-from answering import BETWEEN, HEAD
 from rich.progress import track
-from task import KINDS, questions, render, scene, through_h264
 
 from aot_vllm import VideoGrid
 from aot_vllm.core.budget import budget
 from bench.arms import ABLATIONS, ARMS, UNPOOLED, Reduce, aot
 from bench.machine import ROOT, describe, engine_versions
+from demo.answering import BETWEEN, HEAD
+from demo.h264 import through_h264
+from demo.task import KINDS, questions, render, scene
 
 RETENTIONS = (0.50, 0.25, 0.15, 0.10, 0.05)
 RESAMPLES = 2000

@@ -241,8 +241,8 @@ def main() -> None:
         return
 
     if not (CHECKPOINT / "model.safetensors").exists():
-        maker = [sys.executable, str(ROOT / "demo" / "checkpoint.py"), str(CHECKPOINT)]
-        subprocess.run([*maker, "--preset", "small", "--dtype", "bfloat16"], check=True)
+        maker = [sys.executable, "-m", "demo.checkpoint", str(CHECKPOINT)]
+        subprocess.run([*maker, "--preset", "small", "--dtype", "bfloat16"], cwd=ROOT, check=True)
     arms: dict[float, dict[str, Any]] = {}
     for retention in (1.0, 0.25, 0.10):
         loads = {}

@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from task import Question
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AttentionInterface
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from demo.task import Question
 
 HEAD = "<|im_start|>user "
 BETWEEN = "<|im_end|><|im_start|>assistant\n"

@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from evaluate import Share
-from task import HELD_OUT, NUM_FRAMES, SIZE
+
+from demo.evaluate import Share
+from demo.task import HELD_OUT, NUM_FRAMES, SIZE
 
 TEXT = """---
 license: apache-2.0
@@ -34,7 +35,7 @@ its words, and nothing else. It is there to show and to measure what a reduction
 ## Accuracy with every token kept
 
 {clips} clips of the `test` split, each with a pair that training has not shown; exact match of the greedy answer and
-Wilson's 95% interval. Reproduce with `python demo/evaluate.py demo/{name} --clips {clips}`.
+Wilson's 95% interval. Reproduce with `python -m demo.evaluate demo/{name} --clips {clips}`.
 
 | kind of question | right | 95% interval | questions |
 |---|---|---|---|

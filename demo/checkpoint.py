@@ -1,6 +1,6 @@
 """Make a LLaVA-OneVision checkpoint with random weights: real architecture, no download.
 
-`python demo/checkpoint.py DIRECTORY [--preset demo|tiny|small]`. The answers of such a model mean nothing; what it does
+`python -m demo.checkpoint DIRECTORY [--preset demo|tiny|small]`. The answers of such a model mean nothing; what it does
 to prompt lengths, caches and time is what a trained one of its size does.
 """
 

@@ -1,6 +1,6 @@
 """Make the demo's clip: an H.264 file with shapes moving over a textured background.
 
-`python demo/clip.py FILE`. Deterministic; decoded by vLLM like any other video.
+`python -m demo.clip FILE`. Deterministic; decoded by vLLM like any other video.
 """
 
 from __future__ import annotations
@@ -8,10 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import av
 import numpy as np
 
-FRAMES_PER_SECOND = 8
+from demo.h264 import write_h264
 
 
 def frame(index: int, frames: int, *, height: int, width: int, seed: int) -> np.ndarray:
@@ -35,20 +34,11 @@ def frame(index: int, frames: int, *, height: int, width: int, seed: int) -> np.
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
-def write_clip(
-    path: Path, *, frames: int = 64, height: int = 360, width: int = 480, seed: int = 7, codec: str = "libx264"
-) -> None:
+def write_clip(path: Path, *, frames: int = 64, height: int = 360, width: int = 480, seed: int = 7) -> None:
     """Write an mp4 of that many frames at 8 frames a second."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=FRAMES_PER_SECOND)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
-        for index in range(frames):
-            picture = av.VideoFrame.from_ndarray(
-                frame(index, frames, height=height, width=width, seed=seed), format="rgb24"
-            )
-            container.mux(stream.encode(picture))
-        container.mux(stream.encode())
+    pictures = (frame(index, frames, height=height, width=width, seed=seed) for index in range(frames))
+    write_h264(path, pictures, crf=23)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ask the embedded model about clips it has never seen, in plain transformers: `python demo/evaluate.py MODEL`."""
+"""Ask the embedded model about clips it has never seen, in plain transformers: `python -m demo.evaluate MODEL`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
-from answering import BLOCKS, IGNORED, answer_logits, frame_features, normalise, pack
 from rich.console import Console
 from rich.table import Table
-from task import KINDS, Question, questions, render, scene, through_h264
+
+from demo.answering import BLOCKS, IGNORED, answer_logits, frame_features, normalise, pack
+from demo.h264 import through_h264
+from demo.task import KINDS, Question, questions, render, scene
 
 Z = 1.96  # 95%
 

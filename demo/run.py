@@ -16,10 +16,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from clip import write_clip
 from openai import OpenAI
 from rich.table import Table
-from stack import (
+
+from demo.clip import write_clip
+from demo.h264 import write_h264
+from demo.stack import (
     CACHE,
     REDUCED,
     TRAINED_MODEL,
@@ -32,8 +34,7 @@ from stack import (
     retention_argument,
     stack,
 )
-from task import KINDS, Question, questions, render, scene
-from task import write_clip as write_task_clip
+from demo.task import KINDS, Question, questions, render, scene
 
 QUESTION = "What happens in the video?"
 
@@ -119,7 +120,7 @@ def asked_clip() -> tuple[Path, list[Question]]:
     path = CACHE / f"clip-{seed}.mp4"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_task_clip(path, render(made)[0])
+        write_h264(path, render(made)[0])
     return path, [by_kind[kind] for kind in KINDS]
 
 

@@ -44,10 +44,8 @@ def random_model() -> Path:
     directory = CACHE / "llava-onevision-random"
     if not (directory / "model.safetensors").exists():
         with console.status("Making a checkpoint: LLaVA-OneVision's architecture, random weights"):
-            script = ROOT / "demo" / "checkpoint.py"
-            made = subprocess.run(
-                [sys.executable, str(script), str(directory)], capture_output=True, text=True, check=False
-            )
+            command = [sys.executable, "-m", "demo.checkpoint", str(directory)]
+            made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         if made.returncode:
             raise DemoError(f"the checkpoint could not be made:\n{made.stderr[-2000:]}")
     return directory

@@ -5,27 +5,25 @@ six backgrounds; they appear, leave, pass behind each other and change in size, 
 a few frames, and the scene may be cut. No two things of a clip share a colour, so a colour names a thing.
 
 Each colour has one shape that it never has in a clip of the `train` split (`HELD_OUT`); every clip of the `test` split
-has at least one such pair. `python demo/task.py FILE --seed N` writes a clip of it and prints its questions.
+has at least one such pair. `python -m demo.task FILE --seed N` writes a clip of it and prints its questions.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import av
 import numpy as np
+
+from demo.h264 import write_h264
 
 NUM_FRAMES = 16
 SIZE = 96
 CELL = 16  # pixels of a video token's side: patches of 8, pooled by 2
 GRID = SIZE // CELL
-FRAMES_PER_SECOND = 8
-CRF = 16
 
 COLOURS = {
     "red": (215, 35, 40),
@@ -464,28 +462,6 @@ def _change_seen(thing: Thing, frames: Sequence[int]) -> str:
     return "nothing"
 
 
-def write_clip(file: Path | IO[bytes], pictures: np.ndarray) -> None:
-    """Write frames, (T, H, W, 3) uint8, as H.264 in an mp4."""
-    target: Any = str(file) if isinstance(file, Path) else file
-    with av.open(target, "w", format="mp4") as container:
-        options = {"crf": str(CRF), "preset": "veryfast", "threads": "1"}
-        stream = container.add_stream("libx264", rate=FRAMES_PER_SECOND, options=options)
-        stream.height, stream.width = pictures.shape[1:3]
-        stream.pix_fmt = "yuv420p"
-        for picture in pictures:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def through_h264(pictures: np.ndarray) -> np.ndarray:
-    """Return the frames as they come out of an H.264 file."""
-    file = io.BytesIO()
-    write_clip(file, pictures)
-    file.seek(0)
-    with av.open(file) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
 # ---- questions
 
 
@@ -564,7 +540,7 @@ def main() -> None:
     arguments = parser.parse_args()
     made = scene(arguments.seed, split=arguments.split)
     arguments.file.parent.mkdir(parents=True, exist_ok=True)
-    write_clip(arguments.file, render(made)[0])
+    write_h264(arguments.file, render(made)[0])
     for question in questions(made):
         print(f"{question.text}  {question.answer}")
 

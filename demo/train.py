@@ -1,4 +1,4 @@
-"""Train the embedded model from nothing: `python demo/train.py DIRECTORY` (a run's state), resumed when called again.
+"""Train the embedded model from nothing: `python -m demo.train DIRECTORY` (a run's state), resumed when called again.
 
 `tower`: single frames, the pooled features of which must tell what each cell shows. `text-4`, `text-8` and `text-16`:
 clips of 4, 8 and 16 frames with a dozen questions each, on features of the tower as it then is, kept on disk and
@@ -18,41 +18,24 @@ import json
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from answering import BLOCKS, HEAD, answer_logits, frame_features, normalise, pack, without_never_shown
-from card import card
-from checkpoint import SPECIAL_TOKENS, Shape, llava_onevision, save, train_tokenizer
-from evaluate import evaluate
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from task import (
-    BACKGROUNDS,
-    COLOURS,
-    GRID,
-    HELD_OUT,
-    HISTORY_CLASSES,
-    KINDS,
-    MARKS,
-    NUM_FRAMES,
-    SHAPES,
-    SIZE,
-    CellLabels,
-    Question,
-    cell_labels,
-    corpus,
-    history_labels,
-    questions,
-    render,
-    scene,
-    through_h264,
-)
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, smooth_l1_loss
-from torch.utils.data import DataLoader, Dataset
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from demo.answering import BLOCKS, HEAD, answer_logits, frame_features, normalise, pack, without_never_shown
+from demo.batches import FRAMES_PER_SCENE, Batch, Batches, Stage, frames_and_labels
+from demo.card import card
+from demo.checkpoint import SPECIAL_TOKENS, Shape, llava_onevision, save, train_tokenizer
+from demo.evaluate import evaluate
+from demo.lessons import cell_heads, cell_loss, every_cell, history_heads, history_loss, some_cells
+from demo.task import GRID, NUM_FRAMES, SIZE, corpus, history_labels, scene
 
 SHAPE = Shape(
     image_size=SIZE,
@@ -66,33 +49,8 @@ SHAPE = Shape(
         "num_key_value_heads": 6,
     },
 )
-CELL_CLASSES = {
-    "colour": COLOURS,
-    "shape": SHAPES,
-    "mark": MARKS,
-    "speck": COLOURS,
-    "background": BACKGROUNDS,
-    "row": range(GRID),  # of the cell: a text model cannot count tokens, but has to tell places and directions
-    "column": range(GRID),
-}
 CHECKPOINT_SECONDS = 120
 TEST_EVERY = 250  # steps
-FRAMES_PER_SCENE = 4  # of the tower's stage
-JOINT_SEEDS = 10_000_000  # clips from here on are the joint stage's
-
-
-@dataclass(frozen=True)
-class Stage:
-    """What is trained on how much: `batch` is clips a step, `frames` how many frames of each."""
-
-    name: str
-    steps: int
-    batch: int
-    frames: int
-    peak_rate: float
-    trains_tower: bool
-    trains_text: bool
-    in_part: float = 0.0  # how many of the steps leave tokens out
 
 
 STAGES = (
@@ -104,11 +62,8 @@ STAGES = (
     Stage("joint", 4000, 8, 16, 6e-4, trains_tower=True, trains_text=True, in_part=0.5),
 )
 SMOKE = tuple(replace(stage, steps=2, batch=2) for stage in STAGES)
-QUESTIONS_PER_CLIP = 12
 HISTORY_LAYER = 2  # of the text model: the layers behind it can look up what this one has gathered
 HISTORY_WEIGHT = 1.0
-LEAST_KEPT = 0.04  # of a video's tokens, where some are left out
-POOL_START, POOL_GROWTH, POOL_LIMIT = 64, 3, 24_000  # clips of the text stages: at first, more each step, in all
 
 
 def initialise(model: Any) -> None:
@@ -124,19 +79,6 @@ def initialise(model: Any) -> None:
                 parameter *= 0.3 * config.vision_config.hidden_size**0.5
             elif name.endswith("embed_tokens.weight"):
                 parameter *= 0.5 * config.text_config.hidden_size**0.5
-
-
-def cell_heads(width: int) -> nn.ModuleDict:
-    """Return the linear maps that read what a cell shows from its feature; used in the tower's stage alone."""
-    heads = {name: nn.Linear(width, len(classes) + 1) for name, classes in CELL_CLASSES.items()}
-    return nn.ModuleDict({**heads, "centre": nn.Linear(width, 2), "radius": nn.Linear(width, 1)})
-
-
-def history_heads(width: int) -> nn.ModuleDict:
-    """Return the maps that read what a clip has shown from the text model's middle layer; used in training alone."""
-    return nn.ModuleDict(
-        {name: nn.Sequential(nn.RMSNorm(width), nn.Linear(width, len(c) + 1)) for name, c in HISTORY_CLASSES.items()}
-    )
 
 
 class Weights:
@@ -206,61 +148,6 @@ class Weights:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.round()
-
-
-Clip = tuple[np.ndarray, np.ndarray]
-"""A clip's frames, (T, SIZE, SIZE, 3) uint8, and the colours of the things in their cells, (T, GRID, GRID)."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one step is about: clips by seed, and their frames where those are needed."""
-
-    seeds: list[int]
-    clips: list[Clip | None]  # None where features of it are kept
-    pictures: np.ndarray | None  # in the tower's stage, (F, SIZE, SIZE, 3), and
-    labels: list[CellLabels]  # what they show
-    asked: list[list[Question]]  # in the other stages
-    frames: slice  # of each clip's features
-
-
-class Batches(Dataset[Batch]):
-    """The batches of a run's stage by step; a loader's processes can make them ahead of time."""
-
-    def __init__(self, directory: Path, stages: Sequence[Stage], stage_index: int) -> None:
-        """Take the run's directory, where features may lie."""
-        self.directory = directory
-        self.stage = stages[stage_index]
-        self.stage_index = stage_index
-        self.steps_before = sum(stage.steps for stage in stages[1:stage_index])
-
-    def __getitem__(self, step: int) -> Batch:
-        """Return the batch of this step."""
-        stage = self.stage
-        rng = np.random.default_rng((self.stage_index, step))
-        if not stage.trains_text:
-            seeds = list(range(step * stage.batch, (step + 1) * stage.batch))
-            pictures, labels = zip(*map(frames_and_labels, seeds), strict=True)
-            return Batch(seeds, [], np.concatenate(pictures), list(itertools.chain(*labels)), [], slice(None))
-        if stage.trains_tower:
-            first = JOINT_SEEDS + step * stage.batch
-            seeds = list(range(first, first + stage.batch))
-        else:
-            pool = min(POOL_LIMIT, POOL_START + POOL_GROWTH * (self.steps_before + step))
-            seeds = rng.choice(pool, stage.batch, replace=False).tolist()
-        stride = NUM_FRAMES // stage.frames
-        return Batch(
-            seeds,
-            [None if self.features_path(seed).exists() else clip(seed) for seed in seeds],
-            None,
-            [],
-            [choose(questions(scene(seed, split="train")), rng) for seed in seeds],
-            slice(int(rng.integers(stride)), None, stride),
-        )
-
-    def features_path(self, seed: int) -> Path:
-        """Return where a clip's features are kept once a tower that is no longer trained has seen it."""
-        return self.directory / "features" / f"{seed // 1000}" / f"{seed}.pt"
 
 
 class Trainer:
@@ -454,106 +341,6 @@ class Trainer:
 def _schedule(progress: float) -> float:
     """Return the learning rate's factor: up in the first 2%, down in the last 40%."""
     return min(1.0, progress / 0.02 + 0.01, (1 - progress) / 0.4 + 0.01)
-
-
-def frames_and_labels(seed: int, *, split: str = "train") -> tuple[np.ndarray, list[CellLabels]]:
-    """Return some frames of a scene and what their cells show."""
-    made = scene(seed, split=split)
-    start = seed % (NUM_FRAMES // FRAMES_PER_SCENE)
-    frames = range(start, NUM_FRAMES, NUM_FRAMES // FRAMES_PER_SCENE)
-    pictures, owners = render(made, frames=frames)
-    labels = [cell_labels(made, frame, owner) for frame, owner in zip(frames, owners, strict=True)]
-    return through_h264(pictures), labels
-
-
-def cell_loss(heads: nn.ModuleDict, features: Tensor, labels: Sequence[CellLabels]) -> Tensor:
-    """Return how badly the features of frames, (F, tokens, width), tell what their cells show."""
-
-    def truth(name: str) -> Tensor:
-        return torch.from_numpy(np.stack([getattr(label, name) for label in labels])).to(features.device).flatten(0, 2)
-
-    total = 0.01 * features.float().square().mean()
-    for name in CELL_CLASSES:
-        wanted = truth(name)
-        logits = heads[name](features).float().flatten(0, 1)
-        if name == "shape":
-            logits = logits.masked_fill(never_shown_shapes().to(logits.device)[truth("colour")], -torch.inf)
-        losses = cross_entropy(logits, wanted, reduction="none")
-        there = wanted > 0
-        for part, weight in ((losses[there], 1.0), (losses[~there], 0.5)):
-            if part.numel():
-                total = total + weight * part.mean()
-    there = truth("colour") > 0
-    if there.any():
-        for name in ("centre", "radius"):
-            wanted = truth(name)[there]
-            told = heads[name](features).float().flatten(0, 1)[there]
-            total = total + 2 * smooth_l1_loss(told, wanted.reshape(told.shape), beta=0.3)
-    return total
-
-
-def never_shown_shapes() -> Tensor:
-    """Return for colour and shape, numbered as in `CellLabels`, whether training lacks the pair.
-
-    What it lacks is left out of the loss; else a tower learns of a red thing that it is no circle, whatever it sees.
-    """
-    lacking = torch.zeros(len(COLOURS) + 1, len(SHAPES) + 1, dtype=torch.bool)
-    for colour, shape in HELD_OUT:
-        lacking[list(COLOURS).index(colour) + 1, SHAPES.index(shape) + 1] = True
-    return lacking
-
-
-def history_loss(
-    heads: nn.ModuleDict, states: Tensor, labels: Sequence[dict[str, np.ndarray]], cells: Tensor
-) -> Tensor:
-    """Return how badly a layer's states, (B, K, width), tell what the clips have shown at their cells, (B, K)."""
-    total = states.new_zeros((), dtype=torch.float32)
-    for name, head in heads.items():
-        every = torch.from_numpy(np.stack([clip[name] for clip in labels])).to(states.device).flatten(1)
-        wanted = every.gather(1, cells).flatten()
-        logits = head(states).float().flatten(0, 1)
-        if (wanted > 0).any():
-            total = total + cross_entropy(logits, wanted, ignore_index=0)
-    return total / len(heads)
-
-
-def every_cell(shown: np.ndarray) -> np.ndarray:
-    """Return the places of all cells of clips whose cells are `shown`, (B, T, GRID, GRID): (B, T * GRID * GRID)."""
-    return np.tile(np.arange(shown[0].size), (len(shown), 1))
-
-
-def some_cells(shown: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return the places of some cells of each clip, ascending, of all clips equally many: (B, K).
-
-    From all of them down to `LEAST_KEPT`, short sequences as often as long ones. Which ones follows from noise of the
-    cell, of its frame and of its place in all frames, and from whether it shows a thing (`shown`, (B, T, GRID, GRID)),
-    each with a weight of its own in each clip, the last of either sign: no way of choosing tokens is the one trained.
-    """
-    clips, frames = shown.shape[:2]
-    count = int(shown[0].size * LEAST_KEPT ** rng.random())
-    parts = rng.standard_normal(shown.shape), rng.standard_normal((clips, frames, 1, 1))
-    parts += (rng.standard_normal((clips, 1, GRID, GRID)), shown)
-    weights = np.abs(rng.standard_normal((len(parts), clips, 1, 1, 1)))
-    weights[-1] = 1.5 * rng.standard_normal(weights[-1].shape)
-    scores = sum(weight * part for weight, part in zip(weights, parts, strict=True)).reshape(clips, -1)
-    return np.sort(np.argsort(scores, axis=1)[:, -count:], axis=1)
-
-
-def clip(seed: int) -> Clip:
-    """Return a training clip's frames, as a file of it would have them, and their cells' colours."""
-    made = scene(seed, split="train")
-    pictures, owners = render(made)
-    colours = [cell_labels(made, frame, owner).colour for frame, owner in enumerate(owners)]
-    return through_h264(pictures), np.stack(colours)
-
-
-def choose(asked: Sequence[Question], rng: np.random.Generator) -> list[Question]:
-    """Return a dozen of a clip's questions, the kinds as even as they can be."""
-    by_kind = {kind: [question for question in asked if question.kind == kind] for kind in KINDS}
-    for group in by_kind.values():
-        rng.shuffle(group)  # type: ignore[arg-type]
-    rounds = itertools.zip_longest(*by_kind.values())
-    return [question for question in itertools.chain(*rounds) if question is not None][:QUESTIONS_PER_CLIP]
 
 
 def main() -> None:

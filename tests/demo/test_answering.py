@@ -3,10 +3,11 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from answering import BLOCKS, END, IGNORED, answer_logits, frame_features, normalise, pack, without_never_shown
-from checkpoint import SPECIAL_TOKENS, Shape, llava_onevision, train_tokenizer
-from evaluate import Share
-from task import HELD_OUT, corpus, questions, render, scene
+
+from demo.answering import BLOCKS, END, IGNORED, answer_logits, frame_features, normalise, pack, without_never_shown
+from demo.checkpoint import SPECIAL_TOKENS, Shape, llava_onevision, train_tokenizer
+from demo.evaluate import Share
+from demo.task import HELD_OUT, corpus, questions, render, scene
 
 TINY = Shape(
     image_size=96,

@@ -5,7 +5,9 @@ from dataclasses import replace
 import av
 import numpy as np
 import pytest
-from task import (
+
+from demo.h264 import through_h264, write_h264
+from demo.task import (
     BACKGROUNDS,
     CELL,
     COLOURS,
@@ -23,8 +25,6 @@ from task import (
     questions,
     render,
     scene,
-    through_h264,
-    write_clip,
 )
 
 SEEDS = range(120)
@@ -193,7 +193,7 @@ def test_of_one_frame_nothing_can_have_moved_or_changed():
 def test_a_clip_comes_back_from_h264_nearly_as_it_was():
     pictures, _ = render(scene(2, split="test"))
     file = io.BytesIO()
-    write_clip(file, pictures)
+    write_h264(file, pictures)
     with av.open(io.BytesIO(file.getvalue())) as container:
         assert container.streams.video[0].codec_context.name == "h264"
     back = through_h264(pictures)

@@ -2,10 +2,12 @@ import json
 
 import pytest
 import torch
-import train
 import transformers
-from answering import answer_logits, frame_features, normalise, pack
-from task import questions, render, scene, through_h264
+
+from demo import train
+from demo.answering import answer_logits, frame_features, normalise, pack
+from demo.h264 import through_h264
+from demo.task import questions, render, scene
 
 STEPS_A_STAGE = 2
 

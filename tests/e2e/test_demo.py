@@ -26,11 +26,11 @@ def arguments(tmp_path):
     return [f"--model={checkpoint('tiny')}", f"--video={clip}", "--retention=0.25"]
 
 
-def start(arguments, tmp_path, program=("run.py",)):
+def start(arguments, tmp_path, program=("-m", "demo.run")):
     environment = {**os.environ, MARK: str(tmp_path), "COLUMNS": "120", "TMPDIR": str(tmp_path)}
     return subprocess.Popen(
         [sys.executable, *program, *arguments],
-        cwd=ROOT / "demo",
+        cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -53,7 +53,7 @@ def still_running(tmp_path):
 
 
 def test_the_embedded_model_answers_whole_and_reduced(tmp_path):
-    demo = start([], tmp_path, ("-c", "import run; run.show_answers(retention=0.1)"))
+    demo = start([], tmp_path, ("-c", "from demo import run; run.show_answers(retention=0.1)"))
     output, _ = demo.communicate(timeout=200)
     assert demo.returncode == 0, output
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if "?" in line]

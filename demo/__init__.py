@@ -1,0 +1,1 @@
+"""The demo, the task and the embedded model: `python -m demo.run`."""
