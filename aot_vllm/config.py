@@ -62,9 +62,9 @@ def quantise_retention(value: object, *, step: float = 0.01) -> float:
 class AOTConfig:
     """Every setting of the method.
 
-    The defaults are those of the released code but for what measurements spoke against: `anchors`, `emit` and `kappa`,
-    by the answers that are left (docs/accuracy.md), and `iterations`, by time; and `local_layer`, for towers of other
-    depths. `AOTConfig.paper()` is the released behaviour without exception.
+    The defaults are those of the released code but for what measurements spoke against: `anchors`, `mass`,
+    `nearest_weight`, `emit` and `kappa`, by the answers that are left (docs/accuracy.md), and `iterations`, by time;
+    and `local_layer`, for towers of other depths. `AOTConfig.paper()` is the released behaviour without exception.
     """
 
     anchors: Anchors = "diverse"
@@ -92,12 +92,14 @@ class AOTConfig:
     spatial_weight: float = 0.5
     """Weight of the distance on the unit square in the cost inside a frame (released code; the paper has none)."""
 
-    mass: float = 1.0
-    """Mass that a frame's other tokens carry to its anchors, all of them together; an anchor's own is 1. 1 as released;
-    with 0 the mean of the nearest alone is left; with as much as there are other tokens each carries all of itself."""
+    mass: float = 0.2
+    """Mass that a frame's other tokens carry to its anchors, all of them together; an anchor's own is 1. 1 as released,
+    for grids of 729 cells: where a frame has few anchors they take in more than they can. With as much as there are
+    other tokens each carries all of itself; at 0, with `nearest_weight` at 0, nothing moves."""
 
-    nearest_weight: float = 0.1
-    """Share, in [0, 1], of the plain mean over each anchor's nearest tokens (released code; the paper has none)."""
+    nearest_weight: float = 0.0
+    """Share, in [0, 1], of the plain mean over each anchor's nearest tokens. 0.1 in the released code; the paper has
+    none."""
 
     temporal_sigma: float = 1.5
     """Frames after which the cost across frames has left its discount: 1 - exp(-dt^2 / (2 sigma^2))."""
@@ -147,7 +149,15 @@ class AOTConfig:
     @classmethod
     def paper(cls) -> Self:
         """Return the settings of the released code."""
-        return cls(anchors="attention", emit="both", kappa=0.3, iterations=100, local_layer=5)
+        return cls(
+            anchors="attention",
+            mass=1.0,
+            nearest_weight=0.1,
+            emit="both",
+            kappa=0.3,
+            iterations=100,
+            local_layer=5,
+        )
 
     @classmethod
     def from_mapping(cls, mapping: object) -> Self:

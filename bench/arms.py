@@ -199,9 +199,10 @@ UNPOOLED: list[Tensor] = []
 """What the model pooled last, (T, positions of the encoder, D), where somebody keeps it."""
 
 DEFAULT = AOTConfig().anchors
+RELEASED = {name: value for name, value in AOTConfig.paper().settings().items() if not name.endswith("_layer")}
 ARMS: dict[str, Reduce] = {
     "AOT": aot(),
-    "AOT, as released": aot(anchors="attention", iterations=100, emit="both", kappa=0.3),
+    "AOT, as released": aot(**RELEASED),
     "anchors, nothing moved": aot(mass=0.0, nearest_weight=0.0),
     "EVS": stock("EVS"),
     "VidCom2": stock("VidCom2"),
@@ -209,7 +210,6 @@ ARMS: dict[str, Reduce] = {
     "uniform": uniform,
     "random": at_random,
 }
-RELEASED_CLIPS = {"kappa": 0.3, "emit": "both"}
 ABLATIONS: dict[str, Reduce] = {
     "anchors by direction": by_directions,
     "anchors of each frame by itself": anchors_by(alone),
@@ -217,17 +217,17 @@ ABLATIONS: dict[str, Reduce] = {
     "anchors by length": anchors_by(lambda features: features.norm(dim=-1)),
     "anchors by distance from the frame's mean": anchors_by(unlikeness),
     "anchors by attention": aot(anchors="attention"),
-    "anchors by attention, kept and emitted as released": aot(anchors="attention", **RELEASED_CLIPS),
+    "anchors by distance, all else as released": aot(**(RELEASED | {"anchors": DEFAULT})),
     "more for frames that change, nothing moved": by_change,
     "30% kept of later frames": aot(kappa=0.3),
     "30% kept of later frames, 4 clips": aot(kappa=0.3, clips=4),
     "30% kept of later frames, clips cut at changes": cut_at_changes(kappa=0.3),
-    "30% kept of later frames, emitted twice": aot(**RELEASED_CLIPS),
+    "30% kept of later frames, emitted twice": aot(kappa=0.3, emit="both"),
     "half kept of later frames": aot(kappa=0.5),
-    "no mass": aot(mass=0.0),
+    "a mass of 1": aot(mass=1.0),
     "a mass of 5": aot(mass=5.0),
     "full mass": aot(mass=36.0),
-    "no mean of the nearest": aot(nearest_weight=0.0),
+    "a tenth mean of the nearest": aot(nearest_weight=0.1),
     "half mean of the nearest": aot(nearest_weight=0.5),
     "no distance in space": aot(spatial_weight=0.0),
     "5 iterations": aot(iterations=5),

@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the tables here")
     parser.add_argument("--plot", type=Path, help="draw the shares here, a PNG")
     arguments = parser.parse_args()
-    names = ["AOT", "anchors, nothing moved", *ABLATIONS] if arguments.ablations else arguments.arms
+    names = ["AOT", "AOT, as released", "anchors, nothing moved", *ABLATIONS] if arguments.ablations else arguments.arms
     every = ARMS | ABLATIONS
     arms = {name: every[name] for name in names}
     versions = engine_versions()

@@ -87,6 +87,7 @@ def _loop_within(x: Tensor, chosen: Tensor, places: Tensor, config: AOTConfig) -
     anchors, sources = x[chosen], x[others]
     cosine = normalize(sources, dim=1) @ normalize(anchors, dim=1).T
     plan = _loop_sinkhorn(1 - cosine + config.spatial_weight * torch.cdist(places[others], places[chosen]), config)
+    plan *= config.mass
     nearest = torch.zeros_like(plan).scatter_(1, cosine.argmax(1, keepdim=True), 1.0)
     moved = (anchors + plan.T @ sources) / (1 + plan.sum(0)[:, None])
     mean = (anchors + nearest.T @ sources) / (1 + nearest.sum(0)[:, None])

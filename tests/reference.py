@@ -178,7 +178,7 @@ def _absorb(anchor, weights, tokens):
 def merge_within_frames(features, anchors, rows, cols, settings, compared=None):
     """Merged anchors of every frame, and the iterations taken; all frames stop together."""
     sources = [[p for p in range(rows * cols) if p not in chosen] for chosen in anchors]
-    if not sources[0]:
+    if not sources[0] or settings["mass"] == settings["nearest_weight"] == 0:
         return [[frame[p] for p in chosen] for frame, chosen in zip(features, anchors, strict=True)], None
     similarity = [
         [[cosine(frame[i][:compared], frame[j][:compared]) for j in chosen] for i in others]

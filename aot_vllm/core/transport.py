@@ -63,7 +63,7 @@ def absorb_frames(
     """
     _check_within(features, anchors, positions=rows * cols)
     anchors_TAD = _rows_at(features, anchors)
-    if anchors.shape[1] == rows * cols:
+    if anchors.shape[1] == rows * cols or config.mass == config.nearest_weight == 0:
         nothing = anchors[0, :0]
         return FrameTokens(anchors_TAD, iterations=nothing, converged=nothing.bool())
 
