@@ -9,6 +9,7 @@ import torch
 
 from aot_vllm import AOTConfig, VideoGrid
 from aot_vllm.core.budget import budget
+from bench import arms
 from bench.arms import ABLATIONS, ARMS
 from tests.e2e.checkpoints import ROOT
 
@@ -18,10 +19,11 @@ GRID = VideoGrid(frames=16, rows=6, cols=6)
 
 
 @pytest.mark.parametrize("name", [*ARMS, *ABLATIONS])
-def test_an_arm_keeps_as_many_tokens_as_the_prompt_has_places_for(name):
+def test_an_arm_keeps_as_many_tokens_as_the_prompt_has_places_for(name, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(16, 36, 8, generator=generator)
     scores = torch.rand(2, 16, 36, generator=generator)
+    monkeypatch.setattr(arms, "UNPOOLED", [torch.randn(16, 144, 8, generator=generator)])
     for retention in (0.5, 0.25, 0.1, 0.05):
         total = budget(GRID, retention=retention).total
         if name == "EVS" and total < GRID.positions:
