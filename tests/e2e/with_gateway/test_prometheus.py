@@ -72,6 +72,9 @@ def prometheus(tmp_path_factory, engine, gateway):
     ]
     address = f"http://127.0.0.1:{port}"
     with process(command, health=f"{address}/-/ready", log=folder / "log"), httpx.Client(base_url=address) as client:
+        assert (
+            without_data(client, {"first scrapes": "sum(up) == 2"}) == {}
+        )  # which begin some seconds after it is ready
         for number in range(3):  # a rate needs a counter to grow between two scrapes
             ask(gateway, folder, number=number)
             time.sleep(2)
