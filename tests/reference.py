@@ -282,6 +282,11 @@ def reduce_video(features, local, glob, rows, cols, retention, settings, compare
         else:
             ratio, window = settings["global_ratio"], settings["window"]
             anchors = [select_anchors(local[t], glob[t], rows, cols, size, ratio, window) for t in frames]
+            if settings["kappa"] == 1:
+                ranks = []
+                for t, chosen in zip(frames, anchors, strict=True):
+                    best_first = sorted(range(size), key=lambda slot: (-glob[t][chosen[slot]], slot))
+                    ranks.append([best_first.index(slot) for slot in range(size)])
         merged, _ = merge_within_frames([features[t] for t in frames], anchors, rows, cols, settings, compared)
         tokens, _ = merge_across_frames(
             merged,

@@ -83,7 +83,10 @@ def reduce_video(
             global_ratio=config.global_ratio,
             window=config.window,
         )
-        return anchors_TA, None
+        if config.kappa < 1:
+            return anchors_TA, None  # what matches the key frame least is kept
+        received_TA = global_scores[part.frames].gather(1, anchors_TA)
+        return anchors_TA, received_TA.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
 
     parts = [
         _reduce_part(features, *anchors_of(part), part, counts=counts, grid=grid, config=config, compared=compared)
