@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from server import logs
+from server.admission.drain import Lifecycle
 from server.app import create_app
+from server.edge.head_limits import bounded_http
 from server.errors import ConfigurationError
-from server.lifecycle import Lifecycle
-from server.protocol import bounded_http
+from server.observe import logs
 from server.settings import Settings, traces_are_exported
 
 if TYPE_CHECKING:
-    from server.tracing import Tracing
+    from server.observe.tracing import Tracing
 
 logger = logging.getLogger("server")
 
@@ -52,7 +52,7 @@ def _tracing() -> "Tracing | None":
     if not traces_are_exported():
         return None
     try:
-        from server import tracing
+        from server.observe import tracing
     except ImportError as exc:
         raise ConfigurationError("OTEL_EXPORTER_OTLP_ENDPOINT is set, but aot-vllm[otel] is not installed") from exc
     return tracing.Tracing.over_otlp()

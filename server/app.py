@@ -15,32 +15,35 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from server import __version__, configuration, openapi
-from server.auth import Authenticated, metrics_keys, tenant_keys
-from server.buffers import Buffers
-from server.catalogue import Catalogue
-from server.engines import EnginePool
+from server.admission.auth import metrics_keys, tenant_keys
+from server.admission.buffers import Buffers
+from server.admission.drain import Lifecycle
+from server.admission.gate import Gate
+from server.admission.quotas import Counts, Quotas, shared_storage
+from server.edge.authentication import Authenticated
+from server.edge.limits import Limited
+from server.edge.middleware import ErrorsInOpenAIShape, Observed, RefuseWhileDraining, raise_in_our_terms
+from server.engines.catalogue import Catalogue
+from server.engines.exchange import Upstream, new_session
+from server.engines.pool import EnginePool
 from server.errors import ConfigurationError
-from server.files import FileStore
-from server.gate import Gate
-from server.lifecycle import Lifecycle
 from server.media import fetch
+from server.media.facts import Limits
 from server.media.intake import Intake
-from server.media.probe import Limits, Prober
+from server.media.probe import Prober
 from server.media.store import MediaStore
-from server.metrics import Metrics
-from server.middleware import ErrorsInOpenAIShape, Observed, RefuseWhileDraining, raise_in_our_terms
-from server.parameters import Bounds
-from server.quotas import Counts, Limited, Quotas, shared_storage
+from server.media.uploads import FileStore
+from server.observe.metrics import Metrics
+from server.requests.parameters import Bounds
 from server.routes.chat import ChatCompletions
 from server.routes.files import files_router
 from server.routes.models import models_router
 from server.routes.ops import ops_router
 from server.routes.text import Completions, Responses
 from server.settings import PREFIX, Settings
-from server.upstream import Upstream, new_session
 
 if TYPE_CHECKING:
-    from server.tracing import Tracing
+    from server.observe.tracing import Tracing
 
 logger = logging.getLogger(__name__)
 

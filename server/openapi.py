@@ -36,7 +36,7 @@ from server.errors import (
     UnknownModel,
     Verdict,
 )
-from server.parameters import OPERATOR_FIELDS
+from server.requests.parameters import OPERATOR_FIELDS
 
 Schema = dict[str, Any]
 REF = "#/components/schemas/{model}"

@@ -1,1 +1,1 @@
-"""The way of a media URL: fetched, identified, probed, handed to the engine."""
+"""The way of a medium: fetched or uploaded, identified, probed, handed to the engine."""

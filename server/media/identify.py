@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from server.schemas import Kind
+from server.media.part import Kind
 
 HEAD_BYTES = 512
 

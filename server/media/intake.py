@@ -14,18 +14,19 @@ from typing import Protocol
 
 import pybase64
 
-from server.buffers import Buffer
+from server.admission.buffers import Buffer
 from server.errors import GatewayError, InvalidRequest, MediaRefused
+from server.media.facts import Facts, ProbeError
 from server.media.fetch import Fetcher
 from server.media.file import COPY_BYTES, MediaFile, in_memory, on_disk, too_large
 from server.media.identify import HEAD_BYTES, FileType, identify
-from server.media.probe import Facts, ProbeError, Prober
+from server.media.part import Kind, MediaPart
+from server.media.probe import Prober
 from server.media.share import Shared
 from server.media.store import MediaStore
 from server.media.threads import off_loop
-from server.metrics import Metrics
-from server.record import RequestRecord
-from server.schemas import Kind, MediaPart
+from server.observe.metrics import Metrics
+from server.observe.record import RequestRecord
 
 MAX_MEDIA = 64  # in a request; each costs a probe
 MAX_VIDEOS = 16

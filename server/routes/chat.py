@@ -3,13 +3,13 @@
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
+from server.admission.buffers import Buffer
 from server.aliases import Alias
-from server.buffers import Buffer
-from server.llm_d import video_headers
 from server.media.intake import Intake
-from server.record import RequestRecord
+from server.media.llm_d import video_headers
+from server.observe.record import RequestRecord
+from server.requests.chat import ChatRequest, parse_chat_request
 from server.routes.generation import Generation
-from server.schemas import ChatRequest, parse_chat_request
 
 PATH = "/v1/chat/completions"
 

@@ -8,12 +8,12 @@ from pydantic import BaseModel
 from starlette.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
-from server.body import declared_length
+from server.edge.body import declared_length
+from server.edge.forms import read_form
 from server.errors import BodyTimeout, BodyTooLarge, InvalidRequest, MediaRefused, RouteNotFound, UnknownFile
-from server.files import ID_PATTERN, FileObject, FilePage, FileStore, Order
-from server.forms import read_form
+from server.media.uploads import ID_PATTERN, FileObject, FilePage, FileStore, Order
+from server.observe.record import STATE_KEY, RequestRecord
 from server.openapi import refusals
-from server.record import STATE_KEY, RequestRecord
 
 PATH = "/v1/files"
 PURPOSE = "video"

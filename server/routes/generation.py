@@ -11,10 +11,17 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
+from server.admission.buffers import Buffer, Buffers
+from server.admission.drain import Lifecycle
+from server.admission.gate import Gate
+from server.admission.quotas import Quotas
 from server.aliases import Alias
-from server.body import consume_body, declared_length
-from server.buffers import Buffer, Buffers
-from server.catalogue import Catalogue
+from server.edge.body import consume_body, declared_length
+from server.edge.middleware import note
+from server.engines.catalogue import Catalogue
+from server.engines.exchange import Exchange, Upstream
+from server.engines.savings import Savings, tokens_of, usage_in
+from server.engines.streams import EventStream
 from server.errors import (
     ClientGone,
     EngineFailed,
@@ -22,17 +29,9 @@ from server.errors import (
     UnknownModel,
     answer_to,
 )
-from server.gate import Gate
-from server.lifecycle import Lifecycle
-from server.metrics import OTHER, Metrics
-from server.middleware import note
-from server.parameters import Bounds, check_parameters
-from server.quotas import Quotas
-from server.record import STATE_KEY, RequestRecord
-from server.savings import Savings
-from server.sse import EventStream
-from server.upstream import Exchange, Upstream
-from server.usage import tokens_of, usage_in
+from server.observe.metrics import OTHER, Metrics
+from server.observe.record import STATE_KEY, RequestRecord
+from server.requests.parameters import Bounds, check_parameters
 
 
 class Request(Protocol):

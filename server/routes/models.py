@@ -2,11 +2,11 @@
 
 from fastapi import APIRouter, Request
 
-from server.catalogue import Catalogue, ModelCard, ModelList
+from server.engines.catalogue import Catalogue, ModelCard, ModelList
 from server.errors import EngineUnavailable, UnknownModel
-from server.metrics import OTHER
+from server.observe.metrics import OTHER
+from server.observe.record import STATE_KEY, RequestRecord
 from server.openapi import refusals
-from server.record import STATE_KEY, RequestRecord
 
 LIST_PATH = "/v1/models"
 ONE_PATH = "/v1/models/{model:path}"  # model names may hold slashes

@@ -8,9 +8,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from pydantic import BaseModel
 
-from server.engines import EnginePool
-from server.lifecycle import Lifecycle
-from server.record import STATE_KEY
+from server.admission.drain import Lifecycle
+from server.engines.pool import EnginePool
+from server.observe.record import STATE_KEY
 
 NOT_READY = "Draining, or no engine is healthy"
 

@@ -3,16 +3,16 @@
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
-from server.buffers import Buffer
+from server.admission.buffers import Buffer
 from server.media.intake import Intake
-from server.record import RequestRecord
-from server.routes.generation import Generation
-from server.text_requests import (
+from server.observe.record import RequestRecord
+from server.requests.text import (
     CompletionRequest,
     ResponseRequest,
     parse_completion_request,
     parse_response_request,
 )
+from server.routes.generation import Generation
 
 
 class Completions(Generation[CompletionRequest]):

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from aot_vllm.adapters import telemetry
 from deploy.grafana.generate import dashboards
-from server.metrics import Metrics
+from server.observe.metrics import Metrics
 from tests.deploy.dashboards import DASHBOARDS, GRAFANA, panels, queries
 from tests.deploy.rules import PROMETHEUS, RECORDED, ROOT, RULES, metrics_in
 

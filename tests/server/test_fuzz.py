@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from server.aliases import Alias
 from server.errors import GatewayError, answer_to
-from server.schemas import OPERATOR_FIELDS, parse_chat_request
+from server.requests.chat import parse_chat_request
+from server.requests.parameters import OPERATOR_FIELDS
 from tests.server.clips import clip, data_url
 from tests.server.harness import CHAT, gateway
 

@@ -16,9 +16,10 @@ from pydantic import SecretStr
 from server.configuration import load
 from server.errors import ENGINE_VERDICTS, INTERNAL, VERDICTS, ClientGone
 from server.keys import digest_of, new_key
-from server.metrics import PREFIX as METRIC_PREFIX
-from server.metrics import Metrics
-from server.parameters import (
+from server.observe.metrics import PREFIX as METRIC_PREFIX
+from server.observe.metrics import Metrics
+from server.requests.fields import MOST_VALUES
+from server.requests.parameters import (
     CHOICES,
     LENGTHS,
     LOGPROBS,
@@ -28,9 +29,8 @@ from server.parameters import (
     MOST_LOGPROBS,
     OPERATOR_FIELDS,
 )
-from server.schemas import MOST_VALUES
+from server.requests.text import MOST_PROMPTS
 from server.settings import PREFIX, Settings
-from server.text_requests import MOST_PROMPTS
 from tests.server.clips import clip
 from tests.server.harness import served
 

@@ -3,7 +3,8 @@ import logging
 
 import pytest
 
-from server import __version__, logs
+from server import __version__
+from server.observe import logs
 from tests.server.harness import CHAT, ask, gateway, until
 
 

@@ -12,8 +12,8 @@ import httpx
 import uvicorn
 from prometheus_client import CollectorRegistry
 
-from server import upstream
 from server.app import create_app
+from server.engines import exchange
 from server.settings import Settings
 from tests.server.clips import clip
 from tests.server.engine_double import SAVED, EngineDouble
@@ -72,7 +72,7 @@ class Site:
     def __enter__(self):
         for folder in (self.temporary, self.store):
             folder.mkdir()
-        self.patches = [(tempfile, "tempdir", str(self.temporary)), (upstream, "KEEPALIVE_SECONDS", 0.1)]
+        self.patches = [(tempfile, "tempdir", str(self.temporary)), (exchange, "KEEPALIVE_SECONDS", 0.1)]
         self.patches = [(module, name, getattr(module, name), value) for module, name, value in self.patches]
         for module, name, _, value in self.patches:
             setattr(module, name, value)

@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.errors import InvalidRequest
+from server.media.facts import Facts, Limits, ProbeError
 from server.media.file import in_memory
 from server.media.identify import identify
-from server.media.probe import Facts, Limits, ProbeError, Prober
-from server.schemas import parse_chat_request
+from server.media.probe import Prober
+from server.requests.chat import parse_chat_request
 from tests.server.clips import clip, data_url, picture, sound
 
 LIMITS = Limits(max_seconds=600, max_pixels=3840 * 2160, max_frames=100_000, sampled_frames=32)

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
-from server.files import FileStore
 from server.keys import digest_of, new_key
 from server.media.intake import Intake
+from server.media.uploads import FileStore
 from tests.server.clips import clip, data_url, picture, sound
 from tests.server.harness import CHAT, ask, ask_about, error_of, gateway, until, value
 

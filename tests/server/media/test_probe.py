@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from server.media.facts import Limits, ProbeError
 from server.media.file import in_memory
 from server.media.identify import identify
-from server.media.probe import MEMORY_BYTES, Limits, ProbeError, Prober
+from server.media.probe import Prober
+from server.media.probe_worker import MEMORY_BYTES
 from tests.server.clips import clip, growing, picture, sound
 from tests.server.harness import children
 from tests.server.media import lies

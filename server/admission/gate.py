@@ -1,0 +1,74 @@
+"""The bounded queue in front of the engines."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from time import monotonic
+
+from server.errors import Overloaded
+from server.observe.metrics import Metrics
+
+LONGEST_RETRY_AFTER_SECONDS = 60.0
+_WEIGHT_OF_NEWEST = 0.2
+
+
+class Gate:
+    """Lets `max_concurrency` requests through to the engines at a time, and `max_queue` more wait or get ready.
+
+    Who waits longer than `queue_seconds` is turned away.
+    """
+
+    def __init__(self, *, max_concurrency: int, max_queue: int, queue_seconds: float, metrics: Metrics) -> None:
+        """Start empty."""
+        self._max_concurrency = max_concurrency
+        self._capacity = max_concurrency + max_queue
+        self._queue_seconds = queue_seconds
+        self._admitted = 0
+        self._engine_slots = asyncio.Semaphore(max_concurrency)
+        self._slot_seconds = 1.0
+        self._metrics = metrics
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Hold a place in the gateway; raise Overloaded if all are taken."""
+        if self._admitted >= self._capacity:
+            raise Overloaded(
+                "too many requests are waiting, try again later", retry_after_seconds=self._expected_wait()
+            )
+        self._admitted += 1
+        try:
+            yield
+        finally:
+            self._admitted -= 1
+
+    @asynccontextmanager
+    async def engine_slot(self) -> AsyncIterator[None]:
+        """Wait, first come first served, for one of the places in flight to the engines.
+
+        Raises Overloaded when none became free in time.
+        """
+        await self._acquire()
+        begin = monotonic()
+        try:
+            yield
+        finally:
+            self._slot_seconds += _WEIGHT_OF_NEWEST * (monotonic() - begin - self._slot_seconds)
+            self._engine_slots.release()
+
+    async def _acquire(self) -> None:
+        self._metrics.queue_depth.inc()
+        try:
+            async with asyncio.timeout(self._queue_seconds):
+                await self._engine_slots.acquire()
+        except TimeoutError:
+            raise Overloaded(
+                f"no engine became free within {self._queue_seconds:g} seconds, try again later",
+                retry_after_seconds=self._expected_wait(),
+            ) from None
+        finally:
+            self._metrics.queue_depth.dec()
+
+    def _expected_wait(self) -> float:
+        """Return when, by how long requests have lately taken, those that are here will have made room."""
+        in_line = max(1, self._admitted - self._max_concurrency)
+        return min(self._slot_seconds * in_line / self._max_concurrency, LONGEST_RETRY_AFTER_SECONDS)

@@ -1,0 +1,23 @@
+"""The limits of tenants, around every API request."""
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.admission.quotas import Quotas
+from server.observe.record import STATE_KEY
+
+
+class Limited:
+    """Holds every API request to its tenant's limits."""
+
+    def __init__(self, app: ASGIApp, *, quotas: Quotas) -> None:
+        """Wrap `app`."""
+        self._app = app
+        self._quotas = quotas
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self._app(scope, receive, send)
+            return
+        async with self._quotas.admitted(scope["state"][STATE_KEY]):
+            await self._app(scope, receive, send)

@@ -1,0 +1,82 @@
+"""The models clients may name: the operator's aliases, or what the engines serve."""
+
+import time
+from collections.abc import Collection, Mapping
+from typing import Literal
+
+from pydantic import BaseModel
+
+from server.aliases import Alias, pass_through
+from server.engines.pool import EnginePool
+from server.errors import EngineUnavailable, UnknownModel
+
+
+class RetentionBounds(BaseModel):
+    """The retention that a model gives, and those that a request may ask of it."""
+
+    retention: float | None
+    min_retention: float
+    max_retention: float
+
+
+class ModelCard(BaseModel):
+    """OpenAI's model object."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["aot-gateway"] = "aot-gateway"
+    aot: RetentionBounds
+    max_model_len: int | None
+    """The longest context in tokens; None while no engine has told."""
+
+
+class ModelList(BaseModel):
+    """The models that a tenant may use."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class Catalogue:
+    """Looks models up. Engines' models are remembered while the engines are down."""
+
+    def __init__(self, *, aliases: Mapping[str, Alias] | None, pool: EnginePool) -> None:
+        """Offer `aliases`, or every model of the pool's engines under its own name."""
+        self._aliases = aliases
+        self._pool = pool
+        self._created = int(time.time())
+
+    def resolve(self, name: str, *, allowed: Collection[str] | None = None) -> Alias:
+        """Return the alias called `name`; raise UnknownModel, or EngineUnavailable if no engine has been seen yet.
+
+        To a tenant that is `allowed` some models only, the others do not exist.
+        """
+        offered = self._offered()
+        if name in offered and (allowed is None or name in allowed):
+            return offered[name]
+        if not offered:
+            raise EngineUnavailable("no engine is available, try again later")
+        raise UnknownModel(f"the model {name[:200]!r} does not exist", param="model")
+
+    def cards(self, *, allowed: Collection[str] | None = None) -> list[ModelCard]:
+        """Return the models."""
+        return [self._card(alias) for name, alias in self._offered().items() if allowed is None or name in allowed]
+
+    def card(self, name: str, *, allowed: Collection[str] | None = None) -> ModelCard:
+        """Return one model; raises as `resolve` does."""
+        return self._card(self.resolve(name, allowed=allowed))
+
+    def _offered(self) -> Mapping[str, Alias]:
+        return pass_through(self._pool.models) if self._aliases is None else self._aliases
+
+    def _card(self, alias: Alias) -> ModelCard:
+        length = self._pool.models.get(alias.engine_model, {}).get("max_model_len")
+        return ModelCard(
+            id=alias.name,
+            created=self._created,
+            aot=RetentionBounds(
+                retention=alias.retention, min_retention=alias.min_retention, max_retention=alias.max_retention
+            ),
+            max_model_len=length if isinstance(length, int) else None,
+        )

@@ -1,0 +1,160 @@
+"""A stream on its way through: forwarded as bytes, read only where the gateway has to know or to add."""
+
+import json
+import re
+from abc import ABC, abstractmethod
+from dataclasses import replace
+from typing import Any
+
+from server.engines.savings import Savings
+from server.errors import EngineFailed, ErrorAnswer, GatewayError, engine_error
+
+LONGEST_EVENT_BYTES = 16 * 2**20
+_EVENT = re.compile(rb".*?(?:\r\n\r\n|\n\n)", re.DOTALL)
+_EMPTY_CHOICES = re.compile(rb'"choices":\s*\[\s*\]')
+_TOKEN_FIELDS = ("content", "reasoning", "reasoning_content", "tool_calls", "refusal", "text")  # completions: text
+
+
+class EventStream(ABC):
+    """Takes an engine's stream in pieces of any size and returns the bytes for the client, in whole events.
+
+    After each `feed`: `tokens` counts the chunks that carried output, `failure` is set if the engine reported an
+    error in the stream, and `done` if the stream came to its proper end. `usage` is what the engine said of it.
+    """
+
+    LANDMARKS: tuple[bytes, ...]
+    """What an event that is more than output contains. Pieces without it are passed on unread."""
+
+    def __init__(self) -> None:
+        """Start before the first byte."""
+        self._tail = b""
+        self.tokens = 0
+        self.done = False
+        self.usage: dict[str, Any] = {}
+        self.failure: GatewayError | None = None
+
+    def feed(self, piece: bytes) -> bytes:
+        """Return what may go to the client now."""
+        data = self._tail + piece if self._tail else piece
+        lf, crlf = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
+        cut = max(lf + 2 if lf >= 0 else 0, crlf + 4 if crlf >= 0 else 0)
+        whole, self._tail = data[:cut], data[cut:]
+        if len(self._tail) > LONGEST_EVENT_BYTES:
+            self.failure = EngineFailed("the engine's stream could not be read")
+            return whole
+        if not whole:
+            return b""
+        if self.tokens and not any(mark in whole for mark in self.LANDMARKS):
+            self.tokens += whole.count(b"\ndata:") + whole.startswith(b"data:")
+            return whole
+        passed = []
+        for event in _EVENT.findall(whole):
+            passed.append(self._pass(event))
+            if self.failure:
+                break
+        return b"".join(passed)
+
+    def end(self) -> None:
+        """Note that the engine closed the stream; without its closing event that is a failure."""
+        if not self.done and self.failure is None:
+            self.failure = EngineFailed("the engine's stream ended early")
+
+    def farewell(self, told: ErrorAnswer) -> bytes:
+        """Return an error as the last event of this kind of stream."""
+        return told.event()
+
+    @abstractmethod
+    def _pass(self, event: bytes) -> bytes:
+        """Return what the client gets of an event, and note what it says."""
+
+
+class ChatStream(EventStream):
+    """A stream of chat or completion chunks: as they came but for the usage chunk."""
+
+    LANDMARKS = (b'"usage"', b'"error"', b"[DONE]")
+
+    def __init__(self, *, savings: Savings | None, usage_wanted: bool) -> None:
+        """Report `savings` in the usage chunk, or hide that chunk from a client that did not ask for it."""
+        super().__init__()
+        self._savings = savings
+        self._usage_wanted = usage_wanted
+
+    def _pass(self, event: bytes) -> bytes:
+        payload = _payload(event)
+        if payload == b"[DONE]":
+            self.done = True
+            return event
+        has_usage = b'"usage"' in payload and _EMPTY_CHOICES.search(payload) is not None
+        if self.tokens and not has_usage and b'"error"' not in payload:
+            self.tokens += bool(payload)
+            return event
+        chunk = _object(payload)
+        if "error" in chunk and "choices" not in chunk:
+            self.failure = _stream_error(chunk)
+            return b""
+        if has_usage and chunk.get("choices") == [] and isinstance(chunk.get("usage"), dict):
+            self.usage = chunk["usage"]
+            return self._usage(event, chunk)
+        if self.tokens or _carries_output(chunk):
+            self.tokens += 1
+        return event
+
+    def _usage(self, event: bytes, chunk: dict[str, Any]) -> bytes:
+        if not self._usage_wanted:
+            return b""
+        if self._savings is None:
+            return event
+        chunk["usage"]["video_tokens"] = self._savings.as_usage()
+        return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class ResponseStream(EventStream):
+    """A stream of a response's events, as they came."""
+
+    LANDMARKS = (b'"response.completed"', b'"response.incomplete"', b'"response.failed"', b'"error"')
+
+    def farewell(self, told: ErrorAnswer) -> bytes:
+        """Return an error as the last event of the stream, of the type that response streams have for it."""
+        error = told.content["error"]
+        flat = {"type": "error", "code": error["code"], "message": error["message"], "param": error["param"]}
+        return b"event: error\n" + replace(told, content={**flat, **told.content}).event()
+
+    def _pass(self, event: bytes) -> bytes:
+        fields = _object(_payload(event))
+        kind = fields.get("type", "error" if "error" in fields else None)
+        if kind in ("error", "response.failed"):
+            self.failure = EngineFailed("the engine failed on this request")
+            return b""
+        if kind in ("response.completed", "response.incomplete"):
+            self.done = True
+            response = fields.get("response")
+            usage = response.get("usage") if isinstance(response, dict) else None
+            self.usage = usage if isinstance(usage, dict) else {}
+        self.tokens += isinstance(kind, str) and kind.endswith(".delta")
+        return event
+
+
+def _payload(event: bytes) -> bytes:
+    return b"\n".join(line[5:].strip() for line in event.splitlines() if line.startswith(b"data:"))
+
+
+def _object(payload: bytes) -> dict[str, Any]:
+    try:
+        parsed = json.loads(payload)
+    except ValueError:
+        return {}
+    return parsed if isinstance(parsed, dict) else {}
+
+
+def _carries_output(chunk: dict[str, Any]) -> bool:
+    choices = chunk.get("choices")
+    if not isinstance(choices, list):
+        return False
+    deltas = [choice.get("delta", choice) for choice in choices if isinstance(choice, dict)]
+    return any(isinstance(delta, dict) and any(delta.get(name) for name in _TOKEN_FIELDS) for delta in deltas)
+
+
+def _stream_error(chunk: dict[str, Any]) -> GatewayError:
+    error = chunk["error"]
+    status = error.get("code") if isinstance(error, dict) else None
+    return engine_error(status if isinstance(status, int) else 500, json.dumps(chunk).encode())

@@ -1,0 +1,306 @@
+"""The process that looks into media.
+
+It reads jobs from the socket on its standard input, each a line of JSON with the file's descriptor attached, and
+answers each with a line of JSON.
+"""
+
+import json
+import math
+import os
+import resource
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from server.media.facts import Facts, Limits, ProbeError
+
+if TYPE_CHECKING:
+    from av import Packet, VideoStream
+
+    VideoPacket = Packet[VideoStream]
+    SizeReader = Callable[[VideoPacket | None], tuple[int, int]]  # of a packet, or the end; (0, 0) if it tells none
+
+MEMORY_BYTES = 2 * 2**30  # address space, of which libav's libraries take a third
+MESSAGE_BYTES = 64 * 1024
+
+VIDEO_CODECS = (
+    *("h264", "hevc", "vp8", "vp9", "av1"),
+    *("h263", "flv1", "mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "theora"),
+)
+# Of these, decoders don't read the headers of frames that they skip, or skip none; but there are parsers that do.
+_PARSED_CODECS = ("h264", "hevc", "av1")
+_AUDIO_CODECS = ("aac", "alac", "flac", "mp3", "opus", "vorbis", "pcm_f32le", "pcm_s16le", "pcm_s24le", "pcm_u8")
+# libav's own list, of its names for decoders: it opens some before it says what a file holds.
+_DECODERS = ",".join((*VIDEO_CODECS, "flv", "libdav1d", *_AUDIO_CODECS, "mp3float", "libopus", "libvorbis"))
+_IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
+MAX_IMAGE_PIXELS = 2**26
+MAX_FPS = 1000
+BYTES_PER_PIXEL = 3
+BYTES_PER_SAMPLE = 4
+
+
+class _Frames:
+    """Decodes the first frame of a video; of the others it reads the headers, for what size they are."""
+
+    def __init__(self, stream: "VideoStream", limits: Limits) -> None:
+        """Take a stream of which nothing has been decoded yet."""
+        self.largest = (0, 0)
+        self._context = context = stream.codec_context
+        self._limits = limits
+        self._is_decoded = False
+        self._size_in = self._reader(stream)
+        self._note(context.width, context.height)
+
+    def read(self, packet: "VideoPacket") -> None:
+        """Raise ProbeError for a frame that is too large, av.FFmpegError if the first can't be decoded."""
+        if not self._is_decoded:
+            self._decode(packet)
+        self._note(*self._size_in(packet))
+
+    def end(self) -> None:
+        """Raise ProbeError if no frame could be decoded."""
+        if not self._is_decoded:
+            self._decode(None)
+        if not self._is_decoded:
+            raise ProbeError("the video holds no frame that can be decoded")
+        self._note(*self._size_in(None))
+
+    def _decode(self, packet: "VideoPacket | None") -> None:
+        self._is_decoded = bool(self._context.decode(packet))
+        self._note(self._context.width, self._context.height)
+
+    def _note(self, width: int, height: int) -> None:
+        if width * height > self._limits.max_pixels:
+            raise _too_large(f"have {width} x {height}", self._limits)
+        self.largest = max(self.largest, (width, height), key=math.prod)
+
+    def _reader(self, stream: "VideoStream") -> "SizeReader":
+        codec = stream.codec_context.codec.canonical_name
+        if codec == "vp9":  # its decoder skips nothing, its parser tells no size
+            return _vp9_size
+        return _parser(stream) if codec in _PARSED_CODECS else self._skim
+
+    def _skim(self, packet: "VideoPacket | None") -> tuple[int, int]:
+        from av import FFmpegError
+
+        if not self._is_decoded:
+            return 0, 0
+        self._context.skip_frame = "ALL"
+        try:
+            self._context.decode(packet)
+        except FFmpegError:
+            if not self._context.width:  # libav has no size for frames beyond `max_pixels`
+                raise _too_large("grow to too many", self._limits) from None
+        return self._context.width, self._context.height
+
+
+def _parser(stream: "VideoStream") -> "SizeReader":
+    """Return what reads sizes with the codec's parser, some of them one packet later."""
+    from av import CodecContext, Packet
+    from av.bitstream import BitStreamFilterContext
+
+    codec = stream.codec_context.codec.canonical_name
+    parser: Any = CodecContext.create(codec, "r")
+    as_stream: Any = None
+    if codec == "hevc":  # in files its frames have no start codes, without which its parser finds none
+        as_stream = BitStreamFilterContext("hevc_mp4toannexb", stream)
+    else:
+        parser.extradata = stream.codec_context.extradata
+
+    def size_in(packet: "VideoPacket | None") -> tuple[int, int]:
+        parser.width = parser.height = 0  # what is set already, parsers don't tell
+        if as_stream is None or packet is None:
+            parser.parse(packet)
+        else:
+            for piece in as_stream.filter(Packet(bytes(packet))):
+                parser.parse(piece)
+        return parser.width, parser.height
+
+    return size_in
+
+
+def _vp9_size(packet: "VideoPacket | None") -> tuple[int, int]:
+    """Return what the header of a VP9 key frame says; others take the size of an earlier one (VP9 bitstream, 6.2)."""
+    frame = b"" if packet is None else bytes(packet)[:16]
+    bits = format(int.from_bytes(frame.ljust(16, b"\0"), "big"), "0128b")
+    profile = int(bits[2]) + 2 * int(bits[3])
+    at = 4 + (profile == 3)
+    if bits[:2] != "10" or bits[at : at + 2] != "00":  # shows an earlier frame, or is not a key frame
+        return 0, 0
+    at += 4 + 24 + (profile >= 2)  # the flags, the sync code, the bit depth
+    is_rgb = bits[at : at + 3] == "111"
+    at += 3 + (not is_rgb) + (profile % 2) * (1 if is_rgb else 3)  # the colour space, its range, the subsampling
+    return int(bits[at : at + 16], 2) + 1, int(bits[at + 16 : at + 32], 2) + 1
+
+
+def read_video(descriptor: int, demuxer: str, limits: Limits) -> Facts:
+    """Return the facts about the video in an open file, decoding one frame and reading the headers of the rest.
+
+    The demuxer is given, never guessed, and opens nothing else: neither playlists nor scripts are ever followed.
+    Raises ProbeError if it is not a video that is taken, and av.FFmpegError if it is a broken one.
+    """
+    import av  # the gateway's own process never loads the decoders
+
+    options = {
+        "codec_whitelist": _DECODERS,
+        "protocol_whitelist": "none",
+        "max_pixels": str(limits.max_pixels),
+        "threads": "1",
+    }
+    with os.fdopen(descriptor, "rb") as file, av.open(file, "r", format=demuxer, options=options) as container:
+        stream = next((stream for stream in container.streams if isinstance(stream, av.VideoStream)), None)
+        if stream is None:
+            raise ProbeError("the file holds no video stream")
+        context = stream.codec_context
+        codec = "an unknown codec" if context is None else context.codec.canonical_name
+        if codec not in VIDEO_CODECS:
+            raise ProbeError(f"the video is in {codec}; taken are {', '.join(VIDEO_CODECS)}")
+        context.options = {"max_pixels": str(limits.max_pixels)}
+        stream.thread_count = 1
+        pictures = _Frames(stream, limits)
+        frames, begin, end = 0, math.inf, -math.inf
+        for packet in container.demux(stream):
+            if packet.size == 0:
+                continue
+            if packet.is_corrupt:
+                raise ProbeError("the video is truncated")
+            frames += 1
+            _check_frames(frames, limits)
+            time = packet.pts if packet.pts is not None else packet.dts
+            if time is not None:
+                begin, end = min(begin, time), max(end, time + (packet.duration or 0))
+            pictures.read(packet)
+        pictures.end()
+        width, height = pictures.largest
+        _check_frames(stream.frames, limits)
+        if stream.frames > 10 * frames + 100:  # clips that were cut without encoding them anew claim what they were
+            raise ProbeError(f"the video claims {stream.frames} frames and holds {frames}")
+        measured = float((end - begin) * stream.time_base) if end > begin and stream.time_base else 0.0
+        claimed = [
+            float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0,
+            container.duration / 1e6 if container.duration else 0.0,
+        ]
+        fps = frames / measured if measured else 0.0
+        for rate in (fps, float(stream.guessed_rate or stream.average_rate or fps)):
+            if frames > 1 and not 0 < rate <= MAX_FPS:
+                raise ProbeError(f"the video claims {rate:.6g} frames per second, at most {MAX_FPS} are allowed")
+        facts = Facts(
+            container=container.format.name,
+            codec=codec,
+            width=width,
+            height=height,
+            duration_seconds=max(measured, *claimed),
+            frames=frames,
+            fps=fps,
+            decoded_bytes=min(frames, limits.sampled_frames) * width * height * BYTES_PER_PIXEL,
+        )
+    _check_duration("video", facts.duration_seconds, limits, code="video_too_long")
+    return facts
+
+
+def read_audio(descriptor: int, demuxer: str, limits: Limits) -> Facts:
+    """Return the facts about the audio clip in an open file, decoding nothing; raises as `read_video`."""
+    import av
+
+    options = {"codec_whitelist": _DECODERS, "protocol_whitelist": "none"}
+    with os.fdopen(descriptor, "rb") as file, av.open(file, "r", format=demuxer, options=options) as container:
+        stream = next((stream for stream in container.streams if isinstance(stream, av.AudioStream)), None)
+        if stream is None or stream.codec_context is None or not stream.time_base:
+            raise ProbeError("the file holds no audio stream")
+        codec = stream.codec_context.codec.canonical_name
+        if codec not in _AUDIO_CODECS:
+            raise ProbeError(f"the audio is in {codec}; taken are {', '.join(_AUDIO_CODECS)}")
+        measured = sum(packet.duration or 0 for packet in container.demux(stream)) * float(stream.time_base)
+        claimed = float((stream.duration or 0) * stream.time_base)
+        seconds = max(measured, claimed)
+        _check_duration("audio", seconds, limits, code="audio_too_long")
+        samples = seconds * stream.codec_context.sample_rate * stream.codec_context.channels
+        return Facts(
+            container.format.name, codec, duration_seconds=seconds, decoded_bytes=int(samples * BYTES_PER_SAMPLE)
+        )
+
+
+def read_image(descriptor: int, demuxer: str, limits: Limits) -> Facts:
+    """Return the facts about the image in an open file, from its header; raise ProbeError if it is too large."""
+    from PIL import Image
+
+    del demuxer, limits
+    with os.fdopen(descriptor, "rb") as file, Image.open(file, formats=_IMAGE_FORMATS) as image:
+        if image.width * image.height > MAX_IMAGE_PIXELS:
+            raise ProbeError(
+                f"the image has {image.width} x {image.height} pixels, at most {MAX_IMAGE_PIXELS} are allowed",
+                code="media_too_large",
+            )
+        return Facts(
+            container=str(image.format).lower(),
+            codec="",
+            width=image.width,
+            height=image.height,
+            decoded_bytes=image.width * image.height * BYTES_PER_PIXEL,
+        )
+
+
+_READERS: dict[str, Callable[[int, str, Limits], Facts]] = {
+    "video": read_video,
+    "image": read_image,
+    "audio": read_audio,
+}
+
+
+def _too_large(size: str, limits: Limits) -> ProbeError:
+    return ProbeError(
+        f"the video's frames {size} pixels, at most {limits.max_pixels} are allowed", code="media_too_large"
+    )
+
+
+def _check_frames(frames: int, limits: Limits) -> None:
+    if frames > limits.max_frames:
+        raise ProbeError(f"the video has more than {limits.max_frames} frames", code="video_too_long")
+
+
+def _check_duration(kind: str, seconds: float, limits: Limits, *, code: str) -> None:
+    if not seconds <= limits.max_seconds:
+        raise ProbeError(
+            f"the {kind} lasts {seconds:.6g} seconds, at most {limits.max_seconds:g} are allowed",
+            code=code,
+        )
+
+
+def _answer(line: bytes, descriptor: int) -> dict[str, Any]:
+    job = json.loads(line)
+    kind = job["kind"]
+    try:
+        return asdict(_READERS[kind](descriptor, job["demuxer"], Limits(**job["limits"])))
+    except ProbeError as exc:
+        return {"error": str(exc), "code": exc.code}
+    except (MemoryError, OverflowError):
+        return {"error": f"the {kind} could not be read within the limits", "code": None}
+    except Exception:  # libav's and Pillow's errors, and what a damaged file makes of their bindings
+        return {"error": f"the {kind} is truncated or broken", "code": None}
+
+
+def main(cpu_seconds: int) -> None:
+    """Answer jobs until the gateway is gone."""
+    import av
+    from PIL import Image
+
+    av.logging.set_level(None)
+    Image.MAX_IMAGE_PIXELS = None  # Pillow would warn; the limit here is the reader's
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with socket.socket(fileno=0) as jobs:
+        while True:
+            line, descriptors, _, _ = socket.recv_fds(jobs, MESSAGE_BYTES, 1)
+            if not line or not descriptors:
+                return
+            usage = resource.getrusage(resource.RUSAGE_SELF)
+            spent = math.ceil(usage.ru_utime + usage.ru_stime)
+            resource.setrlimit(resource.RLIMIT_CPU, (spent + cpu_seconds, resource.RLIM_INFINITY))
+            jobs.sendall(json.dumps(_answer(line, descriptors[0])).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

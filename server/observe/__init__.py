@@ -1,0 +1,1 @@
+"""What happened: the record of a request, and the metrics, traces and log lines made from it."""

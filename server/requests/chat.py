@@ -1,0 +1,204 @@
+"""The fields of a chat request that the gateway reads. Everything else passes through as it came."""
+
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+from uuid import uuid4
+
+from server.aliases import Alias
+from server.engines.savings import Savings
+from server.engines.streams import ChatStream
+from server.errors import ForbiddenField, InvalidRequest
+from server.media.part import Kind, MediaPart, Source
+from server.requests.fields import (
+    ask_for_usage,
+    dump_json,
+    parse_json_object,
+    read_retention,
+    read_stream_fields,
+    refuse_template_fields,
+)
+from server.requests.parameters import OPERATOR_FIELDS
+
+URL_KEYS: dict[str, Kind] = {"video_url": "video", "image_url": "image", "audio_url": "audio"}
+PART_TYPES = {"image_url": "input_image"}  # what else parts with that key may be called
+MEDIA_KEYS = (*URL_KEYS, "input_audio", "file")
+LARGE_VALUE_CHARACTERS = 65_536
+MAX_SET_ASIDE = 1024
+_DATA_URL = re.compile(rb'"data:[a-z]{5}/[a-z0-9.+-]{1,40};base64,')
+_MARK = re.compile(rb"(aot-[0-9a-f]{32})")
+_MARK_CHARACTERS = 36
+
+
+@dataclass
+class ChatRequest:
+    """A chat request as parsed, and what was read from it."""
+
+    fields: dict[str, Any]
+    model: str
+    stream: bool
+    usage_wanted: bool
+    retention: float | None
+    media: list[MediaPart] = field(default_factory=list)
+
+    @property
+    def has_video(self) -> bool:
+        """Whether any part is a video."""
+        return any(part.kind == "video" for part in self.media)
+
+    def address_to(self, alias: Alias) -> None:
+        """Rewrite for the engine: its model name, the retention, and the usage that the savings are reported in.
+
+        Raises RetentionRefused if the alias does not allow the request's retention.
+        """
+        retention = alias.retention_for(self.retention)
+        self.fields["model"] = alias.engine_model
+        for name in ("aot", *OPERATOR_FIELDS):
+            self.fields.pop(name, None)
+        if retention is not None and self.has_video:
+            self.fields["mm_processor_kwargs"] = {"aot_retention": retention}
+        if self.stream:
+            ask_for_usage(self.fields, usage_wanted=self.usage_wanted)
+
+    def forget_content(self) -> None:
+        """Let go of the messages, which may hold megabytes; what was read from them stays."""
+        self.fields.clear()
+        self.media.clear()
+
+    def reader(self, savings: Savings | None) -> ChatStream:
+        """Return what reads the engine's stream."""
+        return ChatStream(savings=savings, usage_wanted=self.usage_wanted)
+
+    def serialise(self) -> list[bytes | memoryview]:
+        """Return the request as JSON, in pieces; raise InvalidRequest for what JSON can't carry.
+
+        Large media are pieces of their own, as they came: escaping, encoding or copying megabytes of base64 that need
+        none of it would be the largest cost of a video request.
+        """
+        aside = {part.value[-_MARK_CHARACTERS:]: part.payload for part in self.media if part.payload is not None}
+        large = [part for part in self.media if part.is_plain and len(part.value) >= LARGE_VALUE_CHARACTERS]
+        for part in large:
+            part.holder[part.key] = mark = _new_mark()
+            aside[mark] = memoryview(part.value.encode())
+        try:
+            pieces = _MARK.split(dump_json(self.fields))
+        finally:
+            for part in large:
+                part.holder[part.key] = part.value
+        by_mark: dict[bytes, memoryview] = {mark.encode(): payload for mark, payload in aside.items()}
+        return [by_mark.get(piece, piece) for piece in pieces]
+
+
+def parse_chat_request(body: bytes | bytearray, *, chat_template_kwargs: Collection[str]) -> ChatRequest:
+    """Return the request in `body`.
+
+    Raises InvalidRequest if it is no chat request, ForbiddenField if it sets what only the operator may set, and
+    RetentionRefused if `aot.retention` is not a number; `chat_template_kwargs` names the template switches allowed.
+
+    Large data URLs are set aside before the rest is parsed, which is nearly nothing then. What turns out not to be a
+    medium is parsed after all.
+    """
+    light, payloads = _set_aside(body)
+    chat = _read_request(light, chat_template_kwargs)
+    for part in chat.media:
+        part.payload = payloads.pop(part.value[-_MARK_CHARACTERS:], None)
+    return chat if not payloads else _read_request(body, chat_template_kwargs)
+
+
+def _set_aside(body: bytes | bytearray) -> tuple[bytes | bytearray, dict[str, memoryview]]:
+    """Return `body` with a mark in the place of each large string of base64, and those by their marks."""
+    view = memoryview(body)
+    pieces: list[bytes | memoryview] = []
+    payloads: dict[str, memoryview] = {}
+    done = at = 0
+    for _ in range(MAX_SET_ASIDE):
+        found = _DATA_URL.search(body, at)
+        end = -1 if found is None else body.find(b'"', found.end())
+        if found is None or end < 0:
+            break
+        at, begin = end, found.end()
+        if end - begin >= LARGE_VALUE_CHARACTERS and body.find(b"\\", begin, end) < 0:
+            mark = _new_mark()
+            payloads[mark] = view[begin:end]
+            pieces += [view[done:begin], mark.encode()]
+            done = end
+    return (b"".join([*pieces, view[done:]]) if payloads else body), payloads
+
+
+def _new_mark() -> str:
+    return f"aot-{uuid4().hex}"
+
+
+def _read_request(body: bytes | bytearray, chat_template_kwargs: Collection[str]) -> ChatRequest:
+    fields = parse_json_object(body)
+    refuse_template_fields(fields, chat_template_kwargs)
+    model, stream, usage_wanted = read_stream_fields(fields)
+    if not isinstance(fields.get("messages"), list):
+        raise InvalidRequest("messages must be an array", param="messages")
+    return ChatRequest(
+        fields=fields,
+        model=model,
+        stream=stream,
+        usage_wanted=usage_wanted,
+        retention=read_retention(fields.get("aot")),
+        media=list(_media_parts(fields["messages"])),
+    )
+
+
+def _media_parts(messages: list[Any]) -> Iterator[MediaPart]:
+    """Yield every medium. Engines take parts without a type too, and URLs without an object around them."""
+    for i, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, dict) else None
+        for j, part in enumerate(content if isinstance(content, list) else ()):
+            if not isinstance(part, dict):
+                continue
+            where = f"messages[{i}].content[{j}]"
+            _refuse_part_fields(part, where)
+            keys = [key for key in MEDIA_KEYS if part.get(key) is not None]
+            if not keys:
+                continue
+            if len(keys) > 1:
+                raise InvalidRequest(f"{where} must hold one of {' and '.join(keys)}, not both", param=where)
+            kind = part.get("type")
+            if kind is not None and kind not in (keys[0], PART_TYPES.get(keys[0])):
+                raise InvalidRequest(f"{where}.type must be {keys[0]} where the part holds one", param=where)
+            yield _media_part(part, keys[0], f"{where}.{keys[0]}")
+
+
+def _media_part(part: dict[str, Any], key: str, where: str) -> MediaPart:
+    value = part[key]
+    if isinstance(value, dict):
+        _refuse_part_fields(value, where)
+    if key == "input_audio":
+        return _found("audio", "base64", where, part, value, "data")
+    if key == "file":
+        sources: dict[str, Source] = {"file_id": "upload", "file_data": "base64"}
+        given = [name for name in sources if isinstance(value, dict) and value.get(name) is not None]
+        if len(given) != 1:
+            raise InvalidRequest(f"{where} must have either a file_id or file_data", param=where)
+        return _found("video", sources[given[0]], where, part, value, given[0])
+    if isinstance(value, dict):
+        return _found(URL_KEYS[key], "url", where, part, value, "url")
+    return _found(URL_KEYS[key], "url", where, part, part, key, f"{where}.url")
+
+
+def _found(
+    kind: Kind, source: Source, where: str, part: dict[str, Any], holder: object, key: str, param: str | None = None
+) -> MediaPart:
+    param = param or f"{where}.{key}"
+    value = holder.get(key) if isinstance(holder, dict) else None
+    if not isinstance(holder, dict) or not isinstance(value, str):
+        raise InvalidRequest(f"{param} must be a string", param=param)
+    if key == "file_data" and value[:5].lower() == "data:":
+        source = "url"
+    return MediaPart(kind, source, value, param, part, holder, key)
+
+
+def _refuse_part_fields(part: dict[str, Any], where: str) -> None:
+    kind = part.get("type")
+    if isinstance(kind, str) and kind.endswith("_embeds"):
+        raise ForbiddenField(f"parts of type {kind[:80]} can't be sent", param=where)
+    for name in part:
+        if name == "uuid" or name.endswith("_embeds"):
+            raise ForbiddenField(f"{name[:80]} can't be set in a media part", param=f"{where}.{name[:80]}")

@@ -1,0 +1,94 @@
+"""The fields that requests of all generating endpoints have, and the JSON that they are read from and written to."""
+
+import json
+import math
+from collections.abc import Collection
+from typing import Any
+
+from server.errors import ForbiddenField, InvalidRequest, RetentionRefused
+
+MOST_VALUES = 500_000  # parsing more would hold up everybody else's requests, and take a hundred times their size
+
+
+def read_stream_fields(fields: dict[str, Any]) -> tuple[str, bool, bool]:
+    """Return the model, whether a stream is wanted and whether its usage is; raise InvalidRequest."""
+    model = fields.get("model")
+    if not isinstance(model, str) or not model:
+        raise InvalidRequest("you must provide a model parameter", param="model")
+    stream = fields.get("stream")
+    if not isinstance(stream, bool | None):
+        raise InvalidRequest("stream must be a boolean", param="stream")
+    options = fields.get("stream_options")
+    if not isinstance(options, dict | None):
+        raise InvalidRequest("stream_options must be an object", param="stream_options")
+    return model, bool(stream), bool((options or {}).get("include_usage"))
+
+
+def ask_for_usage(fields: dict[str, Any], *, usage_wanted: bool) -> None:
+    """Have a stream end with its usage, which the gateway counts and hides from a client that does not want it."""
+    options = dict(fields.get("stream_options") or {}, include_usage=True)
+    if not usage_wanted:
+        options.pop("continuous_usage_stats", None)  # means nothing to the engine without include_usage
+    fields["stream_options"] = options
+
+
+def dump_json(fields: dict[str, Any]) -> bytes:
+    """Return `fields` as JSON; raise InvalidRequest for what JSON can't carry."""
+    try:
+        return json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    except (ValueError, RecursionError) as exc:  # an infinite number, a lone surrogate
+        raise InvalidRequest("the request body holds a number or character that JSON can't carry") from exc
+
+
+def parse_json_object(body: bytes | bytearray) -> dict[str, Any]:
+    """Return the JSON object in `body`; raise InvalidRequest if there is none, or one of too many values."""
+    if len(body) > MOST_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
+        raise InvalidRequest(f"the request body holds more than {MOST_VALUES} values")
+    constants: list[str] = []
+
+    def note_constant(name: str) -> float:
+        constants.append(name)
+        return math.nan
+
+    try:
+        fields = json.loads(body.decode("utf-8"), parse_constant=note_constant)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidRequest("the request body is not valid JSON") from exc
+    if not isinstance(fields, dict):
+        raise InvalidRequest("the request body must be a JSON object")
+    if constants:
+        read_retention(fields.get("aot"))  # names the place if it is the one that matters
+        raise InvalidRequest(f"the request body is not valid JSON: it holds {constants[0]}")
+    return fields
+
+
+def refuse_template_fields(fields: dict[str, Any], chat_template_kwargs: Collection[str]) -> None:
+    """Raise ForbiddenField for a switch of the chat template that is not among `chat_template_kwargs`."""
+    template_kwargs = fields.get("chat_template_kwargs")
+    if template_kwargs is None:
+        return
+    if not isinstance(template_kwargs, dict):
+        raise InvalidRequest("chat_template_kwargs must be an object", param="chat_template_kwargs")
+    for name in template_kwargs:
+        if name not in chat_template_kwargs:
+            field = f"chat_template_kwargs.{name}"[:200]
+            raise ForbiddenField(f"{field} can't be set in a request", param=field)
+
+
+def read_retention(aot: object) -> float | None:
+    if aot is None:
+        return None
+    if not isinstance(aot, dict):
+        raise RetentionRefused('aot must be an object like {"retention": 0.15}', param="aot")
+    unknown = [name for name in aot if name != "retention"]
+    if unknown:
+        raise RetentionRefused(f"aot has no key {unknown[0][:80]!r}; it takes retention", param="aot.retention")
+    value = aot.get("retention")
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        raise RetentionRefused("aot.retention must be a number in (0, 1]", param="aot.retention")
+    if not 0 < value <= 1:
+        shown = f", got {value:g}" if abs(value) < 10**6 else ""
+        raise RetentionRefused(f"aot.retention must be in (0, 1]{shown}", param="aot.retention")
+    return float(value)
