@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import uvicorn
 
-from server.admission.drain import Lifecycle
+from server.admission.drain import Drain
 from server.app import create_app
 from server.edge.head_limits import bounded_http
 from server.errors import ConfigurationError
@@ -28,22 +28,22 @@ KEEPALIVE_SECONDS = 75  # above what clients keep idle connections for, so that 
 class DrainingServer(uvicorn.Server):
     """Goes on listening while it drains, so that probes and new requests are told; uvicorn would close its sockets."""
 
-    def __init__(self, config: uvicorn.Config, lifecycle: Lifecycle) -> None:
-        """Serve `config`, and end as `lifecycle` says."""
+    def __init__(self, config: uvicorn.Config, drain: Drain) -> None:
+        """Serve `config`, and end as `drain` says."""
         super().__init__(config)
-        self._lifecycle = lifecycle
+        self._drain = drain
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Drain at the first signal; stop at once at the second."""
-        if self._lifecycle.draining:
+        if self._drain.has_begun:
             super().handle_exit(sig, frame)
         else:
             logger.info("draining")
-            self._lifecycle.drain()
+            self._drain.begin()
 
     async def on_tick(self, counter: int) -> bool:
         """Return whether to stop."""
-        if self._lifecycle.finished():
+        if self._drain.finished():
             self.should_exit = True
         return await super().on_tick(counter)
 
@@ -62,8 +62,8 @@ def main() -> int:
     """Run until told to stop; return the exit code."""
     try:
         settings = Settings.from_environment()
-        lifecycle = Lifecycle(settings.drain_seconds)
-        app = create_app(settings, lifecycle=lifecycle, tracing=_tracing())
+        drain = Drain(settings.drain_seconds)
+        app = create_app(settings, drain=drain, tracing=_tracing())
     except ConfigurationError as exc:
         sys.stderr.write(f"The gateway can't start:\n{exc}\n")
         return BAD_SETTINGS
@@ -83,7 +83,7 @@ def main() -> int:
         timeout_keep_alive=KEEPALIVE_SECONDS,
         timeout_graceful_shutdown=LAST_WORDS_SECONDS,
     )
-    server = DrainingServer(config, lifecycle)
+    server = DrainingServer(config, drain)
     server.run()
     return 0 if server.started else 1
 

@@ -54,7 +54,7 @@ class GatewayError(Exception):
         self.retry_after_seconds = retry_after_seconds
 
 
-class InvalidRequest(GatewayError):  # noqa: N818
+class InvalidRequest(GatewayError):
     """The request is malformed."""
 
 
@@ -78,15 +78,15 @@ class FetchFailed(MediaRefused):
         super().__init__(message, code=code)
 
 
-class Unauthorized(GatewayError):  # noqa: N818
+class Unauthorized(GatewayError):
     """The request has no API key, or none that is valid."""
 
 
-class RouteNotFound(GatewayError):  # noqa: N818
+class RouteNotFound(GatewayError):
     """No such route."""
 
 
-class MethodNotAllowed(GatewayError):  # noqa: N818
+class MethodNotAllowed(GatewayError):
     """The route exists, the method doesn't."""
 
     def __init__(self, message: str, *, allowed: str) -> None:
@@ -95,56 +95,51 @@ class MethodNotAllowed(GatewayError):  # noqa: N818
         self.allowed = allowed
 
 
-class UnknownModel(GatewayError):  # noqa: N818
+class UnknownModel(GatewayError):
     """The model is neither an alias nor served by an engine."""
 
 
-class UnknownFile(GatewayError):  # noqa: N818
+class UnknownFile(GatewayError):
     """The tenant has no such file."""
 
 
-class BodyTooLarge(GatewayError):  # noqa: N818
+class BodyTooLarge(GatewayError):
     """The body passed its size limit."""
 
 
-class BodyTimeout(GatewayError):  # noqa: N818
+class BodyTimeout(GatewayError):
     """The body did not arrive in time."""
 
 
-class RateLimited(GatewayError):  # noqa: N818
-    """The tenant has used up one of its limits."""
-
-    def __init__(self, message: str, *, retry_after_seconds: int) -> None:
-        """Keep the time after which the request would fit."""
-        super().__init__(message)
-        self.retry_after_seconds = retry_after_seconds
+class RateLimited(GatewayError):
+    """The tenant has used up one of its limits; `retry_after_seconds` is the time until the request would fit."""
 
 
-class Overloaded(GatewayError):  # noqa: N818
+class Overloaded(GatewayError):
     """Queue, memory, downloads or store are full, or the wait in the queue became too long."""
 
 
-class Draining(GatewayError):  # noqa: N818
+class Draining(GatewayError):
     """The gateway is shutting down."""
 
 
-class EngineUnavailable(GatewayError):  # noqa: N818
+class EngineUnavailable(GatewayError):
     """No engine for the request's model could be reached; none has spent anything on the request."""
 
 
-class EngineFailed(GatewayError):  # noqa: N818
+class EngineFailed(GatewayError):
     """The engine broke after it had taken the request."""
 
 
-class EngineTimeout(GatewayError):  # noqa: N818
+class EngineTimeout(GatewayError):
     """The engine fell silent after it had taken the request."""
 
 
-class ClientGone(GatewayError):  # noqa: N818
+class ClientGone(GatewayError):
     """The client closed the connection."""
 
 
-class EngineRefused(GatewayError):  # noqa: N818
+class EngineRefused(GatewayError):
     """The engine's own error, already in the client's terms."""
 
     def __init__(self, message: str, *, status: int, param: str | None = None, code: str | None = None) -> None:
@@ -231,8 +226,6 @@ def _answer(verdict: Verdict, exc: GatewayError) -> ErrorAnswer:
         headers["x-should-retry"] = "false"
     if isinstance(exc, MethodNotAllowed):
         headers["allow"] = exc.allowed
-    if isinstance(exc, RateLimited):
-        headers["retry-after"] = str(exc.retry_after_seconds)
     if isinstance(exc, Unauthorized):
         headers["www-authenticate"] = "Bearer"
     error = {

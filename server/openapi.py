@@ -1,17 +1,17 @@
-"""The OpenAPI document: from the routes, the models they answer with and the table of errors, so that it says no more.
+"""What FastAPI can't derive for the OpenAPI document: errors and headers of every answer, keys, and raw ASGI endpoints.
 
-Endpoints that are plain ASGI applications have an `Operation` here, as FastAPI knows nothing of them.
+Everything else follows from the routes and the models they declare.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any
 
 from fastapi.openapi.utils import get_openapi
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic.json_schema import models_json_schema
+from fastapi.routing import APIRoute
+from pydantic import BaseModel, Field
 from starlette.routing import BaseRoute
+from starlette.types import ASGIApp
 
 from server import __version__
 from server.errors import (
@@ -24,26 +24,26 @@ from server.errors import (
     EngineFailed,
     EngineTimeout,
     EngineUnavailable,
-    FetchFailed,
     ForbiddenField,
     GatewayError,
     InvalidRequest,
-    MediaRefused,
     Overloaded,
     RateLimited,
-    RetentionRefused,
     Unauthorized,
     UnknownModel,
     Verdict,
 )
-from server.requests.parameters import OPERATOR_FIELDS
 
 Schema = dict[str, Any]
-REF = "#/components/schemas/{model}"
 TITLE = "AOT gateway"
 DESCRIPTION = "An OpenAI-compatible front for vLLM engines that reports what token reduction saved."
 KEY_SCHEME = "apiKey"
 EVERYWHERE = (Unauthorized, RateLimited, Draining)
+BY_ENGINES = (
+    *(InvalidRequest, ForbiddenField, UnknownModel, BodyTooLarge, BodyTimeout),
+    *(Overloaded, EngineUnavailable, EngineFailed, EngineTimeout),
+)
+"""How every generating endpoint may refuse a request, besides what engines say themselves."""
 
 _EVERY_ANSWER: dict[str, Schema] = {
     "x-request-id": {"description": "the request's id", "schema": {"type": "string"}, "required": True},
@@ -62,7 +62,7 @@ _LIMITS: dict[str, Schema] = {
         ("reset", "the time until all is left again", {"type": "string", "examples": ["12.500s"]}),
     )
 }
-_SAVINGS: dict[str, Schema] = {
+SAVINGS: dict[str, Schema] = {
     "x-aot-video-tokens-before": {
         "description": "video tokens before the reduction",
         "schema": {"type": "integer", "minimum": 1},
@@ -81,6 +81,12 @@ _BY_VERDICT: dict[str, Schema] = {
     "x-should-retry": {"description": "that another try would only be waste", "schema": {"const": "false"}},
     "www-authenticate": {"description": "the scheme to send a key with", "schema": {"const": "Bearer"}},
 }
+_EVENT: Schema = {
+    "type": "object",
+    "description": "One event of the stream",
+    "properties": {"data": {"type": "string", "description": "a chunk or an error as JSON, or [DONE]"}},
+    "required": ["data"],
+}
 
 
 class ErrorDetail(BaseModel):
@@ -98,177 +104,32 @@ class ErrorBody(BaseModel):
     error: ErrorDetail
 
 
-class Retention(BaseModel):
-    """What a request may ask of the token reduction."""
+class RawRoute(APIRoute):
+    """A route to a plain ASGI application, described by the signature of a function that is never called."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    retention: Annotated[float | None, Field(gt=0, le=1)] = None
-    """The share of video tokens to keep, inside the bounds of the model."""
-
-
-class MediaURL(BaseModel):
-    """A place that media are taken from."""
-
-    url: str
-
-
-class VideoPart(BaseModel):
-    """A video, as an https URL or a data URL."""
-
-    model_config = ConfigDict(extra="allow")
-
-    type: Literal["video_url"]
-    video_url: MediaURL
-
-
-class ChatMessage(BaseModel):
-    """A message of the conversation. What engines take beside what is described here passes through."""
-
-    model_config = ConfigDict(extra="allow")
-
-    role: str
-    content: str | list[VideoPart | dict[str, Any]] | None = None
-
-
-class ChatCompletionRequest(BaseModel):
-    """OpenAI's request. Fields that are not described here pass through to the engine."""
-
-    model_config = ConfigDict(
-        extra="allow",
-        json_schema_extra={"not": {"anyOf": [{"required": [name]} for name in OPERATOR_FIELDS]}},
-    )
-
-    model: Annotated[str, Field(min_length=1)]
-    messages: list[ChatMessage]
-    stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
-    aot: Retention | None = None
-
-
-class CompletionRequest(BaseModel):
-    """OpenAI's request of the older endpoint. Fields that are not described here pass through to the engine."""
-
-    model_config = ChatCompletionRequest.model_config
-
-    model: Annotated[str, Field(min_length=1)]
-    prompt: str | list[Any]
-    stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
-
-
-class ResponseRequest(BaseModel):
-    """OpenAI's request of the newer endpoint, without videos. What is not described here passes through."""
-
-    model_config = ChatCompletionRequest.model_config
-
-    model: Annotated[str, Field(min_length=1)]
-    input: str | list[Any]
-    stream: bool | None = None
-
-
-class VideoTokens(BaseModel):
-    """What the reduction saved on the request's videos together, as the engine counts."""
-
-    before: Annotated[int, Field(ge=1)]
-    after: Annotated[int, Field(ge=0)]
-    retention: Annotated[float, Field(ge=0, le=1)]
-
-
-class Usage(BaseModel):
-    """The engine's counts; `video_tokens` where it reported them."""
-
-    model_config = ConfigDict(extra="allow", json_schema_extra={"required": []})
-
-    video_tokens: VideoTokens | None = None
-
-
-class ChatCompletion(BaseModel):
-    """The engine's answer, with what was saved in its usage."""
-
-    model_config = ConfigDict(extra="allow")
-
-    choices: list[dict[str, Any]]
-    usage: Usage | None = None
-
-
-class Passed(BaseModel):
-    """The engine's answer, as it came."""
-
-    model_config = ConfigDict(extra="allow")
-
-    usage: dict[str, Any] | None = None
-
-
-EVENT: Schema = {
-    "type": "object",
-    "description": "One event of the stream",
-    "properties": {"data": {"type": "string", "description": "a chunk or an error as JSON, or [DONE]"}},
-    "required": ["data"],
-}
-
-
-@dataclass(frozen=True)
-class Operation:
-    """An endpoint that is a plain ASGI application. Its answer may be a stream of events."""
-
-    name: str
-    summary: str
-    request: type[BaseModel]
-    answer: type[BaseModel]
-    refusals: tuple[type[GatewayError], ...]
-    headers: Mapping[str, Schema]
-
-    def described(self) -> Schema:
-        """Return OpenAPI's operation object."""
-        return {
-            "operationId": self.name,
-            "summary": self.summary,
-            "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(self.request)}}},
-            "responses": {
-                "200": {
-                    "description": "The engine's answer",
-                    "content": {
-                        "application/json": {"schema": _ref(self.answer)},
-                        "text/event-stream": {"schema": EVENT},
-                    },
-                    "headers": dict(self.headers),
-                },
-                **{str(status): response for status, response in refusals(*self.refusals, by_engine=True).items()},
-            },
-        }
-
-
-_REFUSALS = (
-    *(InvalidRequest, ForbiddenField, UnknownModel, BodyTooLarge, BodyTimeout),
-    *(Overloaded, EngineUnavailable, EngineFailed, EngineTimeout),
-)
-OPERATIONS: dict[str, Operation] = {
-    "/v1/chat/completions": Operation(
-        name="create_chat_completion",
-        summary="Answer a conversation about videos, whole or as a stream",
-        request=ChatCompletionRequest,
-        answer=ChatCompletion,
-        refusals=(*_REFUSALS, RetentionRefused, MediaRefused, FetchFailed),
-        headers=_SAVINGS,
-    ),
-    "/v1/completions": Operation(
-        name="create_completion",
-        summary="Continue a text, whole or as a stream",
-        request=CompletionRequest,
-        answer=Passed,
-        refusals=_REFUSALS,
-        headers={},
-    ),
-    "/v1/responses": Operation(
-        name="create_response",
-        summary="Answer a conversation without videos, keeping nothing, whole or as a stream",
-        request=ResponseRequest,
-        answer=Passed,
-        refusals=_REFUSALS,
-        headers={},
-    ),
-}
+    def __init__(
+        self,
+        path: str,
+        app: ASGIApp,
+        signature: Callable[..., Any],
+        *,
+        summary: str,
+        kinds: Iterable[type[GatewayError]],
+        headers: Mapping[str, Schema],
+    ) -> None:
+        """Send what is posted to `path` to `app`, which answers with JSON or a stream of events, or refuses."""
+        answer = {"content": {"text/event-stream": {"schema": _EVENT}}, "headers": dict(headers)}
+        super().__init__(
+            path,
+            signature,
+            methods=["POST"],
+            operation_id=signature.__name__,
+            summary=summary,
+            response_description="The engine's answer",
+            responses={200: answer, **refusals(*kinds, by_engine=True)},
+        )
+        self.description = ""
+        self.app = app
 
 
 def refusals(*kinds: type[GatewayError], by_engine: bool = False) -> dict[int | str, Schema]:
@@ -282,25 +143,14 @@ def refusals(*kinds: type[GatewayError], by_engine: bool = False) -> dict[int | 
     return {status: _refusal(by_status[status]) for status in sorted(by_status)}
 
 
-def document(
-    routes: Iterable[BaseRoute], *, operations: Mapping[str, Operation], keys_needed: bool, metrics_keys_needed: bool
-) -> Schema:
-    """Return the document for `routes`, and for `operations` by their paths."""
+def document(routes: Iterable[BaseRoute], *, keys_needed: bool, metrics_keys_needed: bool) -> Schema:
+    """Return the document for `routes`."""
     found = get_openapi(title=TITLE, version=__version__, description=DESCRIPTION, routes=list(routes))
-    models: list[type[BaseModel]] = [
-        ErrorBody,
-        *(model for each in operations.values() for model in (each.request, each.answer)),
-    ]
-    _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=REF)
-    components = found.setdefault("components", {})
-    schemas = components.setdefault("schemas", {})
-    schemas.update(definitions["$defs"])
+    components = found["components"]
     for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own; here a bad parameter is a 400
-        schemas.pop(unused, None)
-    components["headers"] = _EVERY_ANSWER | _LIMITS | _SAVINGS | _BY_VERDICT
+        components["schemas"].pop(unused, None)
+    components["headers"] = _EVERY_ANSWER | _LIMITS | SAVINGS | _BY_VERDICT
     components["securitySchemes"] = {KEY_SCHEME: {"type": "http", "scheme": "bearer"}}
-    for path, operation in operations.items():
-        found["paths"].setdefault(path, {})["post"] = operation.described()
     for path, methods in found["paths"].items():
         is_api = path.startswith("/v1/")
         for described in methods.values():
@@ -315,9 +165,11 @@ def _complete(described: Schema, *, is_api: bool, needs_key: bool) -> None:
     responses = described["responses"]
     responses.pop("422", None)
     for verdict in (INTERNAL, *([VERDICTS[Unauthorized]] if needs_key and not is_api else [])):
-        responses[str(verdict.status)] = _refusal([verdict])
+        content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{ErrorBody.__name__}"}}}
+        responses[str(verdict.status)] = {**_refusal([verdict]), "content": content}
     described["responses"] = dict(sorted(responses.items()))
     for status, response in responses.items():
+        response.pop("model", None)
         is_counted = is_api and status != "401"
         names = [*_EVERY_ANSWER, *(_LIMITS if is_counted else ()), *response.get("headers", ())]
         response["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
@@ -332,10 +184,6 @@ def _refusal(verdicts: list[Verdict]) -> Schema:
     }
     return {
         "description": f"Refused; `code` is {', '.join(codes)} or a more exact one",
-        "content": {"application/json": {"schema": _ref(ErrorBody)}},
+        "model": ErrorBody,
         "headers": {name: _BY_VERDICT[name] for name, applies in headers.items() if applies},
     }
-
-
-def _ref(model: type[BaseModel]) -> Schema:
-    return {"$ref": REF.format(model=model.__name__)}

@@ -49,22 +49,25 @@ class KeyRing(Generic[Holder]):
 
 
 @dataclass(frozen=True)
-class Identity:
-    """A tenant as its requests carry it. No models means all of them."""
+class Caller:
+    """Who asks: a tenant, empty where the gateway is open, and the models that it may use, None for all of them."""
 
-    tenant: str
-    models: Collection[str] | None
+    tenant: str = ""
+    models: Collection[str] | None = None
 
 
-def tenant_keys(configuration: Configuration) -> KeyRing[Identity] | None:
+ANYONE = Caller()
+
+
+def tenant_keys(configuration: Configuration) -> KeyRing[Caller] | None:
     """Return the tenants' keys; None if there are none, and the gateway is open to everybody."""
     if configuration.tenants is None:
         return None
-    identities: Mapping[str, Identity] = {
-        name: Identity(name, None if tenant.models is None else frozenset(tenant.models))
+    callers: Mapping[str, Caller] = {
+        name: Caller(name, None if tenant.models is None else frozenset(tenant.models))
         for name, tenant in configuration.tenants.items()
     }
-    return KeyRing((key, identities[name]) for name, tenant in configuration.tenants.items() for key in tenant.keys)
+    return KeyRing((key, callers[name]) for name, tenant in configuration.tenants.items() for key in tenant.keys)
 
 
 def metrics_keys(configuration: Configuration) -> KeyRing[None] | None:

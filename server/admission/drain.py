@@ -1,4 +1,4 @@
-"""Serving, draining, gone: and who has to let go when."""
+"""Shutting down: what runs may finish within a time, nothing new is taken."""
 
 import asyncio
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ from starlette.types import Receive
 from server.errors import ClientGone, Draining, GatewayError
 
 
-class Lifecycle:
+class Drain:
     """Knows whether the gateway is draining, and which requests it still has to finish."""
 
     def __init__(self, drain_seconds: float) -> None:
@@ -23,11 +23,11 @@ class Lifecycle:
         self._leashes: set[Leash] = set()
 
     @property
-    def draining(self) -> bool:
+    def has_begun(self) -> bool:
         """Whether shutting down has begun."""
         return self._deadline is not None
 
-    def drain(self) -> None:
+    def begin(self) -> None:
         """Begin shutting down: nothing new is taken, what runs may finish."""
         self._deadline = self._deadline or monotonic() + self._drain_seconds
 
@@ -44,7 +44,7 @@ class Lifecycle:
     @contextmanager
     def request(self) -> Iterator[None]:
         """Count a request that a drain waits for; raise Draining if one has begun."""
-        if self.draining:
+        if self.has_begun:
             raise Draining("the gateway is shutting down")
         self._in_flight += 1
         try:

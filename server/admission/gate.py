@@ -37,7 +37,8 @@ class Gate:
             )
         self._admitted += 1
         try:
-            yield
+            with self._metrics.inflight_requests.track_inprogress():
+                yield
         finally:
             self._admitted -= 1
 

@@ -16,7 +16,6 @@ from limits.errors import ConfigurationError as MissingPackage
 from server.configuration import Limits
 from server.errors import ConfigurationError, MediaRefused, RateLimited
 from server.observe.metrics import NO_TENANT, Metrics
-from server.observe.record import RequestRecord
 
 logger = logging.getLogger(__name__)
 
@@ -147,33 +146,48 @@ def shared_storage(backend: str) -> RedisStorage | None:
 
 
 class Quotas:
-    """Holds tenants to their limits."""
+    """The limits of all tenants, and what they have used of them."""
 
     def __init__(self, *, limits_of: Callable[[str], Limits], counts: Counts, metrics: Metrics) -> None:
         """Ask `limits_of` for a tenant's limits."""
         self._limits_of = limits_of
-        self._counts = counts
-        self._usage = metrics.tenant_usage
-        self._running: Counter[str] = Counter()
+        self.counts = counts
+        self.usage = metrics.tenant_usage
+        self.running: Counter[str] = Counter()
+
+    def allowance(self, tenant: str) -> "Allowance":
+        """Return what one request may take of its tenant's limits."""
+        return Allowance(self, tenant, self._limits_of(tenant))
+
+
+class Allowance:
+    """What one request takes of its tenant's limits."""
+
+    def __init__(self, quotas: Quotas, tenant: str, limits: Limits) -> None:
+        """Take nothing yet."""
+        self._quotas = quotas
+        self._tenant = tenant
+        self._limits = limits
+        self.headers: dict[str, str] = {}
+        """The `x-ratelimit-*` headers of the answer, from the windows as they were last seen."""
 
     @asynccontextmanager
-    async def admitted(self, record: RequestRecord) -> AsyncIterator[None]:
-        """Count a request, and when the block ends the tokens it used; raise RateLimited if a window is spent."""
-        limits = self._limits_of(record.tenant)
-        most = limits.concurrent_requests
-        if most is not None and self._running[record.tenant] >= most:
+    async def taken(self, *, tokens_used: Callable[[], int]) -> AsyncIterator[None]:
+        """Count the request, and when the block ends its tokens; raise RateLimited if a window is spent."""
+        running, most = self._quotas.running, self._limits.concurrent_requests
+        if most is not None and running[self._tenant] >= most:
             raise RateLimited(f"rate limit reached: at most {most} requests at a time", retry_after_seconds=1)
-        self._running[record.tenant] += 1
+        running[self._tenant] += 1
         try:
-            await self._admit(limits, record)
+            await self._admit()
             yield
         finally:
-            self._running[record.tenant] -= 1
-            await self._settle(limits, record)
+            running[self._tenant] -= 1
+            await self._settle(tokens_used())
 
-    async def take_video(self, record: RequestRecord) -> None:
-        """Count the seconds of the request's videos; raise RateLimited, or MediaRefused if they never fit."""
-        limit, cost = self._limits_of(record.tenant).video_seconds_per_minute, math.ceil(record.video_seconds)
+    async def take_video(self, seconds: float) -> None:
+        """Count seconds of video; raise RateLimited, or MediaRefused if they can never fit."""
+        limit, cost = self._limits.video_seconds_per_minute, math.ceil(seconds)
         if limit is not None and cost > 0:
             if cost > limit:
                 raise MediaRefused(
@@ -181,35 +195,35 @@ class Quotas:
                     param="messages",
                     code="video_too_long",
                 )
-            await self._take("video-seconds", cost, limit, record)
-        self._count("video_seconds", cost, record)
+            await self._take("video-seconds", cost, limit)
+        self._count("video_seconds", cost)
 
-    async def _admit(self, limits: Limits, record: RequestRecord) -> None:
-        checks = []
+    async def _admit(self) -> None:
+        limits, checks = self._limits, []
         if limits.requests_per_minute is not None:
-            checks.append(self._take("requests", 1, limits.requests_per_minute, record))
+            checks.append(self._take("requests", 1, limits.requests_per_minute))
         if limits.tokens_per_minute is not None:
-            checks.append(self._check("tokens", 1, limits.tokens_per_minute, record))
+            checks.append(self._check("tokens", 1, limits.tokens_per_minute))
         if limits.video_seconds_per_minute is not None:
-            checks.append(self._check("video-seconds", 0, limits.video_seconds_per_minute, record))
+            checks.append(self._check("video-seconds", 0, limits.video_seconds_per_minute))
         outcomes = await asyncio.gather(*checks, return_exceptions=True)  # all of them, for the headers
         for outcome in outcomes:
             if outcome is not None:
                 raise outcome
-        self._count("requests", 1, record)
+        self._count("requests", 1)
 
-    async def _settle(self, limits: Limits, record: RequestRecord) -> None:
-        if limits.tokens_per_minute is not None and record.tokens > 0:
-            await self._counts.charge(_key(record, "tokens"), record.tokens)
-        self._count("tokens", record.tokens, record)
+    async def _settle(self, tokens: int) -> None:
+        if self._limits.tokens_per_minute is not None and tokens > 0:
+            await self._quotas.counts.charge(self._key("tokens"), tokens)
+        self._count("tokens", tokens)
 
-    async def _take(self, measure: Measure, cost: int, limit: int, record: RequestRecord) -> None:
-        taken = await self._counts.take(_key(record, measure), cost, limit=limit)
-        await self._check(measure, 0 if taken else cost, limit, record)
+    async def _take(self, measure: Measure, cost: int, limit: int) -> None:
+        fits = await self._quotas.counts.take(self._key(measure), cost, limit=limit)
+        await self._check(measure, 0 if fits else cost, limit)
 
-    async def _check(self, measure: Measure, cost: int, limit: int, record: RequestRecord) -> None:
-        window = await self._counts.window(_key(record, measure))
-        record.headers |= {
+    async def _check(self, measure: Measure, cost: int, limit: int) -> None:
+        window = await self._quotas.counts.window(self._key(measure))
+        self.headers |= {
             f"x-ratelimit-limit-{measure}": str(limit),
             f"x-ratelimit-remaining-{measure}": str(window.remaining(limit)),
             f"x-ratelimit-reset-{measure}": f"{window.reset_seconds:.3f}s",
@@ -222,9 +236,8 @@ class Quotas:
                 retry_after_seconds=wait,
             )
 
-    def _count(self, unit: str, amount: int, record: RequestRecord) -> None:
-        self._usage.labels(record.tenant or NO_TENANT, unit).inc(amount)
+    def _count(self, unit: str, amount: int) -> None:
+        self._quotas.usage.labels(self._tenant or NO_TENANT, unit).inc(amount)
 
-
-def _key(record: RequestRecord, measure: Measure) -> str:
-    return f"{record.tenant}/{measure}"
+    def _key(self, measure: Measure) -> str:
+        return f"{self._tenant}/{measure}"

@@ -3,18 +3,18 @@
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.admission.auth import Identity, KeyRing
-from server.observe.record import STATE_KEY, RequestRecord
+from server.admission.auth import Caller, KeyRing
+from server.edge.state import set_caller
 
 OPEN_PATHS = frozenset({"/health/live", "/health/ready", "/openapi.json"})
 METRICS_PATH = "/metrics"
 
 
 class Authenticated:
-    """Lets through who has a key, and notes on the record whose it is. What is not named open is closed."""
+    """Lets a request through if its key is valid, and notes who sent it. Only OPEN_PATHS need no key."""
 
-    def __init__(self, app: ASGIApp, *, tenants: KeyRing[Identity] | None, metrics: KeyRing[None] | None) -> None:
-        """Wrap `app`."""
+    def __init__(self, app: ASGIApp, *, tenants: KeyRing[Caller] | None, metrics: KeyRing[None] | None) -> None:
+        """Wrap `app`; without `tenants` the API needs no key, without `metrics` reading metrics needs none."""
         self._app = app
         self._tenants = tenants
         self._metrics = metrics
@@ -31,6 +31,4 @@ class Authenticated:
             if self._metrics is not None:
                 self._metrics.holder(Headers(scope=scope))
         elif self._tenants is not None and path not in OPEN_PATHS:
-            identity = self._tenants.holder(Headers(scope=scope))
-            record: RequestRecord = scope["state"][STATE_KEY]
-            record.tenant, record.allowed_models = identity.tenant, identity.models
+            set_caller(scope, self._tenants.holder(Headers(scope=scope)))

@@ -3,13 +3,23 @@
 import asyncio
 import re
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import Receive
 
+from server.admission.buffers import Buffer
 from server.errors import BodyTimeout, BodyTooLarge, ClientGone, InvalidRequest
 
 _LENGTH = re.compile(r"[0-9]{1,18}")
+
+
+@dataclass(frozen=True)
+class BodyLimits:
+    """How large a body may be, and how long it may take to arrive."""
+
+    max_bytes: int
+    seconds: float
 
 
 def declared_length(headers: Headers) -> int | None:
@@ -48,3 +58,18 @@ async def consume_body(
                     return
     except TimeoutError:
         raise BodyTimeout(f"the request body did not arrive within {seconds:g} seconds") from None
+
+
+async def read_body(headers: Headers, receive: Receive, buffer: Buffer, limits: BodyLimits) -> bytearray:
+    """Return the request's body, held in `buffer`; raises as `consume_body` does, and Overloaded if it has no room."""
+    body = bytearray()
+    announced = declared_length(headers) or 0
+    if announced <= limits.max_bytes:  # otherwise it is too large at any time
+        buffer.expect(announced)
+
+    async def keep(piece: bytes) -> None:
+        buffer.grow(len(piece))
+        body.extend(piece)
+
+    await consume_body(headers, receive, keep, max_bytes=limits.max_bytes, seconds=limits.seconds)
+    return body

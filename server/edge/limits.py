@@ -3,7 +3,7 @@
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.admission.quotas import Quotas
-from server.observe.record import STATE_KEY
+from server.edge.state import caller_of, record_of, set_allowance
 
 
 class Limited:
@@ -19,5 +19,8 @@ class Limited:
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             await self._app(scope, receive, send)
             return
-        async with self._quotas.admitted(scope["state"][STATE_KEY]):
+        record = record_of(scope)
+        allowance = self._quotas.allowance(caller_of(scope).tenant)
+        set_allowance(scope, allowance)
+        async with allowance.taken(tokens_used=lambda: record.tokens):
             await self._app(scope, receive, send)

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import re
 from time import perf_counter
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from fastapi.exceptions import RequestValidationError
@@ -12,19 +12,22 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from server.admission.drain import Lifecycle
-from server.errors import ErrorAnswer, GatewayError, InvalidRequest, MethodNotAllowed, RouteNotFound, answer_to
+from server.admission.drain import Drain
+from server.edge.state import caller_of, limit_headers_of, record_of, set_record
+from server.errors import GatewayError, InvalidRequest, MethodNotAllowed, RouteNotFound, answer_to
 from server.observe.metrics import Metrics
-from server.observe.record import STATE_KEY, RequestRecord
+from server.observe.record import RequestRecord
 
 if TYPE_CHECKING:
-    from server.observe.tracing import Tracing
+    from server.observe.tracing import Tracing  # needs a package that is optional
 
 logger = logging.getLogger(__name__)
 
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_PATH_PARAMETER = re.compile(r"\{[^}]+\}")
 
 
 class Observed:
@@ -45,7 +48,7 @@ class Observed:
         record = RequestRecord(request_id_of(headers))
         if self._tracing is not None and scope["path"].startswith("/v1/"):
             record.trace = self._tracing.begin(headers, scope["method"])
-        scope.setdefault("state", {})[STATE_KEY] = record
+        set_record(scope, record)
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -53,44 +56,47 @@ class Observed:
                 answered = MutableHeaders(scope=message)
                 answered["x-request-id"] = record.request_id
                 answered["x-aot-gateway-overhead-ms"] = f"{record.overhead_ms():.3f}"
-                answered.update(record.headers)
+                answered.update(limit_headers_of(scope))
             await send(message)
 
         try:
             await self._app(scope, receive, send_marked)
             await asyncio.sleep(0)  # the answer goes out before it is counted
         finally:
-            self._observe(record, perf_counter() - record.received)
+            record.route = _route_in(scope, default=record.route)
+            tenant = caller_of(scope).tenant
+            seconds = perf_counter() - record.received
+            self._metrics.count(record, seconds)
+            _log(record, seconds, tenant=tenant)
             if record.trace is not None:
-                record.trace.end(record)
+                record.trace.end(record, tenant=tenant)
 
-    def _observe(self, record: RequestRecord, seconds: float) -> None:
-        status_class = f"{record.status // 100}xx"
-        stream = str(record.stream).lower()
-        self._metrics.requests.labels(record.route, record.model, status_class, stream).inc()
-        self._metrics.request_duration.labels(record.route, stream).observe(seconds)
-        for phase, spent in record.phases.items():
-            self._metrics.overhead.labels(phase).observe(spent)
-        if record.reason is not None:
-            self._metrics.rejections.labels(record.reason).inc()
-        before, after = record.video_tokens or (None, None)
-        logger.log(
-            logging.INFO if record.route.startswith("/v1") or record.reason else logging.DEBUG,
-            "request",
-            extra={
-                "request_id": record.request_id,
-                "route": record.route,
-                "tenant": record.tenant,
-                "model": record.model,
-                "status": record.status,
-                "stream": record.stream,
-                "seconds": round(seconds, 6),
-                "overhead_ms": round(record.overhead_ms(), 3),
-                "reason": record.reason,
-                "video_tokens_before": before,
-                "video_tokens_after": after,
-            },
-        )
+
+def _route_in(scope: Scope, *, default: str) -> str:
+    """Return the path of the route that took the request, with `{id}` for whatever varies."""
+    route: Any = scope.get("route")
+    return _PATH_PARAMETER.sub("{id}", route.path_format) if isinstance(route, Route) else default
+
+
+def _log(record: RequestRecord, seconds: float, *, tenant: str) -> None:
+    before, after = record.video_tokens or (None, None)
+    logger.log(
+        logging.INFO if record.route.startswith("/v1") or record.reason else logging.DEBUG,
+        "request",
+        extra={
+            "request_id": record.request_id,
+            "route": record.route,
+            "tenant": tenant,
+            "model": record.model,
+            "status": record.status,
+            "stream": record.stream,
+            "seconds": round(seconds, 6),
+            "overhead_ms": round(record.overhead_ms(), 3),
+            "reason": record.reason,
+            "video_tokens_before": before,
+            "video_tokens_after": after,
+        },
+    )
 
 
 class ErrorsInOpenAIShape:
@@ -114,11 +120,11 @@ class ErrorsInOpenAIShape:
         except Exception as exc:
             if scope["type"] != "http":
                 raise
-            record: RequestRecord = scope["state"][STATE_KEY]
+            record = record_of(scope)
             if not isinstance(exc, GatewayError):
                 logger.exception("unexpected failure", extra={"request_id": record.request_id})
             answer = answer_to(exc)
-            note(record, answer)
+            record.fail(answer)
             if not started:
                 await Response(answer.body(), answer.status, answer.headers, "application/json")(scope, receive, send)
 
@@ -126,24 +132,18 @@ class ErrorsInOpenAIShape:
 class RefuseWhileDraining:
     """Turns away API requests once the gateway is shutting down; probes and metrics go on."""
 
-    def __init__(self, app: ASGIApp, *, lifecycle: Lifecycle) -> None:
+    def __init__(self, app: ASGIApp, *, drain: Drain) -> None:
         """Wrap `app`."""
         self._app = app
-        self._lifecycle = lifecycle
+        self._drain = drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
             await self._app(scope, receive, send)
             return
-        with self._lifecycle.request():
+        with self._drain.request():
             await self._app(scope, receive, send)
-
-
-def note(record: RequestRecord, answer: ErrorAnswer) -> None:
-    """Remember an error for the metrics and the log; also one that came after a stream's headers had said 200."""
-    record.status = answer.status
-    record.reason = answer.reason
 
 
 async def raise_in_our_terms(request: Request, exc: Exception) -> Response:

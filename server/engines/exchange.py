@@ -2,16 +2,16 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
 from time import perf_counter
-from types import SimpleNamespace
-from typing import Any
 
 import aiohttp
 
 from server.engines.pool import Attempt, Engine, EnginePool
 from server.engines.savings import Savings
+from server.engines.session import Connecting, EngineSession
 from server.errors import EngineFailed, EngineTimeout, EngineUnavailable, GatewayError, engine_error
 from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
@@ -26,32 +26,20 @@ WHOLE_BODY_BYTES = 2**20  # above, aiohttp wants bodies in pieces, so that writi
 ERROR_BODY_BYTES = 64 * 1024
 ERROR_BODY_SECONDS = 5.0
 MAX_ATTEMPTS = 3
-# vLLM's uvicorn closes idle connections after 5 s; one reused at that moment would fail a request for good.
-KEEPALIVE_SECONDS = 3.0
 
 
-def new_session(*, connect_seconds: float, read_seconds: float, api_key: str | None = None) -> aiohttp.ClientSession:
-    """Return a session for talking to engines, which may want an API key. The queue bounds its connections."""
-    authorization = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
-    timing = aiohttp.TraceConfig()
-    timing.on_connection_create_end.append(_note_connected)
-    timing.on_connection_reuseconn.append(_note_connected)
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds, sock_read=read_seconds),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        headers={"accept-encoding": "identity", "user-agent": "aot-gateway", **authorization},
-        trace_configs=[timing],
-    )
+@dataclass(frozen=True)
+class Call:
+    """A request to an engine, but for its body."""
 
-
-async def _note_connected(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: Any) -> None:
-    if isinstance(context.trace_request_ctx, _Connecting):
-        context.trace_request_ctx.finished = perf_counter()
-
-
-class _Connecting:
-    finished: float | None = None
+    path: str
+    model: str
+    """The engine's name for it."""
+    is_stream: bool
+    has_video: bool
+    key: str | None = None
+    """Calls with the same key go to the same engine."""
+    headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Exchange:
@@ -83,12 +71,10 @@ class Exchange:
             raise _broken(exc) from exc
 
 
-class Upstream:
+class Exchanges:
     """Sends requests to the pool's engines."""
 
-    def __init__(
-        self, *, session: aiohttp.ClientSession, pool: EnginePool, metrics: Metrics, headers_seconds: float
-    ) -> None:
+    def __init__(self, *, session: EngineSession, pool: EnginePool, metrics: Metrics, headers_seconds: float) -> None:
         """Use `session` for the exchanges, and wait at most `headers_seconds` for a stream to begin."""
         self._session = session
         self._pool = pool
@@ -96,7 +82,7 @@ class Upstream:
         self._headers_seconds = headers_seconds
 
     @asynccontextmanager
-    async def exchange(self, path: str, model: str, body: Body, record: RequestRecord) -> AsyncIterator[Exchange]:
+    async def exchange(self, call: Call, body: Body, record: RequestRecord) -> AsyncIterator[Exchange]:
         """Post a request to an engine and give its answer; leaving the block early makes the engine stop.
 
         An engine that can't be connected to has been sent nothing, and one that answers 503 has spent nothing: then
@@ -105,22 +91,22 @@ class Upstream:
         Raises EngineUnavailable, EngineFailed, EngineTimeout, or the engine's own refusal.
         """
         async with AsyncExitStack() as held:
-            attempt, response = await self._answered(path, model, body, record, held)
+            attempt, response = await self._answered(call, body, record, held)
             del body  # may be megabytes, and the answer may take minutes
             exchange = Exchange(response, attempt)
-            if record.has_video:
-                _note_savings(attempt.engine, exchange.savings, record)
+            if call.has_video:
+                _note_savings(attempt.engine, exchange.savings, record.request_id)
             yield exchange
 
     async def _answered(
-        self, path: str, model: str, body: Body, record: RequestRecord, held: AsyncExitStack
+        self, call: Call, body: Body, record: RequestRecord, held: AsyncExitStack
     ) -> tuple[Attempt, aiohttp.ClientResponse]:
         """Return the answer of the first engine that takes the request, and put on `held` what to let go after it."""
         tried: list[Engine] = []
         reason, refusal = "", GatewayError("")
         while len(tried) < MAX_ATTEMPTS:
             try:
-                attempt = held.enter_context(self._pool.attempt(model, key=record.media_key, without=tried))
+                attempt = held.enter_context(self._pool.attempt(call.model, key=call.key, without=tried))
             except EngineUnavailable:
                 if not tried:
                     raise
@@ -130,14 +116,14 @@ class Upstream:
             tried.append(attempt.engine)
             traced = held.enter_context(record.trace.engine(attempt.engine.name)) if record.trace else {}
             try:
-                response = await self._send(path, attempt, body, traced, record)
+                response = await self._send(call, attempt, body, traced, record)
             except EngineUnavailable as exc:
                 reason, refusal = "connect", exc
             else:
                 held.callback(_let_go, response)
                 if response.status == 200:
                     return attempt, response
-                refusal = await self._refusal(attempt, response, record)
+                refusal = await self._refusal(attempt, response, record.request_id)
                 if response.status != 503:
                     raise refusal
                 reason = "refused"
@@ -145,23 +131,23 @@ class Upstream:
         raise refusal
 
     async def _send(
-        self, path: str, attempt: Attempt, body: Body, traced: dict[str, str], record: RequestRecord
+        self, call: Call, attempt: Attempt, body: Body, traced: Mapping[str, str], record: RequestRecord
     ) -> aiohttp.ClientResponse:
-        connecting = _Connecting()
+        connecting = Connecting()
         size_bytes = sum(map(len, body))
         begin = perf_counter()
         # Without a stream the headers come with the end of the answer: only the limit on silence can hold for them.
-        limit = self._headers_seconds if record.stream else None
+        limit = self._headers_seconds if call.is_stream else None
         try:
             async with asyncio.timeout(limit):
-                response = await self._session.post(
-                    attempt.engine.url + path,
+                response = await self._session.http.post(
+                    attempt.engine.url + call.path,
                     data=b"".join(body) if size_bytes <= WHOLE_BODY_BYTES else _in_pieces(body),
                     headers={
                         "content-type": "application/json",
                         "content-length": str(size_bytes),
                         "x-request-id": record.request_id,
-                        **record.engine_headers,
+                        **call.headers,
                         **traced,
                     },
                     allow_redirects=False,
@@ -173,14 +159,10 @@ class Upstream:
         except (aiohttp.ClientError, OSError) as exc:
             attempt.failed()
             raise _broken(exc) from exc
-        now = perf_counter()
-        connected = connecting.finished or begin
-        record.add("connect", begin, connected)
-        record.engine_seconds += now - connected
-        record.headers_from_engine = now
+        record.engine_answered(begin=begin, connected=connecting.finished or begin, answered=perf_counter())
         return response
 
-    async def _refusal(self, attempt: Attempt, response: aiohttp.ClientResponse, record: RequestRecord) -> GatewayError:
+    async def _refusal(self, attempt: Attempt, response: aiohttp.ClientResponse, request_id: str) -> GatewayError:
         try:
             async with asyncio.timeout(ERROR_BODY_SECONDS):
                 body = await response.content.read(ERROR_BODY_BYTES)
@@ -193,7 +175,7 @@ class Upstream:
         logger.warning(
             "engine answered with an error",
             extra={
-                "request_id": record.request_id,
+                "request_id": request_id,
                 "engine": attempt.engine.name,
                 "engine_status": response.status,
             },
@@ -208,13 +190,13 @@ def _let_go(response: aiohttp.ClientResponse) -> None:
         response.close()  # the engine sees the connection drop and aborts the request
 
 
-def _note_savings(engine: Engine, savings: Savings | None, record: RequestRecord) -> None:
+def _note_savings(engine: Engine, savings: Savings | None, request_id: str) -> None:
     """Say so once when an engine stops reporting what its videos cost: it then serves them whole, or does not tell."""
     if savings is None and engine.reports_savings:
         logger.warning(
             "engine reports no video tokens: it runs without --video-pruning-rate, or its VLLM_PLUGINS does not name "
             "aot; retentions may have no effect there",
-            extra={"request_id": record.request_id, "engine": engine.name},
+            extra={"request_id": request_id, "engine": engine.name},
         )
     engine.reports_savings = savings is not None
 

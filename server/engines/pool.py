@@ -12,6 +12,7 @@ import aiohttp
 
 from server.engines import routing
 from server.engines.breaker import Breaker
+from server.engines.session import EngineSession
 from server.errors import EngineUnavailable
 from server.observe.metrics import Metrics
 
@@ -67,9 +68,7 @@ class Attempt:
 class EnginePool:
     """The engines, kept current by health checks and by how requests fare."""
 
-    def __init__(
-        self, urls: Sequence[str], *, session: aiohttp.ClientSession, metrics: Metrics, health_seconds: float
-    ) -> None:
+    def __init__(self, urls: Sequence[str], *, session: EngineSession, metrics: Metrics, health_seconds: float) -> None:
         """Start with all engines down; `check` or `watch` finds out."""
         self.engines = [Engine(f"engine-{i}", url) for i, url in enumerate(urls)]
         self._session = session
@@ -152,7 +151,7 @@ class EnginePool:
     async def _check(self, engine: Engine) -> None:
         limit = aiohttp.ClientTimeout(total=HEALTH_TIMEOUT_SECONDS)
         try:
-            async with self._session.get(f"{engine.url}/health", timeout=limit) as answer:
+            async with self._session.http.get(f"{engine.url}/health", timeout=limit) as answer:
                 healthy = answer.status == 200
             if healthy:
                 await self._discover(engine, limit)
@@ -167,7 +166,7 @@ class EnginePool:
         self._set(engine, healthy=healthy)
 
     async def _discover(self, engine: Engine, limit: aiohttp.ClientTimeout) -> None:
-        async with self._session.get(f"{engine.url}/v1/models", timeout=limit) as answer:
+        async with self._session.http.get(f"{engine.url}/v1/models", timeout=limit) as answer:
             if answer.status != 200:
                 return
             try:

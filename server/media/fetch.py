@@ -4,10 +4,11 @@ import asyncio
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from typing import Self
 
 import aiohttp
 import yarl
@@ -116,66 +117,80 @@ class Network:
     tls: ssl.SSLContext | bool = True
 
 
-@dataclass(frozen=True)
-class Sessions:
-    """One session that connects to public addresses only, and one for hosts that the operator vouches for."""
-
-    public: aiohttp.ClientSession
-    excepted: aiohttp.ClientSession
-
-
-@asynccontextmanager
-async def sessions(network: Network | None, *, connect_seconds: float) -> AsyncIterator[Sessions]:
-    """Give the sessions.
-
-    Each connection looks its host up once and goes to one of the addresses that were checked; at the socket, through
-    which literal addresses pass too, they are checked again. No proxy of the environment is used: it would look up
-    for itself. Nothing is unpacked: the bytes on the wire are those that are counted.
-    """
-    below = network or Network(SystemResolver())
-
-    def public_socket(info: AddressInfo) -> socket.socket:
-        if not is_public(str(info[4][0])):
-            raise PermissionError("not a public address")
-        return below.new_socket(info)
-
-    def session(resolver: AbstractResolver, factory: Callable[[AddressInfo], socket.socket]) -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(
-                resolver=resolver, socket_factory=factory, use_dns_cache=False, force_close=True, limit=0, ssl=below.tls
-            ),
-            auto_decompress=False,
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"accept-encoding": "identity", "user-agent": "aot-gateway"},
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds),
-            read_bufsize=READ_BYTES,
-            trust_env=False,
-        )
-
-    try:
-        async with (
-            session(_PublicOnly(below.resolver), public_socket) as public,
-            session(below.resolver, below.new_socket) as excepted,
-        ):
-            yield Sessions(public, excepted)
-    finally:
-        if network is None:
-            await below.resolver.close()
-
-
 class Fetcher:
-    """Downloads a URL if the rules allow its host and that of every URL it redirects to."""
+    """Downloads a URL if the rules allow its host and that of every URL it redirects to.
+
+    It connects from when its block is entered until it is left. Each connection looks its host up once and goes to one
+    of the addresses that were checked; at the socket, through which literal addresses pass too, they are checked again.
+    No proxy of the environment is used: it would look up for itself. Nothing is unpacked: the bytes on the wire are
+    those that are counted.
+    """
 
     def __init__(
-        self, *, sessions: Sessions, rules: HostRules, allow_http: bool, max_bytes: int, total_seconds: float
+        self,
+        *,
+        rules: HostRules,
+        allow_http: bool,
+        max_bytes: int,
+        total_seconds: float,
+        network: Network | None = None,
     ) -> None:
-        """Bound each download by bytes and seconds, and the wait for its turn by the same seconds."""
-        self._sessions = sessions
+        """Bound each download by bytes and seconds, and the wait for its turn by the same seconds.
+
+        `network` is the machine's own by default.
+        """
         self._rules = rules
         self._schemes = ("https", "http") if allow_http else ("https",)
         self._max_bytes = max_bytes
         self._total_seconds = total_seconds
+        self._network = network
         self._turns = asyncio.Semaphore(MAX_DOWNLOADS)
+
+    async def __aenter__(self) -> Self:
+        """Open the session for public addresses, and the one for hosts that the operator vouches for."""
+        async with AsyncExitStack() as stack:
+            network = self._network
+            if network is None:
+                network = Network(SystemResolver())
+                stack.push_async_callback(network.resolver.close)
+
+            def public_socket(info: AddressInfo) -> socket.socket:
+                if not is_public(str(info[4][0])):
+                    raise PermissionError("not a public address")
+                return network.new_socket(info)
+
+            self._public = await stack.enter_async_context(
+                self._session(network, _PublicOnly(network.resolver), public_socket)
+            )
+            self._excepted = await stack.enter_async_context(
+                self._session(network, network.resolver, network.new_socket)
+            )
+            self._opened = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Close the sessions."""
+        await self._opened.aclose()
+
+    def _session(
+        self, network: Network, resolver: AbstractResolver, new_socket: Callable[[AddressInfo], socket.socket]
+    ) -> aiohttp.ClientSession:
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(
+                resolver=resolver,
+                socket_factory=new_socket,
+                use_dns_cache=False,
+                force_close=True,
+                limit=0,
+                ssl=network.tls,
+            ),
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"accept-encoding": "identity", "user-agent": "aot-gateway"},
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=self._total_seconds),
+            read_bufsize=READ_BYTES,
+            trust_env=False,
+        )
 
     async def fetch(self, url: str, file: MediaFile) -> None:
         """Write what `url` holds into `file`.
@@ -242,7 +257,7 @@ class Fetcher:
 
     async def _get(self, url: yarl.URL, file: MediaFile) -> str | None:
         """Write the content, or return the URL that the host redirects to."""
-        session = self._sessions.excepted if self._rules.excepts(url) else self._sessions.public
+        session = self._excepted if self._rules.excepts(url) else self._public
         async with session.get(url, allow_redirects=False) as answer:
             if answer.status in _REDIRECTS:
                 location = answer.headers.get("location", "")

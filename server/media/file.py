@@ -63,10 +63,6 @@ class MediaFile:
         self._file.seek(0)
         return self._file.fileno()
 
-    def head(self, size_bytes: int) -> bytes:
-        """Return the first bytes."""
-        return os.pread(self.descriptor(), size_bytes, 0)
-
     def copy_to(self, file: IO[bytes]) -> None:
         """Write the content into another file."""
         self.descriptor()

@@ -16,12 +16,12 @@ import pybase64
 
 from server.admission.buffers import Buffer
 from server.errors import GatewayError, InvalidRequest, MediaRefused
-from server.media.facts import Facts, ProbeError
+from server.media.examine import Examiner
+from server.media.facts import Facts
 from server.media.fetch import Fetcher
 from server.media.file import COPY_BYTES, MediaFile, in_memory, on_disk, too_large
-from server.media.identify import HEAD_BYTES, FileType, identify
+from server.media.identify import FileType
 from server.media.part import Kind, MediaPart
-from server.media.probe import Prober
 from server.media.share import Shared
 from server.media.store import MediaStore
 from server.media.threads import off_loop
@@ -30,9 +30,7 @@ from server.observe.record import RequestRecord
 
 MAX_MEDIA = 64  # in a request; each costs a probe
 MAX_VIDEOS = 16
-REMEMBERED_FACTS = 4096
 _DATA_URL = re.compile(r"data:(video|image|audio)/([a-z0-9.+-]+);base64,", re.IGNORECASE)
-_INVALID: dict[Kind, str] = {"video": "invalid_video", "image": "invalid_image", "audio": "invalid_audio"}
 _HEAD_CHARACTERS = 128
 _DECODED_CHARACTERS = 2**20  # at a time; a multiple of four
 
@@ -46,13 +44,35 @@ class Uploads(Protocol):
 
 @dataclass(frozen=True)
 class Clip:
-    """A medium that was identified and probed."""
+    """A medium that was examined."""
 
     file: MediaFile
     type: FileType
     facts: Facts
     url: str = field(repr=False)
     """A data URL; empty for what goes through the store."""
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What was taken in with a request."""
+
+    key: str | None = None
+    """The videos, by content: requests with the same key go to the same engine."""
+    video_seconds: float = 0.0
+    longest_video: Facts | None = None
+
+
+NOTHING = Taken()
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A request whose media are taken in: on whose behalf, and where the time and the memory are counted."""
+
+    tenant: str
+    record: RequestRecord
+    buffer: Buffer
 
 
 @dataclass
@@ -63,8 +83,16 @@ class _Tally:
     size_bytes: int = 0
     decoded_bytes: int = 0
     digests: list[str] = field(default_factory=list)
+    videos: list[Facts] = field(default_factory=list)
 
-    def media_key(self) -> str | None:
+    def taken(self) -> Taken:
+        return Taken(
+            key=self._key(),
+            video_seconds=sum(facts.duration_seconds for facts in self.videos),
+            longest_video=max(self.videos, key=lambda facts: facts.duration_seconds, default=None),
+        )
+
+    def _key(self) -> str | None:
         if len(self.digests) < 2:
             return self.digests[0] if self.digests else None
         return hashlib.sha256("".join(self.digests).encode()).hexdigest()
@@ -77,7 +105,7 @@ class Intake:
         self,
         *,
         fetcher: Fetcher,
-        prober: Prober,
+        examiner: Examiner,
         store: MediaStore | None,
         uploads: Uploads | None,
         max_bytes: int,
@@ -90,7 +118,7 @@ class Intake:
         `secret` makes the names that engines know videos by: nobody without it can tell or forge another's.
         """
         self._fetcher = fetcher
-        self._prober = prober
+        self._examiner = examiner
         self._store = store
         self._uploads = uploads
         self._max_bytes = max_bytes
@@ -98,37 +126,35 @@ class Intake:
         self._secret = secret
         self._metrics = metrics
         self._downloads: Shared[Clip] = Shared()
-        self._facts: dict[tuple[Kind, str], Facts] = {}
 
     @asynccontextmanager
-    async def taken(self, media: Sequence[MediaPart], record: RequestRecord, buffer: Buffer) -> AsyncIterator[None]:
+    async def taken(
+        self, media: Sequence[MediaPart], *, tenant: str, record: RequestRecord, buffer: Buffer
+    ) -> AsyncIterator[Taken]:
         """Check each medium and put in its place what the engine may read; files last until the block ends.
 
-        Writes down in `record` what the videos are and how long. What is fetched to stand in the request is held in
-        `buffer`. Raises MediaRefused, with the place as `param`, and Overloaded if something has no room.
+        Gives what the media are. What is fetched to stand in the request is held in `buffer`; `record` gets the times.
+        Raises MediaRefused, with the place as `param`, and Overloaded if something has no room.
         """
-        tally = _Tally()
+        asked, tally = _Asked(tenant, record, buffer), _Tally()
         async with AsyncExitStack() as files:
             for place, part in enumerate(media):  # in turn: they are few, and one at a time bounds the memory
                 try:
                     if place >= MAX_MEDIA:
                         raise MediaRefused(f"at most {MAX_MEDIA} media are taken in a request")
-                    await self._take(part, record, buffer, files, tally)
+                    await self._take(part, asked, files, tally)
                 except MediaRefused as exc:
                     raise MediaRefused(exc.message, param=part.param, code=exc.code) from exc
-            record.media_key = tally.media_key()
-            yield
+            yield tally.taken()
 
-    async def _take(
-        self, part: MediaPart, record: RequestRecord, buffer: Buffer, files: AsyncExitStack, tally: _Tally
-    ) -> None:
+    async def _take(self, part: MediaPart, asked: _Asked, files: AsyncExitStack, tally: _Tally) -> None:
         if part.kind == "video":
             tally.num_videos += 1
             if tally.num_videos > MAX_VIDEOS:
                 raise MediaRefused(f"at most {MAX_VIDEOS} videos are taken in a request")
-        async with self._clip(part, record) as clip:
+        async with self._clip(part, asked) as clip:
             if clip.url != part.value:
-                buffer.grow(len(clip.url))
+                asked.buffer.grow(len(clip.url))
             tally.size_bytes += clip.file.size_bytes
             if tally.size_bytes > self._max_bytes:
                 raise MediaRefused(
@@ -142,107 +168,86 @@ class Intake:
                     code="media_too_large",
                 )
             if part.kind == "video":
-                await self._hand_over_video(part, clip, record, files)
+                await self._hand_over_video(part, clip, asked.tenant, files)
                 tally.digests.append(clip.file.digest)
+                tally.videos.append(clip.facts)
             elif part.source == "url":
                 part.replace(clip.url)
             else:
                 part.is_plain = True
 
-    async def _hand_over_video(self, part: MediaPart, clip: Clip, record: RequestRecord, files: AsyncExitStack) -> None:
+    async def _hand_over_video(self, part: MediaPart, clip: Clip, tenant: str, files: AsyncExitStack) -> None:
         url = clip.url
         if self._store is not None:
             url = (await files.enter_async_context(self._store.held(clip.file, suffix=clip.type.suffix))).as_uri()
-        name = hmac.digest(self._secret, f"{record.tenant} {clip.file.digest}".encode(), "sha256")
+        name = hmac.digest(self._secret, f"{tenant} {clip.file.digest}".encode(), "sha256")
         part.replace(url, uuid=name.hex())
-        record.video_seconds += clip.facts.duration_seconds
-        if record.longest_video is None or clip.facts.duration_seconds > record.longest_video.duration_seconds:
-            record.longest_video = clip.facts
         self._metrics.video_bytes.observe(clip.file.size_bytes)
         self._metrics.video_duration.observe(clip.facts.duration_seconds)
 
     @asynccontextmanager
-    async def _clip(self, part: MediaPart, record: RequestRecord) -> AsyncIterator[Clip]:
+    async def _clip(self, part: MediaPart, asked: _Asked) -> AsyncIterator[Clip]:
         scheme = part.value[:8].lower().partition(":")[0]
         if part.source == "upload":
-            opened = self._uploaded(part, record)
+            opened = self._uploaded(part, asked)
         elif part.source == "base64" or scheme == "data":
-            opened = self._given(part, record)
+            opened = self._given(part, asked)
         elif scheme in ("http", "https"):
-            opened = self._downloads.held(f"{part.kind} {part.value}", partial(self._fetched, part, record))
+            opened = self._downloads.held(f"{part.kind} {part.value}", partial(self._fetched, part, asked))
         else:
             raise MediaRefused(f"the {part.kind} URL must be an https or a data URL", code="invalid_media_url")
         async with opened as clip:
             yield clip
 
     @asynccontextmanager
-    async def _given(self, part: MediaPart, record: RequestRecord) -> AsyncIterator[Clip]:
+    async def _given(self, part: MediaPart, asked: _Asked) -> AsyncIterator[Clip]:
         """Give what came in the request."""
         begin = _begin_of_base64(part)
         data, begin = (part.value, begin) if part.payload is None else (part.payload, 0)
         if len(data) - begin > (self._max_bytes + 2) // 3 * 4:
             raise too_large(self._max_bytes)
         with in_memory(max_bytes=self._max_bytes) as file:
-            with record.phase("parse"):
+            with asked.record.phase("parse"):
                 await off_loop(_decode, data, begin, file, part.kind, size_bytes=len(data))
-            yield await self._examined(file, part, record)
+            yield await self._examined(file, part, asked.record)
 
     @asynccontextmanager
-    async def _uploaded(self, part: MediaPart, record: RequestRecord) -> AsyncIterator[Clip]:
+    async def _uploaded(self, part: MediaPart, asked: _Asked) -> AsyncIterator[Clip]:
         """Give what was uploaded before."""
         if self._uploads is None:
             raise InvalidRequest("this gateway keeps no files", param=part.param)
         try:
-            path = await self._uploads.path_of(part.value, tenant=record.tenant)
+            path = await self._uploads.path_of(part.value, tenant=asked.tenant)
         except GatewayError as exc:
             exc.param = part.param
             raise
         with on_disk(self._folder, max_bytes=self._max_bytes) as file:
-            with record.phase("fetch"):
+            with asked.record.phase("fetch"):
                 try:
                     await asyncio.to_thread(_copy, path, file)
                 except OSError as exc:
                     raise MediaRefused("the file could not be read: it may have been deleted just now") from exc
-            yield await self._examined(file, part, record)
+            yield await self._examined(file, part, asked.record)
 
     @asynccontextmanager
-    async def _fetched(self, part: MediaPart, record: RequestRecord) -> AsyncIterator[Clip]:
+    async def _fetched(self, part: MediaPart, asked: _Asked) -> AsyncIterator[Clip]:
         """Give what is behind a URL."""
         with on_disk(self._folder, max_bytes=self._max_bytes) as file:
-            with record.phase("fetch"):
+            with asked.record.phase("fetch"):
                 await self._fetcher.fetch(part.value, file)
-            yield await self._examined(file, part, record)
+            yield await self._examined(file, part, asked.record)
 
     @property
     def _folder(self) -> Path | None:
         return None if self._store is None else self._store.directory
 
     async def _examined(self, file: MediaFile, part: MediaPart, record: RequestRecord) -> Clip:
-        found = identify(file.head(HEAD_BYTES), part.kind)
-        if found is None:
-            article = "a" if part.kind == "video" else "an"
-            raise MediaRefused(f"the data is not {article} {part.kind} of a kind this gateway takes")
         with record.phase("probe"):
-            facts = await self._facts_about(file, part.kind, found)
+            found = await self._examiner.examine(file.descriptor(), kind=part.kind, digest=file.digest)
         url = ""
         if part.kind != "video" or self._store is None:
-            url = await self._data_url(file, part, found)
-        return Clip(file, found, facts, url)
-
-    async def _facts_about(self, file: MediaFile, kind: Kind, found: FileType) -> Facts:
-        """Return the facts; what was seen before, as videos are that conversations are about, is not probed again."""
-        key = (kind, file.digest)
-        facts = self._facts.get(key)
-        if facts is None:
-            self._metrics.probes.inc()
-            try:
-                facts = await self._prober.probe(file.descriptor(), kind=kind, demuxer=found.demuxer)
-            except ProbeError as exc:
-                raise MediaRefused(str(exc), code=exc.code or _INVALID[kind]) from exc
-            self._facts[key] = facts
-            if len(self._facts) > REMEMBERED_FACTS:
-                del self._facts[next(iter(self._facts))]
-        return facts
+            url = await self._data_url(file, part, found.type)
+        return Clip(file, found.type, found.facts, url)
 
     async def _data_url(self, file: MediaFile, part: MediaPart, found: FileType) -> str:
         """Return the content as a data URL, which for some parts stands in the request already."""

@@ -21,9 +21,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.errors import InvalidRequest, MediaRefused, UnknownFile
-from server.media.facts import ProbeError
-from server.media.identify import HEAD_BYTES, identify
-from server.media.probe import Prober
+from server.media.examine import Examiner
 
 logger = logging.getLogger(__name__)
 
@@ -111,14 +109,14 @@ class FileStore:
         self,
         directory: Path,
         *,
-        prober: Prober,
+        examiner: Examiner,
         max_bytes: int,
         tenant_bytes: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Take the directory as it is. `max_bytes` bounds a file, `tenant_bytes` all of a tenant's."""
         self._directory = directory
-        self._prober = prober
+        self._examiner = examiner
         self.max_bytes = max_bytes
         self._tenant_bytes = tenant_bytes
         self._clock = clock
@@ -221,16 +219,15 @@ class FileStore:
         return folder
 
     async def _facts_about(self, incoming: Incoming) -> VideoFacts:
-        found = identify(os.pread(incoming.descriptor, HEAD_BYTES, 0), "video")
-        if found is None:
-            raise MediaRefused("the file is not a video of a kind this gateway takes", param="file")
         try:
             with incoming.path.open("rb") as file:
-                facts = await self._prober.probe(file.fileno(), kind="video", demuxer=found.demuxer)
-        except ProbeError as exc:
-            raise MediaRefused(str(exc), param="file", code=exc.code or "invalid_video") from exc
+                found = await self._examiner.examine(file.fileno(), kind="video", subject="file")
+        except MediaRefused as exc:
+            exc.param = "file"
+            raise
+        facts = found.facts
         return VideoFacts(
-            media_type=found.mime,
+            media_type=found.type.mime,
             duration_seconds=facts.duration_seconds,
             width=facts.width,
             height=facts.height,

@@ -6,11 +6,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from server import __version__
 from server.errors import REASONS
+from server.observe.record import RequestRecord
 
 PREFIX: Final = "aot_gateway_"
-NO_MODEL: Final = "none"  # the request ended before it named one
 NO_TENANT: Final = "none"  # the gateway is open
-OTHER: Final = "other"  # it named one that does not exist
 
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _TTFT = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 7.5, 10, 15, 20, 30, 45, 60, 90, 120)
@@ -27,67 +26,10 @@ class Metrics:
     def __init__(self, registry: CollectorRegistry) -> None:
         """Register everything on `registry`."""
         self.registry = registry
-
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(PREFIX + name, text, labels, registry=registry)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=registry)
-
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(PREFIX + name, text, labels, registry=registry)
-
-        self.requests = counter(
-            "requests_total",
-            "Requests answered; a stream that broke counts as 5xx, a client that left as 4xx",
-            *("route", "model", "status_class", "stream"),
-        )
-        self.request_duration = histogram(
-            "request_duration_seconds",
-            "From the request's first byte to the answer's last",
-            _REQUEST,
-            "route",
-            "stream",
-        )
-        self.time_to_first_token = histogram(
-            "time_to_first_token_seconds", "Streams: from the request's first byte to the first token", _TTFT, "model"
-        )
-        self.inter_token_latency = histogram(
-            "inter_token_latency_seconds", "Streams: gap between two chunks after the first token", _ITL, "model"
-        )
-        self.overhead = histogram("overhead_seconds", "Time the gateway itself took, by what it did", _FAST, "phase")
-        self.video_tokens = counter(
-            "video_tokens_total", "Video tokens before and after reduction, as engines count them", "model", "stage"
-        )
-        self.video_retention = histogram(
-            "video_retention_ratio", "Share of video tokens kept, by request, as engines count it", _RATIO, "model"
-        )
-        self.retention_limit = gauge(
-            "video_retention_limit_ratio", "Largest share of video tokens that a request may keep, by alias", "model"
-        )
-        self.video_bytes = histogram("video_bytes", "Size of each video taken in", _BYTES)
-        self.video_duration = histogram("video_duration_seconds", "Duration of each video taken in", _SECONDS)
-        self.probes = counter("probes_total", "Media looked into; those seen before are not looked into again")
-        self.rejections = counter("rejections_total", "Requests that ended in an error, by reason", "reason")
-        self.tenant_usage = counter(
-            "tenant_usage_total", "What tenants used: requests, tokens, video_seconds", "tenant", "unit"
-        )
-        self.limits_backend_up = gauge(
-            "limits_backend_up", "0 while limits are not shared because Redis is out of reach"
-        )
-        self.upstream_retries = counter(
-            "upstream_retries_total", "Requests sent to another engine, by what the first one did", "reason"
-        )
-        self.engine_up = gauge("engine_up", "1 if the engine's last health check passed", "engine")
-        self.engine_breaker_open = gauge(
-            "engine_breaker_open", "1 while the engine gets no requests, or one on trial, because it failed", "engine"
-        )
-        self.affinity = counter(
-            "affinity_total", "Requests by whether they went to the engine that their media belong to", "outcome"
-        )
-        self.inflight_requests = gauge("inflight_requests", "Generating requests inside the gateway")
-        self.buffered_bytes = gauge("buffered_bytes", "What requests hold in memory beyond 64 KiB each")
-        self.queue_depth = gauge("queue_depth", "Generating requests waiting for an engine")
+        self._declare_requests()
+        self._declare_videos()
+        self._declare_admission()
+        self._declare_engines()
         for counted, outcomes in (
             (self.rejections, REASONS),
             (self.upstream_retries, ("connect", "refused")),
@@ -95,5 +37,92 @@ class Metrics:
         ):
             for outcome in outcomes:  # a counter that begins with its first event hides that event from rate()
                 counted.labels(outcome)
-        build = gauge("build_info", "1, labelled with the gateway's version", "version")
+
+    def count(self, record: RequestRecord, seconds: float) -> None:
+        """Count a request that took so long and has ended."""
+        status_class, stream = f"{record.status // 100}xx", str(record.stream).lower()
+        self.requests.labels(record.route, record.model, status_class, stream).inc()
+        self.request_duration.labels(record.route, stream).observe(seconds)
+        for phase, spent in record.phases.items():
+            self.overhead.labels(phase).observe(spent)
+        if record.reason is not None:
+            self.rejections.labels(record.reason).inc()
+        if record.seconds_to_first_token is not None:
+            self.time_to_first_token.labels(record.model).observe(record.seconds_to_first_token)
+        if record.video_tokens is not None:
+            before, after = record.video_tokens
+            self.video_tokens.labels(record.model, "before").inc(before)
+            self.video_tokens.labels(record.model, "after").inc(after)
+            self.video_retention.labels(record.model).observe(after / before)
+
+    def _declare_requests(self) -> None:
+        self.requests = self._counter(
+            "requests_total",
+            "Requests answered; a stream that broke counts as 5xx, a client that left as 4xx",
+            *("route", "model", "status_class", "stream"),
+        )
+        self.request_duration = self._histogram(
+            "request_duration_seconds",
+            "From the request's first byte to the answer's last",
+            _REQUEST,
+            "route",
+            "stream",
+        )
+        self.time_to_first_token = self._histogram(
+            "time_to_first_token_seconds", "Streams: from the request's first byte to the first token", _TTFT, "model"
+        )
+        self.inter_token_latency = self._histogram(
+            "inter_token_latency_seconds", "Streams: gap between two chunks after the first token", _ITL, "model"
+        )
+        self.overhead = self._histogram(
+            "overhead_seconds", "Time the gateway itself took, by what it did", _FAST, "phase"
+        )
+        self.rejections = self._counter("rejections_total", "Requests that ended in an error, by reason", "reason")
+        build = self._gauge("build_info", "1, labelled with the gateway's version", "version")
         build.labels(__version__).set(1)
+
+    def _declare_videos(self) -> None:
+        self.video_tokens = self._counter(
+            "video_tokens_total", "Video tokens before and after reduction, as engines count them", "model", "stage"
+        )
+        self.video_retention = self._histogram(
+            "video_retention_ratio", "Share of video tokens kept, by request, as engines count it", _RATIO, "model"
+        )
+        self.retention_limit = self._gauge(
+            "video_retention_limit_ratio", "Largest share of video tokens that a request may keep, by alias", "model"
+        )
+        self.video_bytes = self._histogram("video_bytes", "Size of each video taken in", _BYTES)
+        self.video_duration = self._histogram("video_duration_seconds", "Duration of each video taken in", _SECONDS)
+        self.probes = self._counter("probes_total", "Media looked into; those seen before are not looked into again")
+
+    def _declare_admission(self) -> None:
+        self.tenant_usage = self._counter(
+            "tenant_usage_total", "What tenants used: requests, tokens, video_seconds", "tenant", "unit"
+        )
+        self.limits_backend_up = self._gauge(
+            "limits_backend_up", "0 while limits are not shared because Redis is out of reach"
+        )
+        self.inflight_requests = self._gauge("inflight_requests", "Generating requests inside the gateway")
+        self.buffered_bytes = self._gauge("buffered_bytes", "What requests hold in memory beyond 64 KiB each")
+        self.queue_depth = self._gauge("queue_depth", "Generating requests waiting for an engine")
+
+    def _declare_engines(self) -> None:
+        self.upstream_retries = self._counter(
+            "upstream_retries_total", "Requests sent to another engine, by what the first one did", "reason"
+        )
+        self.engine_up = self._gauge("engine_up", "1 if the engine's last health check passed", "engine")
+        self.engine_breaker_open = self._gauge(
+            "engine_breaker_open", "1 while the engine gets no requests, or one on trial, because it failed", "engine"
+        )
+        self.affinity = self._counter(
+            "affinity_total", "Requests by whether they went to the engine that their media belong to", "outcome"
+        )
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(PREFIX + name, text, labels, registry=self.registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(PREFIX + name, text, labels, registry=self.registry)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import Any, Final, Self
 
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.propagate import extract, inject
@@ -19,10 +19,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode, Tracer, set_span_in_context
 
 from server import __version__
-from server.observe.metrics import NO_MODEL, OTHER
-
-if TYPE_CHECKING:
-    from server.observe.record import RequestRecord
+from server.observe.record import NO_MODEL, OTHER, RequestRecord
 
 OPERATIONS: Final = {
     "/v1/chat/completions": "chat",
@@ -93,15 +90,15 @@ class RequestTrace:
         finally:
             span.end()
 
-    def end(self, record: "RequestRecord") -> None:
-        """Say of the request what is known at its end."""
+    def end(self, record: RequestRecord, *, tenant: str) -> None:
+        """Close the request's span with what is known at its end."""
         operation = OPERATIONS.get(record.route)
         attributes: dict[str, Any] = {
             "http.route": record.route,
             "http.response.status_code": record.status,
             "error.type": record.reason,
             "aot.request_id": record.request_id,
-            "aot.tenant": record.tenant or None,
+            "aot.tenant": tenant or None,
             "gen_ai.operation.name": operation,
         }
         if operation is not None:

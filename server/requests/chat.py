@@ -1,12 +1,12 @@
-"""The fields of a chat request that the gateway reads. Everything else passes through as it came."""
+"""Parser of chat requests: the fields that the gateway reads. Everything else passes through as it came."""
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from server.aliases import Alias
+from server.aliases import Target
 from server.engines.savings import Savings
 from server.engines.streams import ChatStream
 from server.errors import ForbiddenField, InvalidRequest
@@ -17,7 +17,6 @@ from server.requests.fields import (
     parse_json_object,
     read_retention,
     read_stream_fields,
-    refuse_template_fields,
 )
 from server.requests.parameters import OPERATOR_FIELDS
 
@@ -32,7 +31,7 @@ _MARK_CHARACTERS = 36
 
 
 @dataclass
-class ChatRequest:
+class ParsedChat:
     """A chat request as parsed, and what was read from it."""
 
     fields: dict[str, Any]
@@ -47,17 +46,13 @@ class ChatRequest:
         """Whether any part is a video."""
         return any(part.kind == "video" for part in self.media)
 
-    def address_to(self, alias: Alias) -> None:
-        """Rewrite for the engine: its model name, the retention, and the usage that the savings are reported in.
-
-        Raises RetentionRefused if the alias does not allow the request's retention.
-        """
-        retention = alias.retention_for(self.retention)
-        self.fields["model"] = alias.engine_model
+    def address_to(self, target: Target) -> None:
+        """Rewrite for the engine: its model name, the retention, and the usage that the savings are reported in."""
+        self.fields["model"] = target.engine_model
         for name in ("aot", *OPERATOR_FIELDS):
             self.fields.pop(name, None)
-        if retention is not None and self.has_video:
-            self.fields["mm_processor_kwargs"] = {"aot_retention": retention}
+        if target.retention is not None and self.has_video:
+            self.fields["mm_processor_kwargs"] = {"aot_retention": target.retention}
         if self.stream:
             ask_for_usage(self.fields, usage_wanted=self.usage_wanted)
 
@@ -90,20 +85,20 @@ class ChatRequest:
         return [by_mark.get(piece, piece) for piece in pieces]
 
 
-def parse_chat_request(body: bytes | bytearray, *, chat_template_kwargs: Collection[str]) -> ChatRequest:
+def parse_chat_request(body: bytes | bytearray) -> ParsedChat:
     """Return the request in `body`.
 
-    Raises InvalidRequest if it is no chat request, ForbiddenField if it sets what only the operator may set, and
-    RetentionRefused if `aot.retention` is not a number; `chat_template_kwargs` names the template switches allowed.
+    Raises InvalidRequest if it is no chat request, ForbiddenField for parts of kinds that are not taken, and
+    RetentionRefused if `aot.retention` is not a number.
 
-    Large data URLs are set aside before the rest is parsed, which is nearly nothing then. What turns out not to be a
+    Large data URLs are set aside first, so that little is left for the JSON parser. One that turns out not to be a
     medium is parsed after all.
     """
     light, payloads = _set_aside(body)
-    chat = _read_request(light, chat_template_kwargs)
+    chat = _read_request(light)
     for part in chat.media:
         part.payload = payloads.pop(part.value[-_MARK_CHARACTERS:], None)
-    return chat if not payloads else _read_request(body, chat_template_kwargs)
+    return chat if not payloads else _read_request(body)
 
 
 def _set_aside(body: bytes | bytearray) -> tuple[bytes | bytearray, dict[str, memoryview]]:
@@ -130,13 +125,12 @@ def _new_mark() -> str:
     return f"aot-{uuid4().hex}"
 
 
-def _read_request(body: bytes | bytearray, chat_template_kwargs: Collection[str]) -> ChatRequest:
+def _read_request(body: bytes | bytearray) -> ParsedChat:
     fields = parse_json_object(body)
-    refuse_template_fields(fields, chat_template_kwargs)
     model, stream, usage_wanted = read_stream_fields(fields)
     if not isinstance(fields.get("messages"), list):
         raise InvalidRequest("messages must be an array", param="messages")
-    return ChatRequest(
+    return ParsedChat(
         fields=fields,
         model=model,
         stream=stream,

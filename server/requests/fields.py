@@ -2,10 +2,9 @@
 
 import json
 import math
-from collections.abc import Collection
 from typing import Any
 
-from server.errors import ForbiddenField, InvalidRequest, RetentionRefused
+from server.errors import InvalidRequest, RetentionRefused
 
 MOST_VALUES = 500_000  # parsing more would hold up everybody else's requests, and take a hundred times their size
 
@@ -60,19 +59,6 @@ def parse_json_object(body: bytes | bytearray) -> dict[str, Any]:
         read_retention(fields.get("aot"))  # names the place if it is the one that matters
         raise InvalidRequest(f"the request body is not valid JSON: it holds {constants[0]}")
     return fields
-
-
-def refuse_template_fields(fields: dict[str, Any], chat_template_kwargs: Collection[str]) -> None:
-    """Raise ForbiddenField for a switch of the chat template that is not among `chat_template_kwargs`."""
-    template_kwargs = fields.get("chat_template_kwargs")
-    if template_kwargs is None:
-        return
-    if not isinstance(template_kwargs, dict):
-        raise InvalidRequest("chat_template_kwargs must be an object", param="chat_template_kwargs")
-    for name in template_kwargs:
-        if name not in chat_template_kwargs:
-            field = f"chat_template_kwargs.{name}"[:200]
-            raise ForbiddenField(f"{field} can't be set in a request", param=field)
 
 
 def read_retention(aot: object) -> float | None:

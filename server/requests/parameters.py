@@ -51,10 +51,14 @@ LENGTHS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens", "m
 
 @dataclass(frozen=True)
 class Bounds:
-    """The bounds that operators set: choices for one request, and tokens for one choice (None: the engine's own)."""
+    """The bounds that operators set."""
 
     max_choices: int
+    """Of one request."""
     max_output_tokens: int | None
+    """Of one choice; None leaves it to the engine."""
+    chat_template_kwargs: frozenset[str]
+    """The switches of the chat template that a request may set."""
 
 
 def check_parameters(fields: Mapping[str, Any], bounds: Bounds) -> None:
@@ -65,6 +69,7 @@ def check_parameters(fields: Mapping[str, Any], bounds: Bounds) -> None:
     for name in OPERATOR_FIELDS:
         if fields.get(name) is not None:
             raise ForbiddenField(f"{name} can't be set in a request", param=name)
+    _check_template(fields.get("chat_template_kwargs"), bounds.chat_template_kwargs)
     for name, most in MOST_ITEMS.items():
         value = fields.get(name)
         if isinstance(value, list | dict) and len(value) > most:
@@ -83,6 +88,17 @@ def check_parameters(fields: Mapping[str, Any], bounds: Bounds) -> None:
     if isinstance(repetition, dict):
         name = "max_pattern_size"
         _check_number(repetition.get(name), f"repetition_detection.{name}", 0, LONGEST_REPETITION)
+
+
+def _check_template(switches: object, allowed: frozenset[str]) -> None:
+    if switches is None:
+        return
+    if not isinstance(switches, dict):
+        raise InvalidRequest("chat_template_kwargs must be an object", param="chat_template_kwargs")
+    for switch in switches:
+        if switch not in allowed:
+            name = f"chat_template_kwargs.{switch}"[:200]
+            raise ForbiddenField(f"{name} can't be set in a request", param=name)
 
 
 def _check_number(value: object, name: str, least: int, most: int | None) -> None:

@@ -1,10 +1,10 @@
-"""The fields of completion and response requests that the gateway reads: text, and images in responses."""
+"""Parsers of completion and response requests: the fields that the gateway reads, and the images in responses."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from server.aliases import Alias
+from server.aliases import Target
 from server.engines.savings import Savings
 from server.engines.streams import ChatStream, EventStream, ResponseStream
 from server.errors import ForbiddenField, InvalidRequest
@@ -14,25 +14,25 @@ from server.requests.fields import (
     dump_json,
     parse_json_object,
     read_stream_fields,
-    refuse_template_fields,
 )
 
 MOST_PROMPTS = 64
 
 
 @dataclass
-class TextRequest:
+class ParsedText:
     """A request without videos as parsed, and what was read from it."""
 
     fields: dict[str, Any] = field(repr=False)
     model: str
     stream: bool
     usage_wanted: bool
+    retention: float | None = None
     has_video: bool = False
 
-    def address_to(self, alias: Alias) -> None:
+    def address_to(self, target: Target) -> None:
         """Rewrite for the engine: its name for the model."""
-        self.fields["model"] = alias.engine_model
+        self.fields["model"] = target.engine_model
 
     def serialise(self) -> list[bytes | memoryview]:
         """Return the request as JSON; raise InvalidRequest for what JSON can't carry."""
@@ -43,12 +43,12 @@ class TextRequest:
         self.fields.clear()
 
 
-class CompletionRequest(TextRequest):
+class ParsedCompletion(ParsedText):
     """A request for a completion."""
 
-    def address_to(self, alias: Alias) -> None:
+    def address_to(self, target: Target) -> None:
         """Rewrite for the engine: its name for the model, and the usage in any case."""
-        super().address_to(alias)
+        super().address_to(target)
         if self.stream:
             ask_for_usage(self.fields, usage_wanted=self.usage_wanted)
 
@@ -58,14 +58,14 @@ class CompletionRequest(TextRequest):
 
 
 @dataclass
-class ResponseRequest(TextRequest):
+class ParsedResponse(ParsedText):
     """A request for a response."""
 
     media: list[MediaPart] = field(default_factory=list)
 
-    def address_to(self, alias: Alias) -> None:
+    def address_to(self, target: Target) -> None:
         """Rewrite for the engine: its name for the model, and nothing to be kept there, where no key would guard it."""
-        super().address_to(alias)
+        super().address_to(target)
         self.fields["store"] = False
 
     def reader(self, savings: Savings | None) -> EventStream:
@@ -74,23 +74,21 @@ class ResponseRequest(TextRequest):
         return ResponseStream()
 
 
-def parse_completion_request(body: bytes | bytearray, *, chat_template_kwargs: frozenset[str]) -> CompletionRequest:
+def parse_completion_request(body: bytes | bytearray) -> ParsedCompletion:
     """Return the completion request in `body`; raise InvalidRequest or ForbiddenField."""
     fields = parse_json_object(body)
-    refuse_template_fields(fields, chat_template_kwargs)
     _refuse_retention(fields)
     prompt = fields.get("prompt")
     if not isinstance(prompt, str | list):
         raise InvalidRequest("prompt must be a string or an array", param="prompt")
     if isinstance(prompt, list) and len(prompt) > MOST_PROMPTS and not isinstance(prompt[0], int):
         raise InvalidRequest(f"prompt must hold at most {MOST_PROMPTS} prompts, got {len(prompt)}", param="prompt")
-    return CompletionRequest(fields, *read_stream_fields(fields))
+    return ParsedCompletion(fields, *read_stream_fields(fields))
 
 
-def parse_response_request(body: bytes | bytearray, *, chat_template_kwargs: frozenset[str]) -> ResponseRequest:
+def parse_response_request(body: bytes | bytearray) -> ParsedResponse:
     """Return the request for a response in `body`, with its images; raise InvalidRequest or ForbiddenField."""
     fields = parse_json_object(body)
-    refuse_template_fields(fields, chat_template_kwargs)
     _refuse_retention(fields)
     given = fields.get("input")
     if not isinstance(given, str | list):
@@ -100,7 +98,7 @@ def parse_response_request(body: bytes | bytearray, *, chat_template_kwargs: fro
     for i, tool in enumerate(tools if isinstance(tools, list) else ()):
         if not isinstance(tool, dict) or tool.get("type") != "function":
             raise ForbiddenField("tools must be of type function", param=f"tools[{i}].type")
-    return ResponseRequest(fields, *read_stream_fields(fields), media=media)
+    return ParsedResponse(fields, *read_stream_fields(fields), media=media)
 
 
 def _refuse_retention(fields: dict[str, Any]) -> None:

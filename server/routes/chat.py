@@ -1,45 +1,58 @@
 """`POST /v1/chat/completions`: the one that takes videos."""
 
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
-from server.admission.buffers import Buffer
-from server.aliases import Alias
-from server.media.intake import Intake
+from server.aliases import Target
+from server.errors import FetchFailed, MediaRefused, RetentionRefused
+from server.media.intake import Intake, Taken
 from server.media.llm_d import video_headers
-from server.observe.record import RequestRecord
-from server.requests.chat import ChatRequest, parse_chat_request
-from server.routes.generation import Generation
-
-PATH = "/v1/chat/completions"
+from server.openapi import BY_ENGINES, SAVINGS, RawRoute
+from server.requests.chat import ParsedChat, parse_chat_request
+from server.routes.bodies import ChatCompletion, ChatCompletionRequest
+from server.routes.generation import Generation, Passage
 
 
 @dataclass(frozen=True)
-class ChatCompletions(Generation[ChatRequest]):
+class ChatCompletions(Generation[ParsedChat]):
     """The endpoint."""
 
-    path = PATH
+    path = "/v1/chat/completions"
     length_fields = ("max_completion_tokens", "max_tokens")
 
     intake: Intake
     llm_d_headers: bool
 
-    def parse(self, body: bytes | bytearray) -> ChatRequest:
+    def parse(self, body: bytes | bytearray) -> ParsedChat:
         """Return the chat request in `body`."""
-        return parse_chat_request(body, chat_template_kwargs=self.chat_template_kwargs)
+        return parse_chat_request(body)
 
-    def check(self, request: ChatRequest, alias: Alias) -> None:
-        """Refuse a retention that the alias does not allow before any video is fetched."""
-        alias.retention_for(request.retention)
-
-    def prepared(
-        self, request: ChatRequest, record: RequestRecord, buffer: Buffer
-    ) -> AbstractAsyncContextManager[None]:
+    def taken_in(self, passage: Passage[ParsedChat]) -> AbstractAsyncContextManager[Taken]:
         """Take in the request's media."""
-        return self.intake.taken(request.media, record, buffer)
+        return self.intake.taken(
+            passage.request.media, tenant=passage.caller.tenant, record=passage.record, buffer=passage.buffer
+        )
 
-    def describe(self, request: ChatRequest, alias: Alias, record: RequestRecord) -> None:
+    def engine_headers(self, target: Target, taken: Taken) -> Mapping[str, str]:
         """Tell llm-d's router of the longest video."""
-        if self.llm_d_headers and record.longest_video is not None:
-            retention = alias.retention_for(request.retention)
-            record.engine_headers.update(video_headers(record.longest_video, retention=retention))
+        if not self.llm_d_headers or taken.longest_video is None:
+            return {}
+        return video_headers(taken.longest_video, retention=target.retention)
+
+    @property
+    def route(self) -> RawRoute:
+        """The route to the endpoint."""
+        return RawRoute(
+            self.path,
+            self,
+            create_chat_completion,
+            summary="Answer a conversation about videos, whole or as a stream",
+            kinds=(*BY_ENGINES, RetentionRefused, MediaRefused, FetchFailed),
+            headers=SAVINGS,
+        )
+
+
+def create_chat_completion(body: ChatCompletionRequest) -> ChatCompletion:
+    """Describe the endpoint."""
+    raise NotImplementedError

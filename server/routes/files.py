@@ -1,10 +1,11 @@
 """`/v1/files`: videos that are sent once and used in many requests."""
 
-import re
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic.json_schema import SkipJsonSchema
 from starlette.responses import FileResponse
 from starlette.types import Receive, Scope, Send
 
@@ -12,8 +13,8 @@ from server.edge.body import declared_length
 from server.edge.forms import read_form
 from server.errors import BodyTimeout, BodyTooLarge, InvalidRequest, MediaRefused, RouteNotFound, UnknownFile
 from server.media.uploads import ID_PATTERN, FileObject, FilePage, FileStore, Order
-from server.observe.record import STATE_KEY, RequestRecord
 from server.openapi import refusals
+from server.routes.dependencies import TheCaller, TheRecord
 
 PATH = "/v1/files"
 PURPOSE = "video"
@@ -21,21 +22,65 @@ MAX_PAGE = 10_000
 SHORTEST_SECONDS, LONGEST_SECONDS = 3600, 30 * 24 * 3600  # until a file expires, as with OpenAI
 MAX_FILENAME_CHARACTERS = 255
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
-_DIGITS = re.compile(r"[0-9]{1,10}")
-_FIELDS = ("purpose", _ANCHOR, _SECONDS)
-
-UPLOAD = {
-    "type": "object",
-    "properties": {
-        "file": {"type": "string", "contentMediaType": "application/octet-stream"},
-        "purpose": {"const": PURPOSE},
-        _ANCHOR: {"const": "created_at"},
-        _SECONDS: {"type": "integer", "minimum": SHORTEST_SECONDS, "maximum": LONGEST_SECONDS},
-    },
-    "required": ["file", "purpose"],
-    "dependentRequired": {_ANCHOR: [_SECONDS], _SECONDS: [_ANCHOR]},
-    "additionalProperties": False,
+_RULES = {
+    "purpose": f"must be {PURPOSE!r}",
+    "expires_after.anchor": "must be 'created_at'",
+    "expires_after.seconds": f"must be a whole number in [{SHORTEST_SECONDS}, {LONGEST_SECONDS}]",
 }
+
+
+def _without_default(schema: dict[str, Any]) -> None:
+    schema.pop("default", None)
+
+
+class UploadFields(BaseModel):
+    """The fields of an upload's form, besides the file."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        title="Upload",
+        json_schema_extra={"dependentRequired": {_ANCHOR: [_SECONDS], _SECONDS: [_ANCHOR]}},
+    )
+
+    purpose: Literal["video"]
+    anchor: Annotated[
+        Literal["created_at"] | SkipJsonSchema[None], Field(alias=_ANCHOR, json_schema_extra=_without_default)
+    ] = None
+    seconds: Annotated[
+        Annotated[int, Field(ge=SHORTEST_SECONDS, le=LONGEST_SECONDS)] | SkipJsonSchema[None],
+        Field(alias=_SECONDS, json_schema_extra=_without_default),
+    ] = None
+
+    @classmethod
+    def read(cls, fields: dict[str, str]) -> "UploadFields":
+        """Return the fields of a form; raise InvalidRequest if one is wrong."""
+        try:
+            read = cls.model_validate(fields)
+        except ValidationError as exc:
+            error = exc.errors()[0]
+            name = str(error["loc"][0])
+            if error["type"] == "extra_forbidden":
+                known = ", ".join(("file", "purpose", _ANCHOR, _SECONDS))
+                raise InvalidRequest(f"{name[:80]!r} is no field of an upload; it has {known}") from exc
+            raise _wrong(name, fields.get(name, "")) from exc
+        if (read.anchor is None) != (read.seconds is None):
+            raise _wrong(_ANCHOR if read.anchor is None else _SECONDS, "")
+        return read
+
+
+def _wrong(field: str, given: str) -> InvalidRequest:
+    name = field.replace("[", ".").rstrip("]")
+    return InvalidRequest(f"{name} {_RULES[name]}, got {given[:80]!r}", param=name)
+
+
+def _form_schema() -> dict[str, Any]:
+    schema = UploadFields.model_json_schema()
+    file = {"type": "string", "contentMediaType": "application/octet-stream"}
+    return {
+        **schema,
+        "properties": {"file": file, **schema["properties"]},
+        "required": ["file", *schema["required"]],
+    }
 
 
 class DeletedFile(BaseModel):
@@ -55,100 +100,94 @@ class WholeFile(FileResponse):
         await super().__call__({**scope, "headers": []}, receive, send)
 
 
-def files_router(store: FileStore | None, *, body_seconds: float) -> APIRouter:
-    """Return the routes over `store`; without one there are no files."""
-    router = APIRouter()
+@dataclass(frozen=True)
+class Files:
+    """The endpoints over a store; without one there are no files."""
 
-    def begin(request: Request, route: str) -> tuple[FileStore, RequestRecord]:
-        record: RequestRecord = request.scope["state"][STATE_KEY]
-        record.route = route
-        if store is None:
-            raise RouteNotFound("this gateway keeps no files: AOT_GATEWAY_FILES_DIR is not set", code="files_disabled")
-        return store, record
+    store: FileStore | None
+    body_seconds: float
 
-    @router.post(
-        PATH,
-        responses=refusals(InvalidRequest, MediaRefused, RouteNotFound, BodyTooLarge, BodyTimeout),
-        openapi_extra={"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": UPLOAD}}}},
-    )
-    async def create_file(request: Request) -> FileObject:
-        files, record = begin(request, PATH)
+    @property
+    def router(self) -> APIRouter:
+        """The routes."""
+        router = APIRouter(prefix=PATH)
+        router.add_api_route(
+            "",
+            self.create_file,
+            methods=["POST"],
+            responses=refusals(InvalidRequest, MediaRefused, RouteNotFound, BodyTooLarge, BodyTimeout),
+            openapi_extra={
+                "requestBody": {"required": True, "content": {"multipart/form-data": {"schema": _form_schema()}}}
+            },
+        )
+        router.add_api_route("", self.list_files, responses=refusals(InvalidRequest, RouteNotFound))
+        unknown = refusals(UnknownFile, RouteNotFound)
+        router.add_api_route("/{file_id}", self.retrieve_file, responses=unknown)
+        router.add_api_route("/{file_id}", self.delete_file, methods=["DELETE"], responses=unknown)
+        router.add_api_route(
+            "/{file_id}/content",
+            self.retrieve_file_content,
+            response_class=WholeFile,
+            responses={**unknown, 200: {"description": "The video", "content": {"video/*": {}}}},
+        )
+        return router
+
+    async def create_file(self, request: Request, caller: TheCaller, record: TheRecord) -> FileObject:
+        """Keep a video for later requests."""
+        files = self._files()
         size_bytes = declared_length(request.headers)
-        async with files.incoming(tenant=record.tenant, size_bytes=size_bytes) as incoming:
+        async with files.incoming(tenant=caller.tenant, size_bytes=size_bytes) as incoming:
             form = await read_form(
                 request.headers,
                 request.receive,
                 incoming.write,
                 file_field="file",
                 max_file_bytes=files.max_bytes,
-                seconds=body_seconds,
+                seconds=self.body_seconds,
             )
-            expires_after_seconds = _expiry(form.fields)
+            fields = UploadFields.read(form.fields)
             with record.phase("probe"):
                 return await files.keep(
                     incoming,
-                    tenant=record.tenant,
+                    tenant=caller.tenant,
                     filename=_clean(form.filename or ""),
-                    expires_after_seconds=expires_after_seconds,
+                    expires_after_seconds=fields.seconds,
                 )
 
-    @router.get(PATH, responses=refusals(InvalidRequest, RouteNotFound))
     async def list_files(
-        request: Request,
+        self,
+        caller: TheCaller,
         after: Annotated[str | None, Query(pattern=ID_PATTERN)] = None,
         limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
         order: Order = "desc",
         purpose: str | None = None,
     ) -> FilePage:
-        files, record = begin(request, PATH)
+        """List the files by age."""
+        files = self._files()
         if purpose not in (None, PURPOSE):
             return FilePage(data=[], first_id=None, last_id=None, has_more=False)
-        return await files.page(tenant=record.tenant, after=after, limit=limit, order=order)
+        return await files.page(tenant=caller.tenant, after=after, limit=limit, order=order)
 
-    @router.get(PATH + "/{file_id}", responses=refusals(UnknownFile, RouteNotFound))
-    async def retrieve_file(file_id: str, request: Request) -> FileObject:
-        files, record = begin(request, PATH + "/{id}")
-        return await files.get(file_id, tenant=record.tenant)
+    async def retrieve_file(self, file_id: str, caller: TheCaller) -> FileObject:
+        """Describe a file."""
+        return await self._files().get(file_id, tenant=caller.tenant)
 
-    @router.delete(PATH + "/{file_id}", responses=refusals(UnknownFile, RouteNotFound))
-    async def delete_file(file_id: str, request: Request) -> DeletedFile:
-        files, record = begin(request, PATH + "/{id}")
-        await files.delete(file_id, tenant=record.tenant)
+    async def delete_file(self, file_id: str, caller: TheCaller) -> DeletedFile:
+        """Delete a file."""
+        await self._files().delete(file_id, tenant=caller.tenant)
         return DeletedFile(id=file_id)
 
-    @router.get(
-        PATH + "/{file_id}/content",
-        response_class=WholeFile,
-        responses=refusals(UnknownFile, RouteNotFound)
-        | {200: {"description": "The video", "content": {"video/*": {}}}},
-    )
-    async def retrieve_file_content(file_id: str, request: Request) -> WholeFile:
-        files, record = begin(request, PATH + "/{id}/content")
-        file = await files.get(file_id, tenant=record.tenant)
-        path = await files.path_of(file_id, tenant=record.tenant)
+    async def retrieve_file_content(self, file_id: str, caller: TheCaller) -> WholeFile:
+        """Return the video as it was uploaded."""
+        files = self._files()
+        file = await files.get(file_id, tenant=caller.tenant)
+        path = await files.path_of(file_id, tenant=caller.tenant)
         return WholeFile(path, media_type=file.aot.media_type, filename=file.filename)
 
-    return router
-
-
-def _expiry(fields: dict[str, str]) -> int | None:
-    """Return the seconds after which the file expires, None for never; raise InvalidRequest if a field is wrong."""
-    for name in fields:
-        if name not in _FIELDS:
-            raise InvalidRequest(f"{name[:80]!r} is no field of an upload; it has file, {', '.join(_FIELDS)}")
-    if fields.get("purpose") != PURPOSE:
-        raise InvalidRequest(f"purpose must be {PURPOSE!r}, got {fields.get('purpose', '')[:80]!r}", param="purpose")
-    anchor, seconds = fields.get(_ANCHOR), fields.get(_SECONDS)
-    if anchor is None and seconds is None:
-        return None
-    if anchor != "created_at":
-        raise InvalidRequest("expires_after.anchor must be 'created_at'", param="expires_after.anchor")
-    if seconds is None or not _DIGITS.fullmatch(seconds) or not SHORTEST_SECONDS <= int(seconds) <= LONGEST_SECONDS:
-        raise InvalidRequest(
-            f"expires_after.seconds must be a whole number in [{SHORTEST_SECONDS}, {LONGEST_SECONDS}]",
-            param="expires_after.seconds",
-        )
-    return int(seconds)
+    def _files(self) -> FileStore:
+        if self.store is None:
+            raise RouteNotFound("this gateway keeps no files: AOT_GATEWAY_FILES_DIR is not set", code="files_disabled")
+        return self.store
 
 
 def _clean(filename: str) -> str:

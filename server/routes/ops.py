@@ -3,16 +3,16 @@
 from collections.abc import Callable
 from typing import Any
 
-from fastapi import APIRouter, Request
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from pydantic import BaseModel
 
-from server.admission.drain import Lifecycle
+from server.admission.drain import Drain
 from server.engines.pool import EnginePool
-from server.observe.record import STATE_KEY
 
 NOT_READY = "Draining, or no engine is healthy"
+RETRY_AFTER_SECONDS = 2
 
 
 class Status(BaseModel):
@@ -22,33 +22,29 @@ class Status(BaseModel):
 
 
 def ops_router(
-    *, lifecycle: Lifecycle, pool: EnginePool, registry: CollectorRegistry, document: Callable[[], dict[str, Any]]
+    *, drain: Drain, pool: EnginePool, registry: CollectorRegistry, document: Callable[[], dict[str, Any]]
 ) -> APIRouter:
     """Return the routes over the gateway's state, and the one for its OpenAPI document."""
     router = APIRouter()
 
     @router.get("/health/live")
-    async def live(request: Request) -> Status:
-        request.scope["state"][STATE_KEY].route = "/health/live"
+    async def live() -> Status:
         return Status(status="live")
 
-    @router.get("/health/ready", response_model=Status, responses={503: {"model": Status, "description": NOT_READY}})
-    async def ready(request: Request) -> JSONResponse:
-        request.scope["state"][STATE_KEY].route = "/health/ready"
-        if lifecycle.draining:
-            return JSONResponse({"status": "draining"}, 503, {"retry-after": "2"})
-        if not pool.any_healthy:
-            return JSONResponse({"status": "no healthy engine"}, 503, {"retry-after": "2"})
-        return JSONResponse({"status": "ready"})
+    @router.get("/health/ready", responses={503: {"model": Status, "description": NOT_READY}})
+    async def ready(response: Response) -> Status:
+        if not drain.has_begun and pool.any_healthy:
+            return Status(status="ready")
+        response.status_code = 503
+        response.headers["retry-after"] = str(RETRY_AFTER_SECONDS)
+        return Status(status="draining" if drain.has_begun else "no healthy engine")
 
     @router.get("/metrics", response_class=PlainTextResponse, responses={200: {"description": "Prometheus metrics"}})
-    async def metrics(request: Request) -> PlainTextResponse:
-        request.scope["state"][STATE_KEY].route = "/metrics"
+    async def metrics() -> PlainTextResponse:
         return PlainTextResponse(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
     @router.get("/openapi.json")
-    async def openapi(request: Request) -> dict[str, Any]:
-        request.scope["state"][STATE_KEY].route = "/openapi.json"
+    async def openapi() -> dict[str, Any]:
         return document()
 
     return router

@@ -3,30 +3,37 @@
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
-from server.admission.buffers import Buffer
-from server.media.intake import Intake
-from server.observe.record import RequestRecord
+from server.media.intake import Intake, Taken
+from server.openapi import BY_ENGINES, RawRoute
 from server.requests.text import (
-    CompletionRequest,
-    ResponseRequest,
+    ParsedCompletion,
+    ParsedResponse,
     parse_completion_request,
     parse_response_request,
 )
-from server.routes.generation import Generation
+from server.routes.bodies import CompletionRequest, Passed, ResponseRequest
+from server.routes.generation import Generation, Passage
 
 
-class Completions(Generation[CompletionRequest]):
+@dataclass(frozen=True)
+class Completions(Generation[ParsedCompletion]):
     """The older endpoint: a prompt, no chat."""
 
     path = "/v1/completions"
 
-    def parse(self, body: bytes | bytearray) -> CompletionRequest:
+    def parse(self, body: bytes | bytearray) -> ParsedCompletion:
         """Return the completion request in `body`."""
-        return parse_completion_request(body, chat_template_kwargs=self.chat_template_kwargs)
+        return parse_completion_request(body)
+
+    @property
+    def route(self) -> RawRoute:
+        """The route to the endpoint."""
+        summary = "Continue a text, whole or as a stream"
+        return RawRoute(self.path, self, create_completion, summary=summary, kinds=BY_ENGINES, headers={})
 
 
 @dataclass(frozen=True)
-class Responses(Generation[ResponseRequest]):
+class Responses(Generation[ParsedResponse]):
     """The newer endpoint, without what engines would keep between requests."""
 
     path = "/v1/responses"
@@ -34,12 +41,28 @@ class Responses(Generation[ResponseRequest]):
 
     intake: Intake
 
-    def parse(self, body: bytes | bytearray) -> ResponseRequest:
+    def parse(self, body: bytes | bytearray) -> ParsedResponse:
         """Return the request for a response in `body`."""
-        return parse_response_request(body, chat_template_kwargs=self.chat_template_kwargs)
+        return parse_response_request(body)
 
-    def prepared(
-        self, request: ResponseRequest, record: RequestRecord, buffer: Buffer
-    ) -> AbstractAsyncContextManager[None]:
+    def taken_in(self, passage: Passage[ParsedResponse]) -> AbstractAsyncContextManager[Taken]:
         """Take in the request's images."""
-        return self.intake.taken(request.media, record, buffer)
+        return self.intake.taken(
+            passage.request.media, tenant=passage.caller.tenant, record=passage.record, buffer=passage.buffer
+        )
+
+    @property
+    def route(self) -> RawRoute:
+        """The route to the endpoint."""
+        summary = "Answer a conversation without videos, keeping nothing, whole or as a stream"
+        return RawRoute(self.path, self, create_response, summary=summary, kinds=BY_ENGINES, headers={})
+
+
+def create_completion(body: CompletionRequest) -> Passed:
+    """Describe the endpoint."""
+    raise NotImplementedError
+
+
+def create_response(body: ResponseRequest) -> Passed:
+    """Describe the endpoint."""
+    raise NotImplementedError

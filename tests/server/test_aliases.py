@@ -16,26 +16,26 @@ def test_a_retention_is_taken_exactly_if_it_is_inside_the_bounds_and_never_leave
     low, high = bounds
     alias = Alias("a", "m", None, low, high)
     if low <= asked <= high:
-        given_ = alias.retention_for(asked)
+        given_ = alias.target(asked).retention
         assert low <= given_ <= high
         assert abs(given_ - asked) <= 0.005 + 1e-12
         assert given_ == round(given_, 2)
     else:
         with pytest.raises(RetentionRefused):
-            alias.retention_for(asked)
+            alias.target(asked)
 
 
 @given(st.floats(min_value=0, max_value=1, exclude_min=True))
 def test_without_bounds_everything_above_0_up_to_1_is_taken(asked):
-    assert 0.01 <= Alias("a", "m").retention_for(asked) <= 1
+    assert 0.01 <= Alias("a", "m").target(asked).retention <= 1
 
 
 @pytest.mark.parametrize("asked", [0.0, -0.1, 1.0001])
 def test_without_bounds_everything_else_is_refused(asked):
     with pytest.raises(RetentionRefused, match=r"\(0, 1\]"):
-        Alias("a", "m").retention_for(asked)
+        Alias("a", "m").target(asked)
 
 
 def test_what_is_not_asked_is_the_default_of_the_alias():
-    assert Alias("a", "m", 0.1, 0.05, 0.5).retention_for(None) == 0.1
-    assert Alias("a", "m").retention_for(None) is None
+    assert Alias("a", "m", 0.1, 0.05, 0.5).target().retention == 0.1
+    assert Alias("a", "m").target().retention is None

@@ -118,8 +118,8 @@ def assert_is_a_refusal(status, body):
 def outcome(body):
     """What becomes of a body before the engine sees any of it."""
     try:
-        chat = parse_chat_request(body, chat_template_kwargs={"enable_thinking"})
-        chat.address_to(Alias("llava", "engine-llava"))
+        chat = parse_chat_request(body)
+        chat.address_to(Alias("llava", "engine-llava").target(chat.retention))
         return chat, b"".join(chat.serialise())
     except GatewayError as exc:
         answer = answer_to(exc)

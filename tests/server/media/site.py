@@ -13,7 +13,7 @@ import uvicorn
 from prometheus_client import CollectorRegistry
 
 from server.app import create_app
-from server.engines import exchange
+from server.engines import session
 from server.settings import Settings
 from tests.server.clips import clip
 from tests.server.engine_double import SAVED, EngineDouble
@@ -72,7 +72,7 @@ class Site:
     def __enter__(self):
         for folder in (self.temporary, self.store):
             folder.mkdir()
-        self.patches = [(tempfile, "tempdir", str(self.temporary)), (exchange, "KEEPALIVE_SECONDS", 0.1)]
+        self.patches = [(tempfile, "tempdir", str(self.temporary)), (session, "KEEPALIVE_SECONDS", 0.1)]
         self.patches = [(module, name, getattr(module, name), value) for module, name, value in self.patches]
         for module, name, _, value in self.patches:
             setattr(module, name, value)

@@ -168,7 +168,7 @@ messages = st.lists(message, min_size=1, max_size=2)
 def test_a_made_up_message_is_read_or_refused(content):
     body = json.dumps({"model": "m", "messages": content}).encode()
     try:
-        chat = parse_chat_request(body, chat_template_kwargs=())
+        chat = parse_chat_request(body)
         for medium in chat.media:
             assert medium.holder[medium.key] == medium.value
             medium.replace("data:video/mp4;base64,AAAA", uuid="u")

@@ -1,5 +1,6 @@
 import asyncio
 import base64
+import contextlib
 import hashlib
 import json
 
@@ -360,30 +361,34 @@ async def test_gateways_agree_on_a_videos_name_only_if_they_share_a_secret(engin
 
 
 @pytest.fixture
-def records(monkeypatch):
-    """The records of the requests that gateways took in."""
-    taken, records = Intake.taken, []
+def all_taken(monkeypatch):
+    """What gateways took in with each request."""
+    taken, all_taken = Intake.taken, []
 
-    def noted(self, media, record, buffer):
-        records.append(record)
-        return taken(self, media, record, buffer)
+    @contextlib.asynccontextmanager
+    async def noted(self, media, **who):
+        async with taken(self, media, **who) as what:
+            all_taken.append(what)
+            yield what
 
     monkeypatch.setattr(Intake, "taken", noted)
-    return records
+    return all_taken
 
 
-async def test_the_record_says_what_the_videos_are_and_how_long(engine, records):
+async def test_what_was_taken_in_says_what_the_videos_are_and_how_long(engine, all_taken):
     video = [{"type": "video_url", "video_url": {"url": data_url(clip(frames=n))}} for n in (12, 6)]
     image = {"type": "image_url", "image_url": {"url": data_url(picture(), "image/png")}}
     async with gateway(engine) as client:
         for parts in ([video[0]], [image, video[0]], video, video[::-1], video, [image]):
             assert (await client.post(CHAT, json=ask_with(*parts))).status_code == 200
-    keys = [record.media_key for record in records]
+    keys = [taken.key for taken in all_taken]
     assert keys[0] == keys[1] == hashlib.sha256(clip()).hexdigest()
     assert keys[2] == keys[4] != keys[3]
     assert keys[5] is None
     assert len({*keys}) == 4
-    assert [record.video_seconds for record in records] == pytest.approx([2, 2, 3, 3, 3, 0], abs=0.01)
+    longest = [taken.longest_video and taken.longest_video.frames for taken in all_taken]
+    assert longest == [12, 12, 12, 12, 12, None]
+    assert [taken.video_seconds for taken in all_taken] == pytest.approx([2, 2, 3, 3, 3, 0], abs=0.01)
 
 
 async def test_a_video_that_was_seen_before_is_not_probed_again(engine, internet):

@@ -9,12 +9,15 @@ from contextlib import asynccontextmanager
 import httpx
 import openai
 import pytest
+from prometheus_client import CollectorRegistry
 
 from server.errors import InvalidRequest, MediaRefused, UnknownFile
 from server.keys import digest_of, new_key
+from server.media.examine import Examiner
 from server.media.facts import Limits
 from server.media.probe import Prober
 from server.media.uploads import ABANDONED_SECONDS, FileStore
+from server.observe.metrics import Metrics
 from server.settings import Settings
 from tests.server.clips import clip
 from tests.server.harness import gateway, served, until
@@ -313,7 +316,9 @@ async def store(directory, **settings):
     prober = Prober(limits=limits, seconds=10)
     bounds = {"max_bytes": 2**20, "tenant_bytes": 2**30}
     try:
-        yield FileStore(directory, prober=prober, **{**bounds, **settings})
+        yield FileStore(
+            directory, examiner=Examiner(prober, metrics=Metrics(CollectorRegistry())), **{**bounds, **settings}
+        )
     finally:
         prober.close()
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.aliases import Alias
+from server.aliases import Alias, Target
 from server.errors import ForbiddenField, InvalidRequest, RetentionRefused
 from server.requests.chat import parse_chat_request
 from server.requests.fields import parse_json_object
@@ -17,12 +17,12 @@ VIDEO = data_url(b"not looked at here")
 
 
 def parse(fields):
-    return parse_chat_request(json.dumps(fields).encode(), chat_template_kwargs={"enable_thinking"})
+    return parse_chat_request(json.dumps(fields).encode())
 
 
 def sent(fields, alias=None):
     chat = parse(fields)
-    chat.address_to(alias or Alias("llava", "llava"))
+    chat.address_to((alias or Alias("llava", "llava")).target(chat.retention))
     return json.loads(b"".join(chat.serialise()))
 
 
@@ -74,11 +74,11 @@ def test_a_retention_is_a_number_above_0_up_to_1_or_refused(value):
     body = json.dumps(ask_about(VIDEO, aot={"retention": value})).encode()
     is_good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
     if is_good:
-        chat = parse_chat_request(body, chat_template_kwargs=())
+        chat = parse_chat_request(body)
         assert chat.retention == value
     else:
         with pytest.raises(RetentionRefused) as caught:
-            parse_chat_request(body, chat_template_kwargs=())
+            parse_chat_request(body)
         assert caught.value.param == "aot.retention"
 
 
@@ -88,7 +88,7 @@ def test_a_retention_is_a_number_above_0_up_to_1_or_refused(value):
 def test_each_wrong_spelling_of_a_retention_names_the_parameter(text):
     body = b'{"model":"m","messages":[],"aot":{"retention":%s}}' % text.encode()
     with pytest.raises(RetentionRefused) as caught:
-        parse_chat_request(body, chat_template_kwargs=())
+        parse_chat_request(body)
     assert caught.value.param == "aot.retention"
 
 
@@ -102,15 +102,6 @@ def test_an_unknown_key_beside_the_retention_is_refused():
 def test_aot_is_an_object(value):
     with pytest.raises(RetentionRefused, match="must be an object"):
         parse(ask(aot=value))
-
-
-def test_template_switches_outside_the_list_are_refused_and_those_on_it_pass():
-    with pytest.raises(ForbiddenField) as caught:
-        parse(ask(chat_template_kwargs={"enable_thinking": False, "tools": []}))
-    assert caught.value.param == "chat_template_kwargs.tools"
-    assert sent(ask(chat_template_kwargs={"enable_thinking": False}))["chat_template_kwargs"] == {
-        "enable_thinking": False
-    }
 
 
 @pytest.mark.parametrize(
@@ -207,7 +198,6 @@ def test_of_a_videos_part_the_engine_gets_nothing_but_the_video():
         (ask(stream="yes"), "stream"),
         (ask(stream=1), "stream"),
         (ask(stream_options=[]), "stream_options"),
-        (ask(chat_template_kwargs=3), "chat_template_kwargs"),
         (ask_about(7), "messages[0].content[0].video_url.url"),
     ],
 )
@@ -236,19 +226,19 @@ def test_a_malformed_field_is_refused_by_name(fields, param):
 )
 def test_what_is_no_json_object_is_refused(body):
     with pytest.raises(InvalidRequest, match="request body"):
-        parse_chat_request(body, chat_template_kwargs=())
+        parse_chat_request(body)
 
 
 def test_a_number_too_large_for_json_is_refused():
-    chat = parse_chat_request(b'{"model":"m","messages":[],"temperature":1e999}', chat_template_kwargs=())
+    chat = parse_chat_request(b'{"model":"m","messages":[],"temperature":1e999}')
     with pytest.raises(InvalidRequest):
         b"".join(chat.serialise())
 
 
 def test_of_a_key_given_twice_the_engine_sees_the_one_that_was_checked():
     body = b'{"model":"m","messages":[],"mm_processor_kwargs":{"aot_retention":1},"mm_processor_kwargs":null}'
-    chat = parse_chat_request(body, chat_template_kwargs=())
-    chat.address_to(Alias("m", "m"))
+    chat = parse_chat_request(body)
+    chat.address_to(Target("m", None))
     assert b"mm_processor_kwargs" not in b"".join(chat.serialise())
 
 
@@ -315,13 +305,13 @@ def test_of_a_large_medium_only_the_base64_is_set_aside_and_a_new_url_forgets_it
 def test_a_control_character_in_a_large_string_that_is_no_medium_is_no_json(inside):
     body = json.dumps(ask(user=LARGE + "@")).replace("@", inside).encode()
     with pytest.raises(InvalidRequest, match="JSON"):
-        parse_chat_request(body, chat_template_kwargs=())
+        parse_chat_request(body)
 
 
 def test_of_a_url_given_twice_the_engine_sees_the_one_that_was_checked():
     other = LARGE.replace("QUJD", "REVG")
     body = json.dumps(ask_about(LARGE)).replace('"url": ', f'"url": "{other}", "url": ').encode()
-    chat = parse_chat_request(body, chat_template_kwargs=())
+    chat = parse_chat_request(body)
     assert chat.media[0].payload is None
     assert json.loads(b"".join(chat.serialise())) == ask_about(LARGE)
 

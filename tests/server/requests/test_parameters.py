@@ -5,7 +5,7 @@ from server.requests.parameters import DEEPEST, OPERATOR_FIELDS, Bounds, check_p
 from tests.server.engine_double import EngineDouble
 from tests.server.harness import CHAT, ask, error_of, gateway
 
-BOUNDS = Bounds(max_choices=4, max_output_tokens=100)
+BOUNDS = Bounds(max_choices=4, max_output_tokens=100, chat_template_kwargs=frozenset({"enable_thinking"}))
 
 
 def nested(depth):
@@ -22,6 +22,15 @@ def test_what_only_the_operator_sets_is_refused_by_name_whatever_its_value(name)
             check_parameters({name: value}, BOUNDS)
         assert caught.value.param == name
     check_parameters({name: None}, BOUNDS)
+
+
+def test_template_switches_outside_the_list_are_refused_and_those_on_it_pass():
+    with pytest.raises(ForbiddenField) as caught:
+        check_parameters({"chat_template_kwargs": {"enable_thinking": False, "tools": []}}, BOUNDS)
+    assert caught.value.param == "chat_template_kwargs.tools"
+    check_parameters({"chat_template_kwargs": {"enable_thinking": False}}, BOUNDS)
+    with pytest.raises(InvalidRequest, match="must be an object"):
+        check_parameters({"chat_template_kwargs": 3}, BOUNDS)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import json
 import openai
 import pytest
 
-from server.routes.generation import isolate
+from server.requests.outgoing import isolate
 from server.settings import Settings
 from tests.server.clips import clip, data_url, picture
 from tests.server.engine_double import (

@@ -1,0 +1,50 @@
+"""What middleware knows of a request, kept in its ASGI scope for those that come after."""
+
+from collections.abc import Mapping
+
+from starlette.types import Scope
+
+from server.admission.auth import ANYONE, Caller
+from server.admission.quotas import Allowance
+from server.observe.record import RequestRecord
+
+_RECORD, _CALLER, _ALLOWANCE = "aot_record", "aot_caller", "aot_allowance"
+
+
+def set_record(scope: Scope, record: RequestRecord) -> None:
+    """Begin a request's record."""
+    scope.setdefault("state", {})[_RECORD] = record
+
+
+def record_of(scope: Scope) -> RequestRecord:
+    """Return the request's record."""
+    record: RequestRecord = scope["state"][_RECORD]
+    return record
+
+
+def set_caller(scope: Scope, caller: Caller) -> None:
+    """Say who sent the request."""
+    scope["state"][_CALLER] = caller
+
+
+def caller_of(scope: Scope) -> Caller:
+    """Return who sent the request; anyone, where nobody was asked for a key."""
+    caller: Caller = scope["state"].get(_CALLER, ANYONE)
+    return caller
+
+
+def set_allowance(scope: Scope, allowance: Allowance) -> None:
+    """Keep the request's share of its tenant's limits."""
+    scope["state"][_ALLOWANCE] = allowance
+
+
+def allowance_of(scope: Scope) -> Allowance:
+    """Return the request's share of its tenant's limits."""
+    allowance: Allowance = scope["state"][_ALLOWANCE]
+    return allowance
+
+
+def limit_headers_of(scope: Scope) -> Mapping[str, str]:
+    """Return the headers that tell of the tenant's limits; none if the request ended before they were looked up."""
+    allowance: Allowance | None = scope["state"].get(_ALLOWANCE)
+    return {} if allowance is None else allowance.headers

@@ -1,0 +1,109 @@
+"""Bodies of the generating endpoints, as the OpenAPI document has them. Requests are read by the parsers instead."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.requests.parameters import OPERATOR_FIELDS
+
+
+class Retention(BaseModel):
+    """What a request may ask of the token reduction."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    retention: Annotated[float | None, Field(gt=0, le=1)] = None
+    """The share of video tokens to keep, inside the bounds of the model."""
+
+
+class MediaURL(BaseModel):
+    """A place that media are taken from."""
+
+    url: str
+
+
+class VideoPart(BaseModel):
+    """A video, as an https URL or a data URL."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: Literal["video_url"]
+    video_url: MediaURL
+
+
+class ChatMessage(BaseModel):
+    """A message of the conversation. What engines take beside what is described here passes through."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[VideoPart | dict[str, Any]] | None = None
+
+
+class ChatCompletionRequest(BaseModel):
+    """OpenAI's request. Fields that are not described here pass through to the engine."""
+
+    model_config = ConfigDict(
+        extra="allow",
+        json_schema_extra={"not": {"anyOf": [{"required": [name]} for name in OPERATOR_FIELDS]}},
+    )
+
+    model: Annotated[str, Field(min_length=1)]
+    messages: list[ChatMessage]
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    aot: Retention | None = None
+
+
+class CompletionRequest(BaseModel):
+    """OpenAI's request of the older endpoint. Fields that are not described here pass through to the engine."""
+
+    model_config = ChatCompletionRequest.model_config
+
+    model: Annotated[str, Field(min_length=1)]
+    prompt: str | list[Any]
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+
+
+class ResponseRequest(BaseModel):
+    """OpenAI's request of the newer endpoint, without videos. What is not described here passes through."""
+
+    model_config = ChatCompletionRequest.model_config
+
+    model: Annotated[str, Field(min_length=1)]
+    input: str | list[Any]
+    stream: bool | None = None
+
+
+class VideoTokens(BaseModel):
+    """What the reduction saved on the request's videos together, as the engine counts."""
+
+    before: Annotated[int, Field(ge=1)]
+    after: Annotated[int, Field(ge=0)]
+    retention: Annotated[float, Field(ge=0, le=1)]
+
+
+class Usage(BaseModel):
+    """The engine's counts; `video_tokens` where it reported them."""
+
+    model_config = ConfigDict(extra="allow", json_schema_extra={"required": []})
+
+    video_tokens: VideoTokens | None = None
+
+
+class ChatCompletion(BaseModel):
+    """The engine's answer, with what was saved in its usage."""
+
+    model_config = ConfigDict(extra="allow")
+
+    choices: list[dict[str, Any]]
+    usage: Usage | None = None
+
+
+class Passed(BaseModel):
+    """The engine's answer, as it came."""
+
+    model_config = ConfigDict(extra="allow")
+
+    usage: dict[str, Any] | None = None
