@@ -4,7 +4,6 @@
 FROM python:3.11-slim-bookworm
 LABEL org.opencontainers.image.title="aot-engine-cpu" \
       org.opencontainers.image.description="vLLM with AOT video token reduction, for CPUs, with a model to try it" \
-      org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0"
 # hadolint ignore=DL3008
 RUN apt-get update \

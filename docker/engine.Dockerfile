@@ -13,7 +13,6 @@ RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels 
 FROM vllm/vllm-openai:v0.32.0
 LABEL org.opencontainers.image.title="aot-engine" \
       org.opencontainers.image.description="vLLM with AOT video token reduction, for NVIDIA GPUs" \
-      org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0"
 # Everything else that the plugin needs comes with vLLM, at the versions that vLLM wants.
 RUN --mount=type=bind,from=build,source=/wheels,target=/wheels \

@@ -15,7 +15,6 @@ RUN pip wheel --no-cache-dir --no-deps --no-build-isolation --wheel-dir /wheels 
 FROM python:3.11-slim-bookworm
 LABEL org.opencontainers.image.title="aot-gateway" \
       org.opencontainers.image.description="OpenAI-compatible gateway that takes video and reports the tokens saved" \
-      org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0"
 # The directories' owner becomes that of the volumes mounted there.
 RUN groupadd --gid 10001 gateway \

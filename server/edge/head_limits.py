@@ -1,81 +1,93 @@
-"""uvicorn's HTTP with bounds on what comes before and around bodies, which nobody has been asked for a key yet."""
+"""uvicorn's HTTP with bounds on heads, trailers and whatever else is no body: no key has been asked for by then."""
 
 import asyncio
 from http import HTTPStatus
-from typing import Any
+from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MAX_HEAD_BYTES = 64 * 1024  # of a request's first line and headers, and of trailers and whatever else is no body
 
 
-def bounded_http(*, head_seconds: float) -> type[HttpToolsProtocol]:
-    """Return a protocol that waits for the head of a request for so long, and keeps at most MAX_HEAD_BYTES of it."""
+class BoundedHTTP(HttpToolsProtocol):
+    """Closes connections that break a bound, after a word to the client."""
 
-    class BoundedHTTP(HttpToolsProtocol):
-        """Closes connections that break a bound, after a word to the client."""
+    head_seconds: ClassVar[float]
+    """How long the head of a request may take to arrive."""
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self._head_timer: asyncio.TimerHandle | None = None
-            self._head_bytes = 0
-            self._unfinished_bytes = 0
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Serve one connection."""
+        super().__init__(*args, **kwargs)
+        self._head_timer: asyncio.TimerHandle | None = None
+        self._head_bytes = 0
+        self._unfinished_bytes = 0
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Start the clock."""
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the clock."""
+        self._head_has_come()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what has arrived, and refuse a head that is too large."""
+        self._unfinished_bytes += len(data)  # until the parser has something to tell
+        super().data_received(data)
+        if max(self._head_bytes, self._unfinished_bytes) > MAX_HEAD_BYTES:
+            self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+
+    def on_message_begin(self) -> None:
+        """Begin to count a request's head."""
+        super().on_message_begin()
+        self._head_bytes = 0
+        if self._head_timer is None:
             self._await_head()
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._head_has_come()
-            super().connection_lost(exc)
+    def on_url(self, url: bytes) -> None:
+        """Count the URL."""
+        self._count(url)
+        super().on_url(url)
 
-        def data_received(self, data: bytes) -> None:
-            self._unfinished_bytes += len(data)  # until the parser has something to tell
-            super().data_received(data)
-            if max(self._head_bytes, self._unfinished_bytes) > MAX_HEAD_BYTES:
-                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Count a header."""
+        self._count(name + value)
+        super().on_header(name, value)
 
-        def on_message_begin(self) -> None:
-            super().on_message_begin()
-            self._head_bytes = 0
-            if self._head_timer is None:
-                self._await_head()
+    def on_headers_complete(self) -> None:
+        """Stop the clock: the head is complete."""
+        self._head_has_come()
+        self._unfinished_bytes = 0
+        super().on_headers_complete()
 
-        def on_url(self, url: bytes) -> None:
-            self._count(url)
-            super().on_url(url)
+    def on_body(self, body: bytes) -> None:
+        """Note that what has arrived is body."""
+        self._unfinished_bytes = 0
+        super().on_body(body)
 
-        def on_header(self, name: bytes, value: bytes) -> None:
-            self._count(name + value)
-            super().on_header(name, value)
+    def _count(self, part: bytes) -> None:
+        self._head_bytes += len(part)
+        self._unfinished_bytes = 0
 
-        def on_headers_complete(self) -> None:
-            self._head_has_come()
-            self._unfinished_bytes = 0
-            super().on_headers_complete()
+    def _await_head(self) -> None:
+        self._head_timer = self.loop.call_later(self.head_seconds, self._refuse, HTTPStatus.REQUEST_TIMEOUT)
 
-        def on_body(self, body: bytes) -> None:
-            self._unfinished_bytes = 0
-            super().on_body(body)
+    def _head_has_come(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
 
-        def _count(self, part: bytes) -> None:
-            self._head_bytes += len(part)
-            self._unfinished_bytes = 0
+    def _refuse(self, status: HTTPStatus) -> None:
+        if self.transport.is_closing():
+            return
+        if self.cycle is None or self.cycle.response_complete:
+            line = f"HTTP/1.1 {status.value} {status.phrase}\r\n"
+            self.transport.write(f"{line}content-length: 0\r\nconnection: close\r\n\r\n".encode())
+        self.transport.close()
 
-        def _await_head(self) -> None:
-            self._head_timer = self.loop.call_later(head_seconds, self._refuse, HTTPStatus.REQUEST_TIMEOUT)
 
-        def _head_has_come(self) -> None:
-            if self._head_timer is not None:
-                self._head_timer.cancel()
-                self._head_timer = None
-
-        def _refuse(self, status: HTTPStatus) -> None:
-            if self.transport.is_closing():
-                return
-            if self.cycle is None or self.cycle.response_complete:
-                line = f"HTTP/1.1 {status.value} {status.phrase}\r\n"
-                self.transport.write(f"{line}content-length: 0\r\nconnection: close\r\n\r\n".encode())
-            self.transport.close()
-
-    return BoundedHTTP
+def bounded_http(*, head_seconds: float) -> type[BoundedHTTP]:
+    """Return a protocol that waits for the head of a request for so long, and keeps at most MAX_HEAD_BYTES of it."""
+    return type("BoundedHTTP", (BoundedHTTP,), {"head_seconds": head_seconds})

@@ -18,6 +18,7 @@ from server.media.facts import Facts, Limits, ProbeError
 
 if TYPE_CHECKING:
     from av import Packet, VideoStream
+    from av.container import InputContainer
 
     VideoPacket = Packet[VideoStream]
     SizeReader = Callable[[VideoPacket | None], tuple[int, int]]  # of a packet, or the end; (0, 0) if it tells none
@@ -150,54 +151,78 @@ def read_video(descriptor: int, demuxer: str, limits: Limits) -> Facts:
         "threads": "1",
     }
     with os.fdopen(descriptor, "rb") as file, av.open(file, "r", format=demuxer, options=options) as container:
-        stream = next((stream for stream in container.streams if isinstance(stream, av.VideoStream)), None)
-        if stream is None:
-            raise ProbeError("the file holds no video stream")
-        context = stream.codec_context
-        codec = "an unknown codec" if context is None else context.codec.canonical_name
-        if codec not in VIDEO_CODECS:
-            raise ProbeError(f"the video is in {codec}; taken are {', '.join(VIDEO_CODECS)}")
-        context.options = {"max_pixels": str(limits.max_pixels)}
-        stream.thread_count = 1
-        pictures = _Frames(stream, limits)
-        frames, begin, end = 0, math.inf, -math.inf
+        stream = _video_stream(container, limits)
+        packets = _Packets(stream, limits)
         for packet in container.demux(stream):
-            if packet.size == 0:
-                continue
-            if packet.is_corrupt:
-                raise ProbeError("the video is truncated")
-            frames += 1
-            _check_frames(frames, limits)
-            time = packet.pts if packet.pts is not None else packet.dts
-            if time is not None:
-                begin, end = min(begin, time), max(end, time + (packet.duration or 0))
-            pictures.read(packet)
-        pictures.end()
-        width, height = pictures.largest
-        _check_frames(stream.frames, limits)
+            if packet.size:
+                packets.read(packet)
+        facts = packets.facts(container)
+    _check_duration("video", facts.duration_seconds, limits, code="video_too_long")
+    return facts
+
+
+def _video_stream(container: "InputContainer", limits: Limits) -> "VideoStream":
+    """Return the video stream, ready to be decoded; raise ProbeError if there is none of a codec that is taken."""
+    from av import VideoStream
+
+    stream = next((stream for stream in container.streams if isinstance(stream, VideoStream)), None)
+    if stream is None:
+        raise ProbeError("the file holds no video stream")
+    context = stream.codec_context
+    codec = "an unknown codec" if context is None else context.codec.canonical_name
+    if codec not in VIDEO_CODECS:
+        raise ProbeError(f"the video is in {codec}; taken are {', '.join(VIDEO_CODECS)}")
+    context.options = {"max_pixels": str(limits.max_pixels)}
+    stream.thread_count = 1
+    return stream
+
+
+class _Packets:
+    """What the packets of a video say: how many frames there are, when they are shown, how large they are."""
+
+    def __init__(self, stream: "VideoStream", limits: Limits) -> None:
+        """Take a stream of which nothing has been read yet."""
+        self._stream = stream
+        self._limits = limits
+        self._pictures = _Frames(stream, limits)
+        self._frames, self._begin, self._end = 0, math.inf, -math.inf
+
+    def read(self, packet: "VideoPacket") -> None:
+        """Take in the next packet; raise ProbeError for one that breaks a limit or is damaged."""
+        if packet.is_corrupt:
+            raise ProbeError("the video is truncated")
+        self._frames += 1
+        _check_frames(self._frames, self._limits)
+        time = packet.pts if packet.pts is not None else packet.dts
+        if time is not None:
+            self._begin, self._end = min(self._begin, time), max(self._end, time + (packet.duration or 0))
+        self._pictures.read(packet)
+
+    def facts(self, container: "InputContainer") -> Facts:
+        """Return the facts, all packets having been read; raise ProbeError if the header makes false claims."""
+        self._pictures.end()
+        stream, frames = self._stream, self._frames
+        _check_frames(stream.frames, self._limits)
         if stream.frames > 10 * frames + 100:  # clips that were cut without encoding them anew claim what they were
             raise ProbeError(f"the video claims {stream.frames} frames and holds {frames}")
-        measured = float((end - begin) * stream.time_base) if end > begin and stream.time_base else 0.0
-        claimed = [
-            float(stream.duration * stream.time_base) if stream.duration and stream.time_base else 0.0,
-            container.duration / 1e6 if container.duration else 0.0,
-        ]
+        seconds_per_tick = float(stream.time_base or 0)
+        measured = (self._end - self._begin) * seconds_per_tick if self._end > self._begin else 0.0
+        claimed = [(stream.duration or 0) * seconds_per_tick, (container.duration or 0) / 1e6]
         fps = frames / measured if measured else 0.0
         for rate in (fps, float(stream.guessed_rate or stream.average_rate or fps)):
             if frames > 1 and not 0 < rate <= MAX_FPS:
                 raise ProbeError(f"the video claims {rate:.6g} frames per second, at most {MAX_FPS} are allowed")
-        facts = Facts(
+        width, height = self._pictures.largest
+        return Facts(
             container=container.format.name,
-            codec=codec,
+            codec=stream.codec_context.codec.canonical_name,
             width=width,
             height=height,
             duration_seconds=max(measured, *claimed),
             frames=frames,
             fps=fps,
-            decoded_bytes=min(frames, limits.sampled_frames) * width * height * BYTES_PER_PIXEL,
+            decoded_bytes=min(frames, self._limits.sampled_frames) * width * height * BYTES_PER_PIXEL,
         )
-    _check_duration("video", facts.duration_seconds, limits, code="video_too_long")
-    return facts
 
 
 def read_audio(descriptor: int, demuxer: str, limits: Limits) -> Facts:

@@ -64,12 +64,28 @@ class Bounds:
 def check_parameters(fields: Mapping[str, Any], bounds: Bounds) -> None:
     """Raise ForbiddenField for what only the operator may set, InvalidRequest for what is too much.
 
-    Types are left to the engine, which knows them; a wrong one is no way around a bound.
+    Types are left to the engine, which knows them; a value of the wrong type doesn't get around a bound.
     """
     for name in OPERATOR_FIELDS:
         if fields.get(name) is not None:
             raise ForbiddenField(f"{name} can't be set in a request", param=name)
     _check_template(fields.get("chat_template_kwargs"), bounds.chat_template_kwargs)
+    _check_sizes(fields)
+    for names, least, most in (
+        (LOGPROBS, 0, MOST_LOGPROBS),
+        (CHOICES, 1, bounds.max_choices),
+        (LENGTHS, 0, bounds.max_output_tokens),
+    ):
+        for name in names:
+            _check_number(fields.get(name), name, least, most)
+    _check_grammar(fields.get("structured_outputs"))
+    repetition = fields.get("repetition_detection")
+    if isinstance(repetition, dict):
+        name = "max_pattern_size"
+        _check_number(repetition.get(name), f"repetition_detection.{name}", 0, LONGEST_REPETITION)
+
+
+def _check_sizes(fields: Mapping[str, Any]) -> None:
     for name, most in MOST_ITEMS.items():
         value = fields.get(name)
         if isinstance(value, list | dict) and len(value) > most:
@@ -77,17 +93,6 @@ def check_parameters(fields: Mapping[str, Any], bounds: Bounds) -> None:
     for name, most in MOST_CHARACTERS.items():
         if fields.get(name) is not None:
             _check_size(fields[name], name, most)
-    for name in LOGPROBS:
-        _check_number(fields.get(name), name, 0, MOST_LOGPROBS)
-    for name in CHOICES:
-        _check_number(fields.get(name), name, 1, bounds.max_choices)
-    for name in LENGTHS:
-        _check_number(fields.get(name), name, 0, bounds.max_output_tokens)
-    _check_grammar(fields.get("structured_outputs"))
-    repetition = fields.get("repetition_detection")
-    if isinstance(repetition, dict):
-        name = "max_pattern_size"
-        _check_number(repetition.get(name), f"repetition_detection.{name}", 0, LONGEST_REPETITION)
 
 
 def _check_template(switches: object, allowed: frozenset[str]) -> None:

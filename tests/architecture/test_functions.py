@@ -1,0 +1,20 @@
+"""A function fits on a screen. How complex one may be is ruff's to say."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+MOST_LINES = 60
+
+
+def functions(package):
+    for path in sorted((ROOT / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield node.end_lineno - node.lineno + 1, f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+
+
+def test_no_function_of_the_packages_is_longer_than_a_screen():
+    found = [*functions("server"), *functions("aot_vllm")]
+    assert len(found) > 500
+    assert [name for lines, name in found if lines > MOST_LINES] == []
