@@ -34,7 +34,7 @@ class Buffers:
     def check(self, more_bytes: int) -> None:
         """Raise Overloaded if there is no room for `more_bytes`."""
         if more_bytes > 0 and self._taken_bytes + more_bytes > self._max_bytes:
-            raise Overloaded("the gateway holds too much for other requests, try again later")
+            raise Overloaded("the gateway's memory for requests is full, try again later")
 
     def take(self, more_bytes: int) -> None:
         """Take `more_bytes`, or give them back if the number is negative; raise Overloaded if there is no room."""

@@ -22,7 +22,7 @@ def large(**fields):
 def refused(answer):
     assert answer.status_code == 429
     assert error_of(answer)["code"] == "rate_limit_exceeded"
-    assert "holds too much" in error_of(answer)["message"]
+    assert "memory for requests is full" in error_of(answer)["message"]
     assert int(answer.headers["retry-after"]) >= 1
     return True
 
