@@ -1,4 +1,4 @@
-"""Many large requests at once take no more memory than the operator gives them."""
+"""Many large requests at once take no more memory than the operator allows."""
 
 import asyncio
 import contextlib

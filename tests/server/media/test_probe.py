@@ -254,7 +254,7 @@ async def test_an_image_that_would_be_huge_or_is_none_is_refused(prober, data, s
 
 
 def text_bomb():
-    """A PNG whose comment unpacks to 64 MiB."""
+    """A PNG whose compressed comment unpacks to 64 MiB."""
     comment = b"zTXt" + b"Comment\0\0" + zlib.compress(b"a" * 2**26)
     chunk = struct.pack(">I", len(comment) - 4) + comment + struct.pack(">I", zlib.crc32(comment))
     return picture()[:33] + chunk + picture()[33:]
@@ -264,7 +264,7 @@ async def test_an_image_with_a_comment_that_unpacks_to_megabytes_is_refused_or_l
     try:
         facts = await probe(prober, text_bomb(), kind="image")
     except ProbeError as exc:
-        assert "truncated or broken" in str(exc)  # noqa: PT017 - either is fine
+        assert "truncated or broken" in str(exc)  # noqa: PT017 - either outcome is fine
     else:
         assert facts.width == 16
     assert len(prober.process_ids) == 1
