@@ -152,8 +152,8 @@ EIGHT_K = clip("mp4", "libx264", frames=1, size=(7680, 4320))
         (EIGHT_K, "7680 x 4320 pixels, at most 8294400"),
         (lies.patched(EIGHT_K, b"tkhd", 76, ">II", 64 << 16, 48 << 16), "7680 x 4320 pixels, at most 8294400"),
         (lies.patched(EIGHT_K, b"avc1", 24, ">HH", 64, 48), "7680 x 4320 pixels, at most 8294400"),
-        (clip("mov", "png", pix_fmt="rgb24"), "is in png; taken are h264, "),
-        (clip("matroska", "ffv1"), "is in ffv1; taken are h264, "),
+        (clip("mov", "png", pix_fmt="rgb24"), "is in png; supported codecs are h264, "),
+        (clip("matroska", "ffv1"), "is in ffv1; supported codecs are h264, "),
         (clip("mp4", "libx264")[:-300], "truncated"),
     ],
 )
