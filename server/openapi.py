@@ -110,7 +110,7 @@ class ErrorBody(BaseModel):
 class RawRoute(APIRoute):
     """A route to a plain ASGI application.
 
-    FastAPI derives its documentation from the signature of a function that is never called.
+    FastAPI documents the route by the signature of a function that is never called.
     """
 
     def __init__(

@@ -30,7 +30,7 @@ class Breaker:
 
     @property
     def admits(self) -> bool:
-        """Whether the next request may go to the engine: as any request while closed, or as the trial."""
+        """Whether a request may go to the engine now: any request while closed, otherwise only the trial."""
         return self._open_until is None or (self._clock() >= self._open_until and not self._on_trial)
 
     def seconds_to_trial(self) -> float:

@@ -23,7 +23,7 @@ class Examined:
 
 
 class Examiner:
-    """Examines media, and caches the facts about the latest REMEMBERED_FACTS of them."""
+    """Examines media, and caches the facts about the REMEMBERED_FACTS media that were probed last."""
 
     def __init__(self, prober: Prober, *, metrics: Metrics) -> None:
         """Start with an empty cache."""

@@ -43,4 +43,4 @@ def configure(level: str, stream: TextIO | None = None) -> None:
         logger.propagate = False
         logger.setLevel(level.upper())
     logging.getLogger("asyncio").handlers = [handler]
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # it warns about bad forms, which get a 400 anyway
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # its warnings quote what clients send

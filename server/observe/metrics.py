@@ -23,7 +23,7 @@ _SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
 class Metrics:
     """The gateway's metrics.
 
-    Label values come from closed sets only: routes, reasons, engine numbers, and the configured models and tenants.
+    Label values come from closed sets only: routes, reasons, engine numbers, known models and configured tenants.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:

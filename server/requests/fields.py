@@ -71,6 +71,7 @@ def parse_json_object(body: bytes | bytearray) -> dict[str, Any]:
 
 
 def read_retention(aot: object) -> float | None:
+    """Return `aot.retention`, None if it is missing; raise RetentionRefused if it is not a number in (0, 1]."""
     if aot is None:
         return None
     if not isinstance(aot, dict):
