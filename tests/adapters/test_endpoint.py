@@ -165,7 +165,7 @@ async def test_the_counters_grow_by_the_videos_that_were_served():
         }
 
 
-async def test_a_scrape_adds_what_the_workers_did_since_the_last_one():
+async def test_a_scrape_adds_the_growth_of_the_workers_totals():
     engine = Engine()
     async with server(engine) as client:
         before = await counters(client)
@@ -181,7 +181,7 @@ async def test_a_scrape_adds_what_the_workers_did_since_the_last_one():
 
 
 @pytest.mark.parametrize("engine", [Engine(extension="theirs.Extension"), Engine(rank=1), None])
-async def test_workers_of_others_and_those_of_a_second_api_server_are_not_asked(engine):
+async def test_workers_without_the_extension_are_not_asked_nor_any_by_a_second_api_server(engine):
     async with server(engine) as client:
         await counters(client)
     assert engine is None or engine.asked == []
