@@ -75,7 +75,7 @@ class AOTConfig:
 
     global_ratio: float = 0.5
     """Share of a frame's anchors chosen by global score, in [0, 1]. The rest are chosen by local score, window by
-    window. Only `attention` reads this setting, `window` and the two layers."""
+    window. Only `attention` uses this setting, `window` and the two layers."""
 
     window: int = 9
     """Side of a local window in cells. A window of 9 cuts the 27x27 grid of SigLIP-so400m into nine. A side that
@@ -111,8 +111,8 @@ class AOTConfig:
     1 - exp(-dt^2 / (2 sigma^2)), which is close to 1 beyond a few sigma."""
 
     clips: int = 8
-    """Number of clips a video is cut into, each with one key frame. A short video has at most one clip per frame. Only
-    a `kappa` below 1 reads this setting."""
+    """Number of clips that a video is cut into, each with one key frame. A video never has more clips than frames. The
+    setting has an effect only if `kappa` is below 1."""
 
     kappa: float = 1.0
     """Share, in [0, 1], of a later frame's anchors that are kept. The key frame absorbs the others. At 1 the video is

@@ -170,8 +170,8 @@ def let_proposer_know_reduced_models() -> None:
     original = getattr(getattr(module, "SpecDecodeBaseProposer", None), "get_model_name", None)
     if original is None:
         raise UnsupportedError(
-            f"vLLM {vllm_version()} has no SpecDecodeBaseProposer.get_model_name, by which it recognises the target "
-            "model of speculative decoding; install vllm 0.32.*"
+            f"vLLM {vllm_version()} has no SpecDecodeBaseProposer.get_model_name, which aot-vllm needs for "
+            "speculative decoding with a reduced model; install vllm 0.32.*"
         )
     if getattr(original, _MARK, False):
         return

@@ -105,8 +105,8 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if not isinstance(self.vision_tower, SiglipVisionModel):
             raise UnsupportedError(
-                "AOT reads its scores from a SigLIP vision tower, this checkpoint has "
-                f"{type(self.vision_tower).__name__}; serve it without --video-pruning-rate"
+                f"the vision tower must be a SiglipVisionModel, got {type(self.vision_tower).__name__}; "
+                "serve this checkpoint without --video-pruning-rate"
             )
         self.method = Reduction.of(self.config).method
         layers = self.vision_tower.vision_model.encoder.layers

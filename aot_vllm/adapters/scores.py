@@ -47,7 +47,7 @@ def scoring_layers(config: AOTConfig, *, num_layers: int, whole_frame: Sequence[
     for name, layer in (("local_layer", local), ("global_layer", global_)):
         if not -num_layers <= layer < num_layers:
             raise SettingError(
-                f"{name} must be in [{-num_layers}, {num_layers - 1}], for this vision tower executes {num_layers} "
+                f"{name} must be in [{-num_layers}, {num_layers - 1}], because this vision tower executes {num_layers} "
                 f"layers, got {layer}"
             )
     local, global_ = local % num_layers, global_ % num_layers

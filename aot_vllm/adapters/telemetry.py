@@ -73,7 +73,9 @@ LEDGER = SavingsLedger()
 
 VIDEO_TOKENS = Counter("aot_engine_video_tokens", "Video placeholder tokens of served requests.", ["stage"])
 VIDEOS_REDUCED = Counter("aot_engine_videos_reduced", "Videos of served requests that were shortened.")
-REDUCTIONS = Counter("aot_engine_reductions", "Videos reduced in the worker; videos found in a cache are not.")
+REDUCTIONS = Counter(
+    "aot_engine_reductions", "Videos reduced in the worker. A video found in a cache is not reduced again."
+)
 REDUCTION_SECONDS = Counter("aot_engine_reduction_seconds", "Time spent choosing and merging tokens in the worker.")
 UNCONVERGED = Counter("aot_engine_unconverged_solves", "Transport problems that ended at the iteration limit.")
 

@@ -72,7 +72,9 @@ def select_diverse_anchors(features: Tensor, *, count: int, keep: int | Sequence
     `ShapeError` for features that are not (T, P, D), `SettingError` for counts that do not fit them.
     """
     if features.dim() != 3 or 0 in features.shape:
-        raise ShapeError(f"features must have shape (frames, positions, width), none 0, got {tuple(features.shape)}")
+        raise ShapeError(
+            f"features must have shape (frames, positions, width), all at least 1, got {tuple(features.shape)}"
+        )
     frames, positions, _ = features.shape
     _check_count(count, positions)
     kept_kD = features[0, :0].float()

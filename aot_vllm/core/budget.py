@@ -9,8 +9,8 @@ A video of T frames is cut into C clips. Its N tokens are spent on three things 
 - originals, the unmerged anchors of a key frame. Only the released layout, `emit="both"`, has them, and only in the M
   clips that have later frames.
 
-`keep` aims at kappa * A, so A = N / (C + M + S * kappa). At kappa = 1 the video is one clip, and the counts of its
-frames differ by at most 1.
+`keep` aims at kappa * A, so A = N / (C + M + S * kappa). At kappa = 1 the video is one clip. Without originals, the
+counts of its frames then differ by at most 1.
 """
 
 from dataclasses import dataclass

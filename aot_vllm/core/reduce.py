@@ -156,7 +156,7 @@ def _attended_anchors(
     At a kappa below 1 there are no ranks: the transport across frames decides, as in the paper.
     """
     if local_scores is None or global_scores is None:
-        raise ShapeError("local_scores and global_scores must be tensors, for anchors are chosen by attention")
+        raise ShapeError("local_scores and global_scores must be tensors if anchors are chosen by attention, got None")
     positions_TA = select_anchors(
         local_scores[part.frames],
         global_scores[part.frames],

@@ -253,7 +253,7 @@ def _checked_layout(
 ) -> ClipLayout:
     """Return the layout for these arguments. Raises for the first argument that does not fit."""
     if tokens.dim() != 3 or 0 in tokens.shape:
-        raise ShapeError(f"tokens must have shape (frames, anchors, width), none 0, got {tuple(tokens.shape)}")
+        raise ShapeError(f"tokens must have shape (frames, anchors, width), all at least 1, got {tuple(tokens.shape)}")
     frames, num_anchors, _ = tokens.shape
     lengths = check_clip_lengths(clip_lengths, frames=frames)
     if originals is None:

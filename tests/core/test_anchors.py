@@ -160,7 +160,7 @@ def test_a_count_of_diverse_anchors_outside_the_frame_is_refused(count):
 
 @pytest.mark.parametrize("shape", [(9, 2), (0, 9, 2), (1, 0, 2), (1, 9, 0)])
 def test_features_that_are_not_frames_of_tokens_are_refused(shape):
-    with pytest.raises(ShapeError, match=r"features must have shape \(frames, positions, width\), none 0"):
+    with pytest.raises(ShapeError, match=r"features must have shape \(frames, positions, width\), all at least 1"):
         select_diverse_anchors(torch.ones(shape), count=1)
 
 
