@@ -1,18 +1,18 @@
-"""The names clients know models by, and the retention each one allows."""
+"""Model aliases: the names that clients use for models, and the retention that each alias allows."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 from server.errors import RetentionRefused
 
-FINEST_RETENTION = 0.01  # engines key their caches by retention in hundredths; finer steps would only miss
+FINEST_RETENTION = 0.01  # engines cache results by retention in hundredths: finer steps would only add cache misses
 
 
 @dataclass(frozen=True)
 class Target:
-    """What one request is answered by: the engine's name for a model, and the retention that it gets.
+    """What a request becomes at the engine: the engine's name for the model, and the retention.
 
-    `retention` is in hundredths; None is the engine's own default.
+    `retention` is a multiple of 0.01. None means the engine's own default.
     """
 
     engine_model: str
@@ -21,7 +21,11 @@ class Target:
 
 @dataclass(frozen=True)
 class Alias:
-    """A model as clients name it: the engine's name for it, and the retention it gives and allows."""
+    """A model under the name that clients use.
+
+    `retention` is the default for requests that name none. A request may choose any value from `min_retention` to
+    `max_retention`.
+    """
 
     name: str
     engine_model: str
@@ -30,9 +34,9 @@ class Alias:
     max_retention: float = 1.0
 
     def target(self, asked: float | None = None) -> Target:
-        """Return what answers a request that asks for a retention, or for none.
+        """Return the target of a request that asks for the retention `asked`. None means the alias's default.
 
-        Raises RetentionRefused if `asked` lies outside the bounds of the alias.
+        Raises RetentionRefused if `asked` is outside the bounds of the alias.
         """
         if asked is None:
             return Target(self.engine_model, self.retention)
@@ -46,5 +50,5 @@ class Alias:
 
 
 def pass_through(models: Iterable[str]) -> dict[str, Alias]:
-    """Return an alias of the same name for each engine model, for gateways without a configuration file."""
+    """Return an alias of the same name for each engine model, for gateways that define no aliases."""
     return {model: Alias(model, model) for model in models}

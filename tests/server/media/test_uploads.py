@@ -1,4 +1,4 @@
-"""The files API: over the ASGI app, over sockets with the SDK, and the store by itself."""
+"""The files API: over the ASGI app, over sockets with the SDK, and on the store itself."""
 
 import asyncio
 import io
@@ -120,6 +120,22 @@ async def test_content_comes_whole_whatever_range_is_asked_for(engine, directory
             assert answer.status_code == 200
             assert answer.content == clip()
             assert "accept-ranges" not in answer.headers
+
+
+async def test_a_file_that_is_deleted_while_it_is_asked_for_is_a_404(engine, directory, monkeypatch):
+    async with gateway(engine, files_dir=directory) as client:
+        file_id = (await upload(client)).json()["id"]
+        path_of = FileStore.path_of
+
+        async def path_then_gone(self, *arguments, **named):
+            path = await path_of(self, *arguments, **named)
+            path.unlink()
+            return path
+
+        monkeypatch.setattr(FileStore, "path_of", path_then_gone)
+        answer = await client.get(f"{FILES}/{file_id}/content")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "file_not_found"
 
 
 async def test_without_a_directory_there_are_no_files_and_the_message_says_why(engine):
@@ -268,7 +284,7 @@ async def test_files_of_other_purposes_there_are_none(engine, directory):
 
 
 async def test_a_tenants_files_have_a_limit_together_and_deleting_makes_room(engine, config, directory):
-    size = len(clip()) + 700  # with the form around it
+    size = len(clip()) + 700  # including the form around the file
     async with gateway(engine, config=config, files_dir=directory, files_tenant_bytes=2 * size) as client:
         first = await upload(client, headers=bearer(ACME))
         assert (await upload(client, headers=bearer(ACME))).status_code == 200
