@@ -18,6 +18,7 @@ ENGINE_ENVIRONMENT = {
     "VLLM_PLUGINS": "aot",
     "TORCHDYNAMO_DISABLE": "1",
     "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",  # the models are tiny: a second thread costs more than it brings
 }
 
 

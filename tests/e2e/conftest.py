@@ -1,11 +1,10 @@
 """Engines are started one at a time in this process; a test that asks for another one closes the last."""
 
-import gc
 import json
 
 import pytest
 
-from tests.e2e.checkpoints import checkpoint
+from demo.tiny_checkpoints import checkpoint
 
 
 def pytest_collection_modifyitems(config, items):
@@ -38,7 +37,6 @@ class EngineHolder:
         if self.engine is not None:
             self.engine.close()
         self.key, self.engine = None, None
-        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 
 from demo.clip import write_clip
 from demo.task import KINDS
-from tests.e2e.checkpoints import ROOT, checkpoint
+from demo.tiny_checkpoints import ROOT, checkpoint
 
 pytestmark = pytest.mark.only_on("v1")
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.e2e.checkpoints import ROOT, checkpoint
+from demo.tiny_checkpoints import ROOT, checkpoint
 
 pytestmark = pytest.mark.only_on("v1")
 

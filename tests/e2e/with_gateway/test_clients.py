@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.checkpoints import checkpoint
+from demo.tiny_checkpoints import checkpoint
 from tests.e2e.with_gateway.clients import environment
 from tests.e2e.with_gateway.seen import BEFORE, after, metric, wait_until
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.checkpoints import ROOT, checkpoint
+from demo.tiny_checkpoints import ROOT, checkpoint
 from tests.e2e.with_gateway.seen import metric
 
 pytestmark = pytest.mark.only_on("v1")
