@@ -9,7 +9,7 @@ from demo.tiny_checkpoints import checkpoint
 
 def pytest_collection_modifyitems(config, items):
     runner = config.getoption("--runner")
-    others = [item for item in items if (mark := item.get_closest_marker("only_on")) and mark.args != (runner,)]
+    others = [item for item in items if left_to_another(item, runner)]
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
@@ -18,6 +18,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.engine)
             # vLLM and transformers warn about their own insides
             item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+def left_to_another(item, runner):
+    """Return whether a test runs with the other model runner only."""
+    mark = item.get_closest_marker("only_on")
+    return mark.args != (runner,) if mark else runner == "v1" and item.get_closest_marker("any_runner") is not None
 
 
 class EngineHolder:

@@ -12,7 +12,7 @@ from aot_vllm.config import AOTConfig
 from aot_vllm.errors import SettingError, UnsupportedError
 from demo.tiny_checkpoints import checkpoint
 
-pytestmark = pytest.mark.only_on("v1")
+pytestmark = pytest.mark.any_runner
 
 
 @pytest.fixture

@@ -16,8 +16,10 @@ from tests.e2e.with_gateway.seen import BEFORE, after, metric
 from tests.server.clips import clip, data_url
 
 pytestmark = [
-    pytest.mark.only_on("v1"),
-    pytest.mark.skipif(not is_built_for_cpu(), reason="NOT TESTED: the vLLM that is installed is not the one for CPUs"),
+    pytest.mark.any_runner,
+    pytest.mark.skipif(
+        not is_built_for_cpu(), reason="the profile for CPUs, with another vLLM than that for CPUs"
+    ),
 ]
 
 

@@ -13,7 +13,7 @@ from bench import arms
 from bench.arms import ABLATIONS, ARMS
 from demo.tiny_checkpoints import ROOT
 
-pytestmark = pytest.mark.only_on("v1")
+pytestmark = pytest.mark.any_runner
 
 GRID = VideoGrid(frames=16, rows=6, cols=6)
 
