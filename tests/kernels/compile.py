@@ -1,0 +1,103 @@
+"""Compiles every kernel for one architecture, without a GPU, and prints the registers and spills of each as JSON.
+
+    python -m tests.kernels.compile 90
+
+Runs in a process of its own, because a process that interprets kernels cannot compile them.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from aot_vllm.kernels import anchors, attention, transport
+
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+
+POINTERS = {
+    "order_ptr": "*i64",
+    "keep_ptr": "*i64",
+    "anchors_ptr": "*i64",
+    "nearest_ptr": "*i32",
+    "iterations_ptr": "*i64",
+    "converged_ptr": "*i1",
+}
+FLOATS = (
+    "row_height col_width spatial_weight epsilon shortest smallest largest tolerance mass nearest_weight scale".split()
+)
+
+
+def shapes():
+    """Yield a name, a kernel, its constants, its warps and the types of its features for each case."""
+    for positions in (196, 300, 729, 4096):
+        block = triton.next_power_of_2(positions)
+        warps = max(1, min(16, block // 512))
+        yield f"spread_out {positions}", anchors._spread_out, {"BLOCK": block}, warps, "fp32"
+    for slots in (16, 32, 64, 128, 1024):
+        for nearest in (False, True):
+            shape = {"NEAREST": nearest, "TOKENS": transport.TILE // slots, "ANCHORS": slots}
+            yield f"scalings {slots} {nearest}", transport._scalings, shape, 4, "fp32"
+            solved = shape | {"SOLVED": True, "STEPS": 32, "FRAMES": transport.FRAMES}
+            yield f"weights {slots} {nearest}", transport._weights, solved, 4, "fp32"
+    for dtype in ("bf16", "fp16", "fp32"):
+        for slots in (16, 32, 64):
+            blocks = {"ANCHORS": slots, "TOKENS": 32, "COLUMNS": 128}
+            yield f"merge {dtype} {slots}", transport._merge, blocks, 4, dtype
+        for size in (64, 72, 80, 128):
+            main, rest = attention.head_blocks(size)
+            blocks = {"MAIN": main, "REST": rest, "QUERIES": 64, "KEYS": 64}
+            for kernel in (attention._log_sums, attention._received):
+                yield f"{kernel.__name__} {dtype} {size}", kernel, blocks, 4, dtype
+
+
+def type_of(name, dtype):
+    """Return the type of a kernel's argument."""
+    if name in ("features_ptr", "query_ptr", "key_ptr", "merged_ptr"):
+        return f"*{dtype}"
+    if name.endswith("_ptr"):
+        return POINTERS.get(name, "*fp32")
+    return "fp32" if name in FLOATS else "i32"
+
+
+def resources(kernel, constants, warps, dtype, capability):
+    """Return the registers and the bytes of spills of a compiled kernel."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else type_of(name, dtype) for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    # As at a launch: contiguous columns are known to be contiguous, and pointers are aligned.
+    strides = [name for name in names if name in ("stride_column", "q_size", "k_size")]
+    signature |= dict.fromkeys(strides, "constexpr")
+    values |= {(names.index(name),): 1 for name in strides}
+    attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr")}
+    source = ASTSource(kernel, signature, values, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    ptx = compiled.asm["ptx"]
+    arch = re.search(r"\.target (\w+)", ptx).group(1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.ptx")
+        path.write_text(ptx)
+        command = [str(PTXAS), f"-arch={arch}", "-v", str(path), "-o", str(Path(folder, "kernel.cubin"))]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    return {
+        "registers": int(re.search(r"Used (\d+) registers", said).group(1)),
+        "spills": int(re.search(r"(\d+) bytes spill stores", said).group(1)),
+        "shared": compiled.metadata.shared,
+        "redux": ptx.count("redux.sync"),
+        "barriers": ptx.count("bar.sync"),
+    }
+
+
+if __name__ == "__main__":
+    capability, wanted = int(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else ""
+    found = {
+        name: resources(kernel, constants, warps, dtype, capability)
+        for name, kernel, constants, warps, dtype in shapes()
+        if wanted in name
+    }
+    print(json.dumps(found))
