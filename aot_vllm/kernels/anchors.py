@@ -63,7 +63,9 @@ def _spread_out(
             tl.store(order_ptr + choice, best.to(tl.int64))
             row_of_best = best.to(tl.int64) * positions
             own_row = tl.load(own_ptr + row_of_best + at, mask=real, other=0.0)
-            next_row = tl.load(following_ptr + row_of_best + at, mask=at < tl.where(choice < keep, positions, 0), other=float("-inf"))
+            next_row = tl.load(
+                following_ptr + row_of_best + at, mask=at < tl.where(choice < keep, positions, 0), other=float("-inf")
+            )
             square = tl.load(own_ptr + row_of_best + best)
             distance = tl.where(at == best, float("-inf"), (square - 2.0 * own_row) + squares)
             far = tl.where(starts_afresh & (choice == 0), distance, tl.minimum(far, distance))  # drops NaN

@@ -2,7 +2,7 @@
 
 Two launches. The first computes the log-sum-exp of each query's logits by a running maximum. The second sums columns: a
 program takes a block of keys of one frame and goes through all heads and queries. Sums have a fixed order, so equal
-inputs give equal bits.
+inputs give equal bits. Products of float32 are split into three of TF32, which keep 21 bits.
 
 Dimensions: F frames, M queries and N keys of a frame (the same tokens), H heads, D size of a head.
 """
@@ -65,10 +65,12 @@ def _log_sums(
     total = tl.zeros((QUERIES,), tl.float32)
     for start in range(0, tokens, KEYS):
         key = start + tl.arange(0, KEYS)
-        logits = tl.dot(q, tl.trans(_rows(key_ptr, key, size, tokens, k_token, k_size, 0, MAIN)), input_precision="ieee")
+        logits = tl.dot(
+            q, tl.trans(_rows(key_ptr, key, size, tokens, k_token, k_size, 0, MAIN)), input_precision="tf32x3"
+        )
         if REST > 0:
             k_rest = _rows(key_ptr, key, size, tokens, k_token, k_size, MAIN, REST)
-            logits = tl.dot(q_rest, tl.trans(k_rest), acc=logits, input_precision="ieee")
+            logits = tl.dot(q_rest, tl.trans(k_rest), acc=logits, input_precision="tf32x3")
         logits = tl.where((key < tokens)[None, :], logits * scale, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, axis=1))
         total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(logits - higher[:, None]), axis=1)
@@ -112,10 +114,10 @@ def _received(
         for start in range(0, tokens, QUERIES):
             query = start + tl.arange(0, QUERIES)
             q = _rows(query_ptr, query, size, tokens, q_token, q_size, 0, MAIN)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+            logits = tl.dot(q, tl.trans(k), input_precision="tf32x3")
             if REST > 0:
                 q_rest = _rows(query_ptr, query, size, tokens, q_token, q_size, MAIN, REST)
-                logits = tl.dot(q_rest, tl.trans(k_rest), acc=logits, input_precision="ieee")
+                logits = tl.dot(q_rest, tl.trans(k_rest), acc=logits, input_precision="tf32x3")
             log_sum = tl.load(log_sum_ptr + (frame * heads + head) * tokens + query, mask=query < tokens, other=0.0)
             share = tl.exp2(logits * scale - log_sum[:, None])
             received += tl.sum(tl.where((query < tokens)[:, None], share, 0.0), axis=0)
@@ -138,11 +140,17 @@ def attention_received(query: Tensor, key: Tensor, *, num_heads: int, scale: flo
     log_sum_FHM = torch.empty(frames, num_heads, tokens, dtype=torch.float32, device=query.device)
     received_FN = torch.empty(frames, tokens, dtype=torch.float32, device=query.device)
     shared = (tokens, num_heads, size, *query_FMHD.stride(), *key_FNHD.stride(), scale * LOG2_E)
-    blocks = {"MAIN": main, "REST": rest, "QUERIES": 64, "KEYS": 64, "num_warps": 4}
-    pieces = triton.cdiv(tokens, 64)
+    block = block_for(query.dtype)
+    blocks = {"MAIN": main, "REST": rest, "QUERIES": block, "KEYS": block, "num_warps": 4}
+    pieces = triton.cdiv(tokens, block)
     launch(_log_sums, (pieces * frames * num_heads,), query_FMHD, key_FNHD, log_sum_FHM, *shared, **blocks)
     launch(_received, (pieces * frames,), query_FMHD, key_FNHD, log_sum_FHM, received_FN, *shared, **blocks)
     return received_FN
+
+
+def block_for(dtype: torch.dtype) -> int:
+    """Return how many queries and keys meet at a time. Float32 takes more registers and shared memory for each."""
+    return 32 if dtype == torch.float32 else 64
 
 
 def head_blocks(size: int) -> tuple[int, int]:

@@ -278,7 +278,7 @@ def absorb_frames(
     block = power_of_2(min(count, 64), least=16)
     grid = (triton.cdiv(features.shape[2], 128), triton.cdiv(count, block), frames)
     sizes = (positions, count, features.shape[2], *features.stride())
-    blocks = {"ANCHORS": block, "TOKENS": 32, "COLUMNS": 128, "num_warps": 4}
+    blocks = {"ANCHORS": block, "TOKENS": 32, "COLUMNS": 128, "num_warps": 8 if block == 64 else 4}
     launch(_merge, grid, features, anchors, weight_TPA, own_TA, merged_TAD, *sizes, **blocks)
     if not config.mass:
         iterations, converged = nothing, nothing.bool()
@@ -308,7 +308,7 @@ def _absorption(
     nearest_TP = empty(frames, positions, dtype=torch.int32) if with_nearest else anchors_TA
     slots = power_of_2(count)
     shape = {"NEAREST": with_nearest, "TOKENS": max(1, min(power_of_2(positions), TILE // slots)), "ANCHORS": slots}
-    num_warps = 4 if slots <= TILE else 16
+    num_warps = 8 if slots <= TILE else 16
     grid_rows = positions // cols
     launch(
         _scalings,
