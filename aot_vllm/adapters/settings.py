@@ -48,8 +48,11 @@ class PluginSettings:
         if not isinstance(given, Mapping):
             raise SettingError(f"additional_config['aot'] must be a JSON object, got {given!r}")
         own = {f.name for f in fields(cls)} - {"method"}
-        checks = dict.fromkeys(own, _flag) | {"kernels": lambda _, value: check_kernels(value)}
-        switches = {name: checks[name](name, value) for name, value in given.items() if name in own}
+        switches: dict[str, Any] = {
+            name: check_kernels(value) if name == "kernels" else _flag(name, value)
+            for name, value in given.items()
+            if name in own
+        }
         rest = {name: value for name, value in given.items() if name not in own}
         allowed = own | {f.name for f in fields(AOTConfig)}
         if unknown := sorted(str(name) for name in rest if name not in allowed):

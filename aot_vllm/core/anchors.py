@@ -75,11 +75,13 @@ def select_diverse_anchors(features: Tensor, *, count: int, keep: int | Sequence
     """
     keep_per_frame = check_diverse(features, count=count, keep=keep)
     orders: list[Tensor] = []
-    previous = None
+    before: tuple[Tensor, Tensor] | None = None
     for frame, kept in zip(_frames(features), keep_per_frame, strict=True):
-        far_P = _far_from_rest(frame) if previous is None else _far_from(previous, frame)
-        orders.append(_spread_out(frame, far_P, count=count, starts_afresh=previous is None))
-        previous = _kept(frame, orders[-1][:kept]) if kept else None
+        far_P = frame.rest if before is None else _far_from(*before, frame)
+        order_A = _spread_out(frame, far_P, count=count, starts_afresh=before is None)
+        kept_k = order_A[:kept]
+        before = (frame.tokens.index_select(0, kept_k), frame.squares.index_select(0, kept_k)) if kept else None
+        orders.append(order_A)
     return torch.stack(orders)
 
 
@@ -94,51 +96,44 @@ def check_diverse(features: Tensor, *, count: int, keep: int | Sequence[int] | N
 
 @dataclass(frozen=True)
 class _Frame:
-    """Tokens (P, D) in float32, the squares of their lengths (P,), and their products with each other.
+    """Tokens (P, D) in float32, the squares of their lengths (P,), and their squared distances from each other, (P, P).
 
-    `products_PP` is None if that table would be too large. After `_kept`, P counts the kept tokens alone.
+    `distances` is None if that table would be too large. A token's distance from itself is negative infinity there.
+    `rest` (P,) is the sum of the distances from each token to all others, up to a summand that all have in common.
     """
 
-    tokens_PD: Tensor
-    squares_P: Tensor
-    products_PP: Tensor | None = None
+    tokens: Tensor
+    squares: Tensor
+    rest: Tensor
+    distances: Tensor | None
 
 
 def _frames(features_TPD: Tensor) -> Iterator[_Frame]:
-    """Yield every frame. Products and float32 copies are made in blocks of frames of at most `TABLE_BYTES`."""
+    """Yield every frame. Tables and float32 copies are made in blocks of frames of at most `TABLE_BYTES`."""
     _, positions, width = features_TPD.shape
     if 4 * positions**2 > TABLE_BYTES:
         for frame_PD in features_TPD:
             tokens_PD = frame_PD.float()
-            yield _Frame(tokens_PD, torch.linalg.vector_norm(tokens_PD, dim=1).square_())
+            squares_P = torch.linalg.vector_norm(tokens_PD, dim=1).square_()
+            rest_P = positions * squares_P - 2 * (tokens_PD @ tokens_PD.sum(dim=0))
+            yield _Frame(tokens_PD, squares_P, rest_P, None)
         return
     copied = 0 if features_TPD.dtype == torch.float32 else width
     at_once = max(1, TABLE_BYTES // (4 * positions * (positions + copied)))
     for block_TPD in features_TPD.split(at_once):
         tokens_TPD = block_TPD.float()
-        products_TPP = torch.bmm(tokens_TPD, tokens_TPD.transpose(1, 2))
-        squares_TP = products_TPP.diagonal(dim1=1, dim2=2).contiguous()
-        yield from map(_Frame, tokens_TPD, squares_TP, products_TPP)
+        distances_TPP = torch.bmm(tokens_TPD, tokens_TPD.transpose(1, 2))
+        squares_TP = distances_TPP.diagonal(dim1=1, dim2=2).clone()
+        distances_TPP.mul_(-2).add_(squares_TP.unsqueeze(2)).add_(squares_TP.unsqueeze(1))
+        rest_TP = distances_TPP.sum(dim=2)
+        distances_TPP.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # a chosen token is never the farthest again
+        yield from map(_Frame, tokens_TPD, squares_TP, rest_TP, distances_TPP)
 
 
-def _kept(frame: _Frame, positions_k: Tensor) -> _Frame:
-    """Return some tokens of a frame."""
-    return _Frame(frame.tokens_PD.index_select(0, positions_k), frame.squares_P.index_select(0, positions_k))
-
-
-def _far_from_rest(frame: _Frame) -> Tensor:
-    """Return the sum of squared distances from every token to all others, (P,), up to a summand that is the same."""
-    if frame.products_PP is None:
-        sums_P = frame.tokens_PD @ frame.tokens_PD.sum(dim=0)
-    else:
-        sums_P = frame.products_PP.sum(dim=1)
-    return len(sums_P) * frame.squares_P - 2 * sums_P
-
-
-def _far_from(before: _Frame, frame: _Frame) -> Tensor:
-    """Return the squared distance from every token of `frame` to the nearest token before it, (P,). Ignores NaN."""
-    nearest_kP = torch.addmm(before.squares_P.unsqueeze(1), before.tokens_PD, frame.tokens_PD.T, alpha=-2)
-    return nearest_kP.nan_to_num_(torch.inf, torch.inf, -torch.inf).amin(dim=0).add_(frame.squares_P)
+def _far_from(tokens_kD: Tensor, squares_k: Tensor, frame: _Frame) -> Tensor:
+    """Return the squared distance from every token of a frame to the nearest of k tokens, (P,). Ignores NaN."""
+    nearest_kP = torch.addmm(squares_k.unsqueeze(1), tokens_kD, frame.tokens.T, alpha=-2)
+    return nearest_kP.nan_to_num_(torch.inf, torch.inf, -torch.inf).amin(dim=0).add_(frame.squares)
 
 
 def _spread_out(frame: _Frame, far_P: Tensor, *, count: int, starts_afresh: bool) -> Tensor:
@@ -146,14 +141,10 @@ def _spread_out(frame: _Frame, far_P: Tensor, *, count: int, starts_afresh: bool
 
     `far_P` ranks the tokens for the first choice. It also counts for later choices, unless the frame `starts_afresh`.
     """
-    squares_P, table_PP = frame.squares_P, None
-    if frame.products_PP is not None:
-        table_PP = frame.products_PP.mul(-2).add_(squares_P.unsqueeze(1)).add_(squares_P)
-        table_PP.fill_diagonal_(-torch.inf)  # a chosen token is never the farthest again
     chosen: list[Tensor] = []
     for _ in range(count):
         best_1 = far_P.argmax(dim=0, keepdim=True)
-        row_P = _distances_from(frame, best_1) if table_PP is None else table_PP.index_select(0, best_1)[0]
+        row_P = _distances_from(frame, best_1)
         far_P = row_P if starts_afresh and not chosen else torch.fmin(far_P, row_P)  # fmin drops NaN
         chosen.append(best_1)
     return torch.cat(chosen)
@@ -161,8 +152,10 @@ def _spread_out(frame: _Frame, far_P: Tensor, *, count: int, starts_afresh: bool
 
 def _distances_from(frame: _Frame, position_1: Tensor) -> Tensor:
     """Return the squared distances from one token to all others, (P,), and negative infinity for the token itself."""
-    products_P = frame.tokens_PD @ frame.tokens_PD.index_select(0, position_1)[0]
-    row_P = products_P.mul_(-2).add_(frame.squares_P.index_select(0, position_1)).add_(frame.squares_P)
+    if frame.distances is not None:
+        return frame.distances.index_select(0, position_1)[0]
+    products_P = frame.tokens @ frame.tokens.index_select(0, position_1)[0]
+    row_P = products_P.mul_(-2).add_(frame.squares.index_select(0, position_1)).add_(frame.squares)
     return row_P.index_fill_(0, position_1, -torch.inf)
 
 

@@ -9,8 +9,8 @@ CPU, maps that nearly fit the caches take less than half the time. On a GPU, lar
 
 QUERIES_OF_MAPS = 2
 """Second bound on that memory, in multiples of the layer's queries; it includes the copies that maps are made from.
-An engine profiles its memory with the MLP of the layer. The MLP needs more than the attention, by 2.5 (SigLIP-so400m, Qwen3-VL)
-or 3 (Qwen2.5-VL) times the memory of the queries."""
+An engine profiles its memory with the MLP of the layer. The MLP needs more than the attention, by 2.5 (SigLIP-so400m,
+Qwen3-VL) or 3 (Qwen2.5-VL) times the memory of the queries."""
 
 
 def attention_received(query: Tensor, key: Tensor, *, num_heads: int, scale: float) -> Tensor:

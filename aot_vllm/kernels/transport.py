@@ -2,8 +2,8 @@
 
 1. `_scalings`: a program runs all Sinkhorn iterations of one frame. It stores the column scaling before each iteration
    and after the last, and how far each iteration moved the row scaling.
-2. `_weights`: all frames stop jointly. Every program sums the movements over the frames, finds the first iteration below
-   the tolerance, and makes the plan of its frame from the scalings of that iteration.
+2. `_weights`: all frames stop jointly. Every program sums the movements over the frames, finds the first iteration
+   below the tolerance, and makes the plan of its frame from the scalings of that iteration.
 3. `_merge`: the weighted sums of tokens, in float32, rounded once.
 
 So the stopping rule is exactly that of `aot_vllm.core.sinkhorn`, and the host reads nothing.

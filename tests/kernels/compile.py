@@ -28,9 +28,10 @@ POINTERS = {
     "iterations_ptr": "*i64",
     "converged_ptr": "*i1",
 }
-FLOATS = (
-    "row_height col_width spatial_weight epsilon shortest smallest largest tolerance mass nearest_weight scale".split()
-)
+FLOATS = {
+    *("row_height", "col_width", "spatial_weight", "epsilon", "shortest", "smallest", "largest"),
+    *("tolerance", "mass", "nearest_weight", "scale"),
+}
 
 
 def shapes():

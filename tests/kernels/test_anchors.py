@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from aot_vllm import VideoGrid
 from aot_vllm.core import anchors
 from tests.strategies import noise, video
-from aot_vllm import VideoGrid
 
 
 def both(kernels, device, features, **arguments):

@@ -1,4 +1,4 @@
-"""Merging within frames in three launches is that of `core`: the same iterations, and the same tokens up to rounding."""
+"""Merging within frames in three launches is that of `core`: equal iterations, and equal tokens up to rounding."""
 
 import dataclasses
 
