@@ -136,21 +136,25 @@ def attention_received(query: Tensor, key: Tensor, *, num_heads: int, scale: flo
     frames, tokens, _, size = query_FMHD.shape
     if size > LARGEST_HEAD:
         return attention.attention_received(query, key, num_heads=num_heads, scale=scale)
-    main, rest = head_blocks(size)
     log_sum_FHM = torch.empty(frames, num_heads, tokens, dtype=torch.float32, device=query.device)
     received_FN = torch.empty(frames, tokens, dtype=torch.float32, device=query.device)
     shared = (tokens, num_heads, size, *query_FMHD.stride(), *key_FNHD.stride(), scale * LOG2_E)
-    block = block_for(query.dtype)
-    blocks = {"MAIN": main, "REST": rest, "QUERIES": block, "KEYS": block, "num_warps": 4}
-    pieces = triton.cdiv(tokens, block)
+    blocks = blocks_for(query.dtype, size)
+    pieces = triton.cdiv(tokens, blocks["KEYS"])
     launch(_log_sums, (pieces * frames * num_heads,), query_FMHD, key_FNHD, log_sum_FHM, *shared, **blocks)
     launch(_received, (pieces * frames,), query_FMHD, key_FNHD, log_sum_FHM, received_FN, *shared, **blocks)
     return received_FN
 
 
-def block_for(dtype: torch.dtype) -> int:
-    """Return how many queries and keys meet at a time. Float32 takes more registers and shared memory for each."""
-    return 32 if dtype == torch.float32 else 64
+def blocks_for(dtype: torch.dtype, size: int) -> dict[str, int]:
+    """Return the sizes of a program for a type and a head size. As many queries as keys meet at a time.
+
+    Float32 takes more registers and shared memory for each of them.
+    """
+    main, rest = head_blocks(size)
+    block = 64 if dtype != torch.float32 else 32 if main < LARGEST_HEAD else 16
+    warps = 4 if dtype != torch.float32 or main == LARGEST_HEAD else 8
+    return {"MAIN": main, "REST": rest, "QUERIES": block, "KEYS": block, "num_warps": warps}
 
 
 def head_blocks(size: int) -> tuple[int, int]:

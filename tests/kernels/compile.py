@@ -51,11 +51,29 @@ def shapes():
             blocks = {"ANCHORS": slots, "TOKENS": 32, "COLUMNS": 128}
             yield f"merge {dtype} {slots}", transport._merge, blocks, 8 if slots == 64 else 4, dtype
         for size in (64, 72, 128):  # 72 and 80 are split alike
-            main, rest = attention.head_blocks(size)
-            block = attention.block_for(torch.float32 if dtype == "fp32" else torch.float16)
-            blocks = {"MAIN": main, "REST": rest, "QUERIES": block, "KEYS": block}
+            blocks = attention.blocks_for(torch.float32 if dtype == "fp32" else torch.float16, size)
+            warps = blocks.pop("num_warps")
             for kernel in (attention._log_sums, attention._received):
-                yield f"{kernel.__name__} {dtype} {size}", kernel, blocks, 4, dtype
+                yield f"{kernel.__name__} {dtype} {size}", kernel, blocks, warps, dtype
+    for name, kernel, constants, warps, dtype in list(_small()):
+        # Triton makes a constant of every integer that is 1 at a launch.
+        ones = [one for one in kernel.arg_names if one not in constants and type_of(one, dtype) == "i32"]
+        if kernel in (transport._scalings, transport._weights):
+            ones.remove("positions")  # more than the anchors
+        yield f"{name} of ones", kernel, dict.fromkeys(ones, 1) | constants, warps, dtype
+
+
+def _small():
+    """Yield one case of each kernel."""
+    yield "spread_out", anchors._spread_out, {"BLOCK": 1}, 1, "fp32"
+    shape = {"NEAREST": True, "TOKENS": 4, "ANCHORS": 1}
+    yield "scalings", transport._scalings, shape, 8, "fp32"
+    yield "weights", transport._weights, shape | {"SOLVED": True, "STEPS": 1, "FRAMES": 32}, 8, "fp32"
+    yield "merge", transport._merge, {"ANCHORS": 16, "TOKENS": 32, "COLUMNS": 128}, 4, "bf16"
+    blocks = attention.blocks_for(torch.bfloat16, 16)
+    warps = blocks.pop("num_warps")
+    yield "log_sums", attention._log_sums, blocks, warps, "bf16"
+    yield "received", attention._received, blocks, warps, "bf16"
 
 
 def type_of(name, dtype):
@@ -73,7 +91,7 @@ def resources(kernel, constants, warps, dtype, capability):
     signature = {name: "constexpr" if name in constants else type_of(name, dtype) for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
     # As at a launch: contiguous columns are known to be contiguous, and pointers are aligned.
-    strides = [name for name in names if name in ("stride_column", "q_size", "k_size")]
+    strides = [name for name in names if name in ("stride_column", "q_size", "k_size") and name not in constants]
     signature |= dict.fromkeys(strides, "constexpr")
     values |= {(names.index(name),): 1 for name in strides}
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if name.endswith("_ptr")}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 pytest.importorskip("triton")
 
 SPILLED_BYTES = 64
-"""Most bytes that a thread may spill. None of the shapes of served models spills on sm_90."""
+"""Most bytes that a thread may spill. Only attention in float32 spills at all, under 50 bytes on sm_90."""
 
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Most shared memory of a program."""
@@ -34,6 +35,6 @@ def test_every_kernel_compiles_within_its_registers(capability, tmp_path):
     found = json.loads(done.stdout)
     assert not {name: used for name, used in found.items() if used["spills"] > SPILLED_BYTES}
     assert not {name: used for name, used in found.items() if used["shared"] > SHARED_BYTES[capability]}
-    chains = {name: used for name, used in found.items() if name.startswith("spread_out")}
+    chains = {name: used for name, used in found.items() if re.match(r"spread_out \d", name)}
     assert all(used["redux"] for used in chains.values())  # a reduction in a warp is one instruction
     assert found["spread_out 196"]["barriers"] == 0
