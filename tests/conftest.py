@@ -43,9 +43,10 @@ def pytest_configure(config):
     if config.getoption("--graphs"):
         os.environ["AOT_TEST_GRAPHS"] = "1"
         del os.environ["TORCHDYNAMO_DISABLE"]
+    if is_built_for_cpu():  # read when triton is imported; vLLM's runner V1 does not use triton on a CPU
+        os.environ["TRITON_INTERPRET"] = "1"
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(config.getoption("--runner") == "v2"))
     if config.getoption("--runner") == "v2" and is_built_for_cpu():
-        os.environ["TRITON_INTERPRET"] = "1"
         sys.path.insert(0, str(TRITON_INTERPRETER))
         os.environ["PYTHONPATH"] = os.pathsep.join(
             [str(TRITON_INTERPRETER), *filter(None, [os.environ.get("PYTHONPATH")])]
