@@ -25,8 +25,8 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,7 +41,7 @@ from torch.nn.functional import gelu, interpolate, scaled_dot_product_attention,
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from aot_vllm import AOTConfig, ReducedVideo, VideoGrid, budget, reduce_video  # noqa: E402
-from aot_vllm.adapters.scores import attention_received, scoring_layers  # noqa: E402
+from aot_vllm.adapters.scores import scoring_layers  # noqa: E402
 from bench.machine import describe  # noqa: E402
 
 RETENTIONS = (1.0, 0.25, 0.10, 0.05)
@@ -51,15 +51,37 @@ REPEATS = 20
 LARGEST_GAP = 1e-4
 """Two paths sum in a different order, so they may part where two tokens are equally far. Farther apart than this,
 relative to the distance, it is another choice and no rounding."""
+LARGEST_SCORE_GAP = 1e-2
+"""So far apart, relative to the largest, may the scores of two paths be. The torch path rounds logits to bfloat16."""
 
 
-def paths() -> dict[str, Callable[[], AbstractContextManager[Any]]]:
-    """Return the ways in which this machine can reduce a video, each with the context in which it is the one used."""
-    if importlib.util.find_spec("aot_vllm.kernels") is None or not torch.cuda.is_available():
-        return {"torch": nullcontext}
-    from aot_vllm.kernels import dispatch
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute a reduction: `reduce_video`, and the scores that anchors by attention are chosen by."""
 
-    return {name: partial(dispatch.forced, name) for name in ("torch", "triton")}
+    reduce_video: Callable[..., ReducedVideo]
+    attention_received: Callable[..., Tensor]
+
+
+def paths(device: torch.device, forced: Sequence[str] | None = None) -> dict[str, Implementation]:
+    """Return the ways to compute a reduction on a device, by name, PyTorch's first; or those that are `forced`.
+
+    This function alone knows how a path is chosen.
+    """
+    if importlib.util.find_spec("aot_vllm.kernels") is None:
+        from aot_vllm.adapters.scores import attention_received
+
+        return {"torch": Implementation(reduce_video, attention_received)}
+    from aot_vllm.kernels.dispatch import algorithms_for
+
+    by_itself = algorithms_for(device)
+    algorithms = {name: algorithms_for(device, kernels=name) for name in forced or ("torch",)}
+    if forced is None and by_itself != algorithms["torch"]:
+        algorithms["triton"] = by_itself
+    return {
+        name: Implementation(partial(reduce_video, algorithms=parts), parts.attention_received)
+        for name, parts in algorithms.items()
+    }
 
 
 # Sizes, and the work that follows from them. A multiplication with its addition is 2 FLOPs.
@@ -212,19 +234,19 @@ class TowerModel(nn.Module):
         config = AOTConfig(anchors="attention")
         self.scored = scoring_layers(config, num_layers=size.layers, whole_frame=whole)
 
-    def forward(self, pixels: Tensor, *, scored: bool = False) -> tuple[Tensor, list[Tensor]]:
-        """Return the features (T, P, D) of patches (T, patches, pixels); if `scored`, both scores, (T, P), too."""
-        blocks = [self._block(block, scored=scored) for block in pixels.split(self.FRAMES_AT_ONCE)]
+    def forward(self, pixels: Tensor, *, scored_by: Implementation | None = None) -> tuple[Tensor, list[Tensor]]:
+        """Return the features (T, P, D) of patches (T, patches, pixels), and both scores, (T, P), or none."""
+        blocks = [self._block(block, scored_by) for block in pixels.split(self.FRAMES_AT_ONCE)]
         features, scores = zip(*blocks, strict=True)
         return torch.cat(features), [torch.cat(parts) for parts in zip(*scores, strict=True)]
 
-    def _block(self, pixels: Tensor, *, scored: bool) -> tuple[Tensor, list[Tensor]]:
+    def _block(self, pixels: Tensor, scored_by: Implementation | None) -> tuple[Tensor, list[Tensor]]:
         size, scores = self.size, []
 
         def score(query: Tensor, key: Tensor) -> None:
             query, key = (part.transpose(1, 2).flatten(2) for part in (query, key))
-            heads = {"num_heads": size.heads, "scale": self.layer.size**-0.5}
-            scores.append(self._to_tokens(attention_received(query, key, **heads)[:, :, None])[:, :, 0] / size.heads)
+            received = scored_by.attention_received(query, key, num_heads=size.heads, scale=self.layer.size**-0.5)
+            scores.append(self._to_tokens(received[:, :, None])[:, :, 0] / size.heads)
 
         x = self.embed(pixels)
         windows = size.windows(*self.case.patches)
@@ -232,7 +254,7 @@ class TowerModel(nn.Module):
             if (index + 1) % size.whole_every:
                 x = self.layer(x.reshape(-1, x.shape[1] // windows, size.width), causal=False).view(x.shape)
             else:
-                x = self.layer(x, causal=False, seen=score if scored and index in self.scored else None)
+                x = self.layer(x, causal=False, seen=score if scored_by and index in self.scored else None)
         if size.merge == 1:
             return self._to_tokens(self.head(x)), scores
         x = x.unflatten(1, (-1, size.merge**2)).flatten(2)
@@ -262,16 +284,16 @@ class Request:
         self.features = slow_scene(case.grid, case.tower.out * case.tower.outputs, device)
         self.scores: list[Tensor] = []
 
-    def tower(self, *, scored: bool = False) -> list[Tensor]:
+    def tower(self, *, scored_by: Implementation | None = None) -> list[Tensor]:
         """Run the tower; return the two scores of each token, if they are asked for."""
-        return self._tower(self._pixels, scored=scored)[1]
+        return self._tower(self._pixels, scored_by=scored_by)[1]
 
-    def reduce(self, retention: float, anchors: str) -> ReducedVideo:
+    def reduce(self, retention: float, anchors: str, path: Implementation) -> ReducedVideo:
         """Reduce a scene that changes slowly. The output of a tower of random weights is no video."""
         scores = self.scores if anchors == "attention" else (None, None)
-        config = AOTConfig(anchors=anchors)
-        grid, compared = self.case.grid, self.case.tower.out
-        return reduce_video(self.features, *scores, grid=grid, retention=retention, config=config, compared=compared)
+        config, compared = AOTConfig(anchors=anchors), self.case.tower.out
+        sizes = {"grid": self.case.grid, "retention": retention, "config": config, "compared": compared}
+        return path.reduce_video(self.features, *scores, **sizes)
 
     def prefill(self, video_tokens: int) -> None:
         """Run the language model's layers over so many tokens of the video and the text."""
@@ -279,10 +301,15 @@ class Request:
         for _ in range(self.case.text.layers):
             x = self._layer(x, causal=True)
 
-    def first_token(self, retention: float, anchors: str) -> None:
+    def whole(self) -> None:
+        """Run everything from the pixels to the first token, without a reduction."""
+        self.tower()
+        self.prefill(self.case.grid.tokens)
+
+    def reduced(self, retention: float, anchors: str, path: Implementation) -> None:
         """Run everything from the pixels to the first token."""
-        self.tower(scored=anchors == "attention" and retention < 1)
-        self.prefill(len(self.reduce(retention, anchors).tokens))
+        self.tower(scored_by=path if anchors == "attention" and retention < 1 else None)
+        self.prefill(len(self.reduce(retention, anchors, path).tokens))
 
 
 def slow_scene(grid: VideoGrid, width: int, device: torch.device) -> Tensor:
@@ -473,52 +500,69 @@ def gap(tokens: Tensor, before: Tensor, ours: set[int], theirs: set[int]) -> flo
 # The whole measurement.
 
 
-def measure(case: Case, device: torch.device, *, retentions: Sequence[float], repeats: int) -> dict[str, Any]:
-    """Return everything that is measured of a case."""
+def measure(
+    case: Case,
+    device: torch.device,
+    implementations: Mapping[str, Implementation],
+    *,
+    retentions: Sequence[float],
+    repeats: int,
+) -> dict[str, Any]:
+    """Return everything that is measured of a case. The choices of the first path are those the others must make."""
     request = Request(case, device)
-    tower = timed(request.tower, device, repeats=repeats)
-    whole = {
-        "prefill": timed(partial(request.prefill, case.grid.tokens), device, repeats=repeats),
-        "first_token": timed(partial(request.first_token, 1.0, "diverse"), device, repeats=repeats),
-    }
-    scores, received = {}, {}
-    for path, used in paths().items():
-        with used():
-            received[path] = request.tower(scored=True)
-            scores[path] = timed(partial(request.tower, scored=True), device, repeats=repeats)["ms"] - tower["ms"]
-    request.scores = received["torch"]
+    time_of = partial(timed, device=device, repeats=repeats)
+    tower, whole = time_of(request.tower), time_of(request.whole)
+    received = {name: request.tower(scored_by=path) for name, path in implementations.items()}
+    request.scores = next(iter(received.values()))
     result = {
         "case": case.name,
         "video": f"{case.grid.frames} x {case.grid.positions}",
         "tokens": case.grid.tokens,
         "tower": tower | {"tflop": case.tower_flops() / 1e12},
-        "scores_ms": scores,
-        "whole": whole | {"tflop": case.prefill_flops(1.0) / 1e12},
+        "scores": {
+            name: {
+                "ms": time_of(partial(request.tower, scored_by=path))["ms"] - tower["ms"],
+                "apart": max(map(relative, received[name], request.scores)),
+            }
+            for name, path in implementations.items()
+        },
+        "prefill": time_of(partial(request.prefill, case.grid.tokens)) | {"tflop": case.prefill_flops(1.0) / 1e12},
+        "first_token": whole,
         "reductions": [],
     }
     for retention in retentions:
-        prefill = timed(partial(request.prefill, case.kept(retention)), device, repeats=repeats)
+        prefill = time_of(partial(request.prefill, case.kept(retention)))
         for anchors in ("diverse", "attention"):
             references: list[ReducedVideo] = []
-            for path, used in paths().items():
-                with used():
-                    row = measure_reduction(request, retention, anchors, references, repeats=repeats)
-                row |= {"path": path, "prefill": prefill, "limit": case.limit(retention)}
-                row["speed_up"] = whole["first_token"]["ms"] / row["first_token"]["ms"]
+            for name, path in implementations.items():
+                row = measure_reduction(request, retention, anchors, path, references, repeats=repeats)
+                row |= {"path": name, "prefill": prefill, "limit": case.limit(retention)}
+                row["speed_up"] = whole["ms"] / row["first_token"]["ms"]
                 row["share_of_tower"] = row["warm"]["ms"] / tower["ms"]
                 result["reductions"].append(row)
     return result
 
 
-def measure_reduction(
-    request: Request, retention: float, anchors: str, references: list[ReducedVideo], *, repeats: int
-) -> dict[str, Any]:
-    """Return what is measured and checked of a retention on the path in use.
+def relative(values: Tensor, reference: Tensor) -> float:
+    """Return the largest difference of two tensors, relative to the largest value."""
+    return float((values - reference).abs().max() / reference.abs().max())
 
-    `references` has the torch path's result, or nothing, and then takes this one.
+
+def measure_reduction(
+    request: Request,
+    retention: float,
+    anchors: str,
+    path: Implementation,
+    references: list[ReducedVideo],
+    *,
+    repeats: int,
+) -> dict[str, Any]:
+    """Return what is measured and checked of a retention.
+
+    `references` has the first path's result, or nothing, and then takes this one.
     """
     device, grid = request.device, request.case.grid
-    call = partial(request.reduce, retention, anchors)
+    call = partial(request.reduce, retention, anchors, path)
     synchronise(device)
     start = time.perf_counter()
     with counted_waits(device) as first_waits:
@@ -543,7 +587,7 @@ def measure_reduction(
         "repeats": REPEATS,
         "differing_repeats": differing_repeats(call, repeats=REPEATS),
         "agreement": agreement(reduced, references[0], compared, grid),
-        "first_token": timed(partial(request.first_token, retention, anchors), device, repeats=repeats),
+        "first_token": timed(partial(request.reduced, retention, anchors, path), device, repeats=repeats),
     }
 
 
@@ -551,6 +595,9 @@ def failures(results: list[dict[str, Any]]) -> list[str]:
     """Return a sentence for each check that failed."""
     found = []
     for result in results:
+        for name, scores in result["scores"].items():
+            if not scores["apart"] <= LARGEST_SCORE_GAP:
+                found.append(f"{result['case']}, {result['video']}, {name}: scores differ by {scores['apart']:.0e}")
         for row in result["reductions"]:
             where = f"{result['case']}, {result['video']}, {row['retention']:.0%}, {row['anchors']}, {row['path']}"
             gap_of_choice = row["agreement"]["gap"]
@@ -583,12 +630,12 @@ def stages_table(results: list[dict[str, Any]]) -> str:
 
     rows = []
     for result in results:
-        tower, whole = result["tower"], result["whole"]
-        scores = ", ".join(f"{path} {ms:.2f} ms" for path, ms in result["scores_ms"].items())
+        tower, prefill = result["tower"], result["prefill"]
+        scores = ", ".join(f"{name} {measured['ms']:.2f} ms" for name, measured in result["scores"].items())
         rows.append(
             [
                 *(result["case"], result["video"], *speed(tower, tower["tflop"]), scores),
-                *(*speed(whole["prefill"], whole["tflop"]), f"{whole['first_token']['ms']:.1f} ms"),
+                *(*speed(prefill, prefill["tflop"]), f"{result['first_token']['ms']:.1f} ms"),
             ]
         )
     head = ["model", "video", "tower", "TFLOP/s", "scores, if attention chooses", "prefill, whole", "TFLOP/s"]
@@ -681,6 +728,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--launches", action="store_true", help="the operations of a reduction, without measuring")
     parser.add_argument("--cases", type=int, nargs="+", choices=range(len(CASES)), help="some of the cases, from 0")
     parser.add_argument("--retentions", type=float, nargs="+", default=RETENTIONS)
+    parser.add_argument("--paths", nargs="+", choices=["torch", "triton"], help="by default those made for the device")
     parser.add_argument("--repeats", type=int, default=10, help="of each time")
     parser.add_argument("--write", action="store_true", help="write bench/results/gpu.md and gpu.json")
     parser.add_argument("--json", type=Path, help="also write the numbers here")
@@ -708,9 +756,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(operations_table(cases), where, sep="\n\n")
         return 0
     check_counting(device)
+    found = paths(device, chosen.paths)
     results = []
     for case in cases:
-        results.append(measure(case, device, retentions=chosen.retentions, repeats=chosen.repeats))
+        measured = measure(case, device, found, retentions=chosen.retentions, repeats=chosen.repeats)
+        results.append(measured)
         print(f"{case.name}, {case.grid.frames} x {case.grid.positions}: done", file=sys.stderr, flush=True)
     print(report(results, where))
     if chosen.json:

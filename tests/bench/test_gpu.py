@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,13 @@ RETENTIONS = (1.0, 0.25, 0.10)
 
 
 def measured():
-    return gpu.measure(gpu.TINY[0], CPU, retentions=RETENTIONS, repeats=1)
+    return gpu.measure(gpu.TINY[0], CPU, gpu.paths(CPU), retentions=RETENTIONS, repeats=1)
 
 
 @pytest.fixture(scope="module")
 def results():
     with torch.inference_mode():
-        return [gpu.measure(case, CPU, retentions=RETENTIONS, repeats=1) for case in gpu.TINY]
+        return [gpu.measure(case, CPU, gpu.paths(CPU), retentions=RETENTIONS, repeats=1) for case in gpu.TINY]
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +42,7 @@ def cells(line):
 
 def test_every_reduction_has_a_line_and_every_line_a_value_for_every_column(results):
     head, rule, *rows = gpu.reductions_table(results).splitlines()
-    paths, anchors = gpu.paths(), ("diverse", "attention")
+    paths, anchors = gpu.paths(CPU), ("diverse", "attention")
     assert len(rows) == len(gpu.TINY) * len(RETENTIONS) * len(anchors) * len(paths)
     assert {len(cells(line)) for line in (head, rule, *rows)} == {18}
     unknown_without_cuda = {"GPU busy, ms", "MiB added"}
@@ -136,25 +135,56 @@ def test_a_fault_makes_the_script_fail(monkeypatch, capsys):
     assert "FAILED" in capsys.readouterr().out
 
 
+def with_another_path(**functions):
+    """Return a measurement in which another path than torch's has these functions."""
+    torch_path = gpu.paths(CPU)["torch"]
+    implementations = {"torch": torch_path, "other": dataclasses.replace(torch_path, **functions)}
+    return gpu.measure(gpu.TINY[0], CPU, implementations, retentions=RETENTIONS, repeats=1)
+
+
 @pytest.mark.parametrize("anchors", ["diverse", "attention"])
-def test_a_path_that_chooses_other_tokens_is_reported(anchors, monkeypatch):
-    in_use = ["torch"]
+def test_a_path_that_chooses_other_tokens_is_reported(anchors):
+    def mirrored(features, *scores, **named):
+        return reduce_video(*(part if part is None else part.flip(1) for part in (features, *scores)), **named)
 
-    @contextmanager
-    def other():
-        in_use.append("other")
-        yield
-        in_use.pop()
+    found = gpu.failures([with_another_path(reduce_video=mirrored)])
+    assert all(", other: " in text for text in found)
+    assert sum(f"{anchors}, other: another choice" in text for text in found) == 2
 
-    def reduction(features, *scores, **named):
-        turned = [part if part is None else part.flip(1) for part in (features, *scores)]
-        return reduce_video(*(turned if in_use[-1] == "other" else (features, *scores)), **named)
 
-    monkeypatch.setattr(gpu, "paths", lambda: {"torch": nullcontext, "other": other})
-    monkeypatch.setattr(gpu, "reduce_video", reduction)
-    found = [text for text in gpu.failures([measured()]) if "another choice" in text and anchors in text]
-    assert len(found) == 2
-    assert all("other:" in text for text in found)
+def test_a_path_with_other_scores_is_reported():
+    torch_path = gpu.paths(CPU)["torch"]
+
+    def louder(*args, **named):
+        return torch_path.attention_received(*args, **named) * 1.1
+
+    found = gpu.failures([with_another_path(attention_received=louder)])
+    assert found == ["tiny, pooled, 4 x 25, other: scores differ by 1e-01"]
+
+
+def documented(command):
+    """Return the table that docs/performance.md has from a command."""
+    page = (ROOT / "docs" / "performance.md").read_text()
+    return re.search(rf"<!-- {re.escape(command)} -->\n(.*?)\n<!-- end -->", page, re.DOTALL)[1]
+
+
+def test_the_limits_that_the_docs_state_are_computed(capsys):
+    assert gpu.main(["--flops"]) == 0
+    table = capsys.readouterr().out.strip()
+    assert documented("python bench/gpu.py --flops") == table
+    onevision = gpu.CASES[0]
+    page = " ".join((ROOT / "docs" / "performance.md").read_text().split())
+    tower, whole = onevision.tower_flops(), onevision.prefill_flops(1.0)
+    assert f"The tower is {tower / (tower + whole):.0%} of the work" in page
+    assert f"at most {onevision.limit(0.10):.1f}x at 10%" in page
+    text_alone = onevision.text.flops(gpu.TEXT_TOKENS)
+    assert f"With no video token left it would still be {(tower + whole) / (tower + text_alone):.1f}x" in page
+
+
+def test_two_equal_paths_stand_side_by_side():
+    result = with_another_path()
+    assert gpu.failures([result]) == []
+    assert [row["path"] for row in result["reductions"]] == ["torch", "other"] * 2 * len(RETENTIONS)
 
 
 def reduced_to(grid, places):
