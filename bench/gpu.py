@@ -42,6 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from aot_vllm import AOTConfig, ReducedVideo, VideoGrid, budget, reduce_video  # noqa: E402
 from aot_vllm.adapters.scores import scoring_layers  # noqa: E402
+from aot_vllm.kernels.dispatch import algorithms_for  # noqa: E402
 from bench.machine import describe  # noqa: E402
 
 RETENTIONS = (1.0, 0.25, 0.10, 0.05)
@@ -68,12 +69,6 @@ def paths(device: torch.device, forced: Sequence[str] | None = None) -> dict[str
 
     This function alone knows how a path is chosen.
     """
-    if importlib.util.find_spec("aot_vllm.kernels") is None:
-        from aot_vllm.adapters.scores import attention_received
-
-        return {"torch": Implementation(reduce_video, attention_received)}
-    from aot_vllm.kernels.dispatch import algorithms_for
-
     by_itself = algorithms_for(device)
     algorithms = {name: algorithms_for(device, kernels=name) for name in forced or ("torch",)}
     if forced is None and by_itself != algorithms["torch"]:
