@@ -25,7 +25,7 @@ random weights by `demo/train.py` of this repository on clips that `demo/task.py
 this task, with the words of this task. It shows and measures how a reduction of video tokens changes answers.
 
 - **Input**: {frames} frames of {size} x {size} pixels, 36 tokens per frame after pooling, {tokens} video tokens in all.
-- **Data**: scenes of the `train` split, drawn from seeds; {pairs} pairs of a colour and a shape never occur in it.
+- **Data**: scenes of the `train` split, drawn from seeds. {pairs} pairs of a colour and a shape never occur in it.
 - **Training**: {stages}. {hours:.1f} hours on {machine}. Order and data follow from the step's number, initial
   weights from seed 0.
 - **Reduction**: in the stages `parts` and `joint`, many clips are shown with tokens left out, down to 4% of them. The
@@ -36,7 +36,7 @@ this task, with the words of this task. It shows and measures how a reduction of
 ## Accuracy with every token kept
 
 {clips} clips of the `test` split, each with a pair that training has not shown. An answer is right if the greedy
-answer matches exactly; intervals are Wilson's, at 95%. Reproduce with
+answer matches exactly; intervals are Wilson's, at 95%. Reproduce it with
 `python -m demo.evaluate demo/{name} --clips {clips}`.
 
 | kind of question | right | 95% interval | questions |
