@@ -1,6 +1,6 @@
-"""What `bench/fidelity.py` compares: ways to make a video's tokens fewer, all with the signature of `reduce_video`.
+"""The arms of `bench/fidelity.py`: methods of token reduction, all with the signature of `reduce_video`.
 
-Each returns exactly as many tokens as the prompt has places for.
+Each arm returns exactly as many tokens as the prompt has placeholders.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Reduce = Callable[..., ReducedVideo]
 
 
 def chosen(features: Tensor, index_K: Tensor, grid: VideoGrid, retention: float) -> ReducedVideo:
-    """Return the tokens at these places of the flattened video, in their order and as they are."""
+    """Return the tokens at these indices of the flattened video, in ascending order and unchanged."""
     index_K = index_K.sort().values
     none = index_K[:0]
     cells = index_K % grid.positions
@@ -37,18 +37,18 @@ def chosen(features: Tensor, index_K: Tensor, grid: VideoGrid, retention: float)
 
 
 def evenly(total: int, places: int) -> Tensor:
-    """Return `total` of `places` places, evenly spread."""
+    """Return `total` evenly spaced indices below `places`."""
     return ((torch.arange(total) + 0.5) * places / total).long()
 
 
 def uniform(features: Tensor, *_: Tensor, grid: VideoGrid, retention: float, **__: Any) -> ReducedVideo:
-    """Every n-th token."""
+    """Uniform sampling: evenly spaced tokens of the flattened video."""
     total = budget(grid, retention=retention).total
     return chosen(features, evenly(total, grid.tokens), grid, retention)
 
 
 def at_random(features: Tensor, *_: Tensor, grid: VideoGrid, retention: float, **__: Any) -> ReducedVideo:
-    """Any tokens; the same for the same video."""
+    """Random tokens; the same tokens for the same video."""
     generator = torch.Generator().manual_seed(int(features.double().sum().abs() * 1e3) % 2**31)
     index = torch.randperm(grid.tokens, generator=generator)[: budget(grid, retention=retention).total]
     return chosen(features, index, grid, retention)
@@ -57,7 +57,7 @@ def at_random(features: Tensor, *_: Tensor, grid: VideoGrid, retention: float, *
 def attention(
     features: Tensor, _: Tensor, scores: Tensor, *, grid: VideoGrid, retention: float, **__: Any
 ) -> ReducedVideo:
-    """The tokens of each frame that receive most attention in the deep layer; frames get equally many."""
+    """The tokens of each frame that receive most attention in the deep layer; all frames keep equally many tokens."""
     total = budget(grid, retention=retention).total
     counts = torch.bincount(evenly(total, grid.frames), minlength=grid.frames).tolist()
     rows = [frame * grid.positions + scores[frame].topk(count).indices for frame, count in enumerate(counts)]
@@ -65,7 +65,7 @@ def attention(
 
 
 def stock(method: str) -> Reduce:
-    """Return what vLLM's own function keeps, which may be more than asked for: EVS keeps the first frame whole."""
+    """Return vLLM's own pruning function as an arm. It may keep too many tokens: EVS keeps the first frame whole."""
 
     def reduce(features: Tensor, *_: Tensor, grid: VideoGrid, retention: float, **__: Any) -> ReducedVideo:
         from vllm.multimodal.video_prune import evs, vidcom2
@@ -106,14 +106,14 @@ def unlikeness(features: Tensor) -> Tensor:
 
 
 def alone(features: Tensor) -> Tensor:
-    """Return scores that rank each frame's tokens as they are chosen where no frame knows of another."""
+    """Return scores that rank each frame's tokens in their order of choice, if each frame ignores the others."""
     positions = features.shape[1]
     order = select_diverse_anchors(features, count=positions, keep=0)
     return -order.argsort(dim=1).float()
 
 
 def by_directions(features: Tensor, *scores: Tensor, **rest: Any) -> ReducedVideo:
-    """Anchors that differ in direction, whatever their lengths."""
+    """Anchors by the distance of directions: all tokens are normalised to length 1 before the choice."""
     directions = normalize(features.float(), dim=-1)
     width = features.shape[-1]
     reduced = aot()(torch.cat((directions, features), dim=-1), *scores, compared=width, **rest)
@@ -121,7 +121,7 @@ def by_directions(features: Tensor, *scores: Tensor, **rest: Any) -> ReducedVide
 
 
 def before_pooling(features: Tensor, *_: Tensor, grid: VideoGrid, **rest: Any) -> ReducedVideo:
-    """Anchors by what is chosen of the encoder's grid, four times as many: the cells that hold most of it."""
+    """Anchors chosen before pooling, four times as many; the pooled cells with most of them are kept."""
     (fine,) = UNPOOLED
     frames, positions, _ = fine.shape
     side = math.isqrt(positions)
@@ -132,7 +132,7 @@ def before_pooling(features: Tensor, *_: Tensor, grid: VideoGrid, **rest: Any) -
         count=times * max(counts.anchors_per_clip),
         keep=[times * kept for kept in counts.per_frame],
     )
-    falling_A = torch.linspace(1, 0.999, order_TA.shape[1]).expand(frames, -1)  # of equals, what was chosen earlier
+    falling_A = torch.linspace(1, 0.999, order_TA.shape[1]).expand(frames, -1)  # among equals, the earlier choice
     mask = torch.zeros(frames, positions).scatter_(1, order_TA, falling_A)
     scores = interpolate(mask.view(frames, 1, side, side), (grid.rows, grid.cols), mode="bilinear").flatten(1)
     by_score = aot(anchors="attention", global_ratio=1.0)
@@ -140,13 +140,13 @@ def before_pooling(features: Tensor, *_: Tensor, grid: VideoGrid, **rest: Any) -
 
 
 def changes(features: Tensor) -> Tensor:
-    """Return how far each frame is from the one before it, (T,), the first as far as the farthest."""
+    """Return the distance of each frame from the previous one, (T,); the first frame gets the largest distance."""
     far = (features[1:] - features[:-1]).float().square().sum(-1).mean(1)
     return torch.cat((far.max()[None], far))
 
 
 def by_change(features: Tensor, *_: Tensor, grid: VideoGrid, retention: float, **__: Any) -> ReducedVideo:
-    """Anchors where half of them go to the frames that change most, and nothing moved."""
+    """Half of all anchors are distributed by the change of each frame; nothing is merged."""
     total = budget(grid, retention=retention).total
     wanted = total * (0.5 / grid.frames + 0.5 * changes(features) / changes(features).sum())
     counts = wanted.floor().clamp(1, grid.positions).long()
@@ -162,7 +162,7 @@ def by_change(features: Tensor, *_: Tensor, grid: VideoGrid, retention: float, *
 
 
 def cut_at_changes(**settings: Any) -> Reduce:
-    """Return the method with as many clips as ever, cut where frames change most."""
+    """Return the method with the same number of clips, cut where the change between frames is largest."""
 
     def reduce(
         features: Tensor, *_: Tensor, grid: VideoGrid, retention: float, config: AOTConfig, **__: Any
@@ -196,7 +196,7 @@ def cut_at_changes(**settings: Any) -> Reduce:
 
 
 UNPOOLED: list[Tensor] = []
-"""What the model pooled last, (T, positions of the encoder, D), where somebody keeps it."""
+"""The input of the model's last pooling, (T, positions of the encoder, D), if the benchmark records it."""
 
 DEFAULT = AOTConfig().anchors
 RELEASED = {name: value for name, value in AOTConfig.paper().settings().items() if not name.endswith("_layer")}

@@ -1,10 +1,10 @@
-"""Measures what the embedded model's vision tower attends to: whether what a layer attends to most is what matters.
+"""Measures how often the tokens that receive most attention, layer by layer, show an object of a question.
 
     python bench/attention.py --out bench/results/attention.md
 
-Of each frame of some clips the tokens (pooled) that score highest, and the share of them that lie on something a
-question is about: a thing or a speck. Attention received is the method's score; beside it two that need no attention,
-the length of a feature, and its cosine distance from the mean of its frame.
+The table has, for each score, the share of the highest-scoring pooled tokens of a frame that lie on an object of a
+question, a thing or a speck. Attention received is the score of the method. Two more scores need no attention: the
+length of a feature, and its cosine distance from the mean of its frame.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def servers(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def _configuration(folder: Path, addresses: dict[str, str]) -> Path:
-    """Write the configuration as it is deployed, but for addresses and intervals."""
+    """Write the deployed configuration with other addresses and intervals."""
     config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": f"{SCRAPE_SECONDS}s", "evaluation_interval": f"{SCRAPE_SECONDS}s"}
     config["rule_files"] = [str(PROMETHEUS / "rules" / "*.yml")]

@@ -2,13 +2,13 @@
 
     python bench/decode.py --out bench/results/decode.md
 
-vLLM calls a pruning model's `recompute_mrope_positions` for every running request: Model Runner V1 at each step, those
-of decoding included. So what counts is a step's own cost, not the model's: the checkpoint is a tiny one with random
-weights, of which a step takes the least. Every arm is an engine in a process of its own with one thread; they take
-turns, one batch of requests at a time, so that what else the machine does falls on all. A step is timed from the
-outside, once every request of the batch is decoding. Off is measured twice: what the second differs from the first is
-what nothing costs here. vLLM's own pruning (EVS) is measured beside: on a CPU its runner lacks a flag, set here
-too, for without it the first video ends the engine.
+vLLM calls `recompute_mrope_positions` of a pruning model for every running request, and Model Runner V1 does so at
+every step, decoding steps included. The benchmark measures the cost of this call, so the checkpoint is a tiny one with
+random weights, whose own share of a step is small. Every arm is an engine in a separate process with one thread. The
+arms take turns, one batch of requests at a time, so that other load on the machine affects all arms. A step is timed
+from the outside, once every request of the batch is decoding. The baseline, off, is measured twice: the difference
+between the two is the noise floor. vLLM's own pruning (EVS) is measured too. On a CPU its runner lacks a flag, without
+which the first video ends the engine; the benchmark sets this flag.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ ENVIRONMENT = {
 
 @dataclass(frozen=True)
 class Arm:
-    """How an engine is started, and what its requests ask for."""
+    """The flags of an engine, and the retention of its requests."""
 
     name: str
     arguments: dict[str, Any]

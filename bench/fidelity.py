@@ -2,10 +2,10 @@
 
     python bench/fidelity.py --out bench/results/fidelity.md --plot docs/fidelity.png
 
-Every arm keeps the same number of tokens at the same retention and differs only in which, and in what it makes of
-them: the plugin's reduction is replaced by the arm's between vision tower and language model, nothing else. Answers
-are greedy and right if they are the known answer, to the letter. Intervals are 95%, by bootstrap over clips, for the
-questions about one clip are not independent.
+At the same retention every arm keeps the same number of tokens. Arms differ only in which tokens they keep and in how
+they merge the others: the arm's reduction replaces the plugin's, between the vision tower and the language model.
+Answers are greedy, and right if they equal the known answer to the letter. Intervals are 95%, by bootstrap over clips,
+because the questions about one clip are not independent.
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def measure(
 
 
 def resampled(answers: Answers, *, kind: str | None = None) -> tuple[float, np.ndarray]:
-    """Return the share of right answers, and those of `RESAMPLES` draws of as many clips with replacement."""
+    """Return the share of right answers, and the shares of `RESAMPLES` bootstrap samples of the clips."""
     seeds = sorted(set(answers.clips))
     index = {seed: place for place, seed in enumerate(seeds)}
     right, asked = np.zeros(len(seeds)), np.zeros(len(seeds))

@@ -1,16 +1,19 @@
-"""What a gateway adds to a request, over the engine asked directly: ours and others, the same engine, the same run.
+"""Measures the overhead of gateways, this one and its peers: the time they add to asking the same engine directly.
 
     python bench/gateway.py --peers --out bench/results/gateway.md
 
-The engine answers at once, so that what is left is the way there and back. Every arm is asked in turn, one request at a
-time (or a batch of them, 64 at once), so that what else the machine does falls on all; what an arm adds is the median,
-over rounds, of its time less the direct time of the same round. Bodies: 200 bytes of text, and data URLs that make the
-body 1 MiB and 8 MiB, each a playable MP4 of its own, for ours opens and probes every video where the others pass it on;
-where engines share a volume with ours, a video goes there and not through the request.
-Streams carry the time at which each chunk left the engine, by the clock of the machine all run on. Processor time and
-memory are those of an arm's processes. `--soak SECONDS` holds 200 streams open through ours, each about a video of its
-own and ten seconds long, and prints what memory and open files come to.
-`--peers` adds vllm-router and LiteLLM's proxy, in an environment of their own, as `bench/peers.txt` pins them.
+The engine answers at once, so that only the overhead remains. The arms are asked in turn, one request at a time or 64
+at once, so that other load on the machine affects all arms. The overhead of an arm is the median over rounds of its
+time minus the direct time of the same round.
+
+Bodies are 200 bytes of text, or contain a data URL and are 1 MiB and 8 MiB large. Each video is a different playable
+MP4, because this gateway opens and probes every video, while the others forward it unread. In the arm with files, this
+gateway writes the video to a shared volume instead of the request.
+
+Each chunk of a stream carries the time at which it left the engine; all processes use the clock of the same machine.
+Processor time and memory are those of all processes of an arm. `--soak SECONDS` holds 200 streams open through this
+gateway, each ten seconds long and about a different video, and prints memory and the number of open files.
+`--peers` adds vllm-router and LiteLLM's proxy, in a separate environment, with the versions of `bench/peers.txt`.
 """
 
 from __future__ import annotations
@@ -79,10 +82,10 @@ def open_files(pid: int) -> int:
 
 
 class Bodies:
-    """Requests of a size, each about another video."""
+    """Requests of a given size, each about a different video."""
 
     def __init__(self) -> None:
-        """Make the clip that all are variations of."""
+        """Make the clip that all videos are variations of."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "clip.mp4"
             write_clip(path, frames=64, seed=1)
@@ -129,7 +132,7 @@ async def ask(session: Session, address: str, body: bytes) -> float:
 
 
 def turns(arms: dict[str, str], number: int) -> list[str]:
-    """Return the arms' names in the order of a round: none has the same before it every time."""
+    """Return the names of the arms in a random order for each round, so that no arm always follows the same one."""
     return random.Random(number).sample(list(arms), len(arms))
 
 
@@ -160,7 +163,7 @@ async def many_at_once(arms: dict[str, str], make: Callable[[], bytes], rounds: 
 
 
 async def chunk_delays(session: Session, address: str, body: bytes) -> list[float]:
-    """Return how long each chunk of a stream was on its way; the first is left out."""
+    """Return the delay of each chunk of a stream, without the first chunk."""
     delays, rest = [], b""
     async with session.post(address + CHAT, data=body) as answer:
         if answer.status != 200:
@@ -188,13 +191,13 @@ async def streams(arms: dict[str, str], bodies: Bodies, rounds: int) -> dict[str
 
 
 def added(seconds: dict[str, list[float]], name: str) -> float:
-    """Return the milliseconds an arm adds: the median over rounds of its time less the direct time of the round."""
+    """Return the overhead of an arm in milliseconds: the median over rounds of its time minus the direct time."""
     pairs = zip(seconds[name], seconds["direct"], strict=True)
     return statistics.median(mine - direct for mine, direct in pairs) * 1e3
 
 
 async def processor_time(address: str, pid: int, make: Callable[[], bytes], requests: int) -> float:
-    """Return the processor seconds that 1,000 requests cost an arm, 16 at a time."""
+    """Return the processor seconds of an arm for 1,000 requests, 16 at a time."""
     async with new_session() as session:
         before = processor_seconds(pid)
         for _ in range(requests // 16):
@@ -276,7 +279,7 @@ def start_arms(stack: ExitStack, *, peers: bool, gap_seconds: float) -> tuple[di
 
 
 def install_peers() -> None:
-    """Make the other gateways' environment, if it isn't there."""
+    """Make the environment of the peers, if it does not exist."""
     pins = Path(__file__).with_name("peers.txt").read_bytes()
     stamp = PEERS / "pins.txt"
     if stamp.exists() and stamp.read_bytes() == pins:

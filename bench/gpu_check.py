@@ -2,12 +2,12 @@
 
     python bench/gpu_check.py
 
-On a machine with CUDA each runner is checked twice: in float32, step by step, where answers must agree to four
-decimals; and as it is served, in bfloat16 with compiled graphs, where answers agree up to a near tie, and token counts
-and positions exactly. Qwen3.5 is in bfloat16 both times. Positions are watched by hooks, which graphs pass by, so those
-tests always run step by step. On a CPU it is the first of the two, and Model Runner V2's kernels are interpreted. `-k`
-picks tests by name, as pytest does. The exit code is the number of checks that failed, at most 100; a line at the end
-says what was run on.
+On a machine with CUDA each runner is checked twice: in float32, step by step: answers must agree to four decimals.
+Then, as it is served, in bfloat16 with compiled graphs: answers must agree up to a near tie, token counts and positions
+exactly. Qwen3.5 is in bfloat16 both times. Positions are observed by hooks, which compiled graphs bypass, so those
+tests always run step by step. On a CPU only the first check runs, and the kernels of Model Runner V2 are interpreted.
+`-k` selects tests by name, as pytest does. The exit code is the number of checks that failed, at most 100; the last
+line of output names the machine.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def pytest_runtest_logreport(report: Any) -> None:
 
 
 def pytest_collectreport(report: Any) -> None:
-    """Print what could not be collected."""
+    """Print the tests that could not be collected."""
     if report.failed:
         print(f"FAIL  {os.environ['AOT_CHECK']}  {report.nodeid}\n{report.longrepr}", flush=True)
 
 
 def modes(*, cuda: bool) -> list[tuple[str, list[str]]]:
-    """Return what is checked on one runner: its name, and the options of the tests."""
+    """Return the checks on one runner: their names, and the options of the tests."""
     exact: tuple[str, list[str]] = ("float32 step by step", [])
     return [exact, ("bfloat16 with graphs", ["--dtype", "bfloat16", "--graphs"])] if cuda else [exact]
 

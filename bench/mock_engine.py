@@ -1,4 +1,4 @@
-"""An engine that answers at once: vLLM's wire format and none of its work.
+"""An engine that answers at once, in vLLM's wire format, without computing anything.
 
 python bench/mock_engine.py PORT SECONDS_BETWEEN_CHUNKS
 """
@@ -37,7 +37,7 @@ def event(content: str, finish: str | None = None) -> bytes:
 
 
 async def chat(request: web.Request) -> web.StreamResponse:
-    """Read all of a request, then answer; a stream says in each chunk when it was sent, by the machine's clock."""
+    """Read an entire request, then answer. Each chunk of a stream contains the time at which it was sent."""
     body = await request.read()
     if b'"stream":true' not in (body[:4096] + body[-4096:]).replace(b" ", b""):
         return web.Response(body=WHOLE, content_type="application/json", headers=SAVED)

@@ -43,7 +43,7 @@ def make_inputs(grid: VideoGrid, width: int) -> Tensor:
 
 
 def reduction(features: Tensor, grid: VideoGrid, retention: float) -> None:
-    """What is measured."""
+    """The settings of the measurement."""
     reduce_video(features, None, None, grid=grid, retention=retention)
 
 

@@ -1,8 +1,8 @@
-"""The least a Python proxy can do: FastAPI and aiohttp, bytes in, bytes out.
+"""The baseline of the gateway benchmark: a minimal proxy of FastAPI and aiohttp, bytes in, bytes out.
 
     python bench/streaming_proxy.py PORT ENGINE_URL
 
-What a gateway adds beyond it is what its work costs; it checks, counts and routes nothing.
+It checks, counts and routes nothing. The overhead of a gateway beyond this baseline is the cost of its work.
 """
 
 from __future__ import annotations

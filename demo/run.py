@@ -41,7 +41,7 @@ QUESTION = "What happens in the video?"
 
 @dataclass(frozen=True)
 class Run:
-    """What one question cost and brought."""
+    """The cost and the answer of one question."""
 
     answer: str
     before: int
@@ -62,7 +62,7 @@ def client(gateway: str) -> OpenAI:
 
 
 def ask(client: OpenAI, model: str, *media: dict[str, object], question: str = QUESTION, max_tokens: int = 24) -> Run:
-    """Ask about the media as a stream and return the answer with what it cost."""
+    """Ask about the media as a stream and return the answer with its cost."""
     content = [*media, {"type": "text", "text": question}]
     started = time.perf_counter()
     first = 0.0
@@ -125,7 +125,7 @@ def asked_clip() -> tuple[Path, list[Question]]:
 
 
 def show_answers(*, retention: float) -> None:
-    """Ask the embedded model one question of every kind, and print its answers beside what is the case."""
+    """Ask the embedded model one question of every kind, and print its answers beside the right answers."""
     clip, asked = asked_clip()
     console.print(f"model   {TRAINED_MODEL}\nvideo   {clip} ({clip.stat().st_size / 1024:.0f} KiB)")
     table = Table(title="What is left of the answers")
@@ -151,7 +151,7 @@ def show_answers(*, retention: float) -> None:
 
 
 def show_times(*, model: str | None, video: Path | None, retention: float) -> None:
-    """Ask a model the same about a video whole and reduced, and print what each took."""
+    """Ask a model the same question about a video, whole and reduced, and print the cost of each."""
     checkpoint = model or str(random_model())
     clip = video or CACHE / "shapes.mp4"
     if not clip.exists():

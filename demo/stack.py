@@ -1,4 +1,4 @@
-"""The engine and the gateway in front of it, as the demo and the load test start them: on loopback, from nothing."""
+"""Starts an engine and a gateway on loopback, for the demo and the load test."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ console = Console(highlight=False)
 
 
 class DemoError(Exception):
-    """Something the demo needs did not come up; the message says what and where its log is."""
+    """A process of the demo did not start; the message names it and its log file."""
 
 
 def on_gpu() -> bool:
@@ -52,7 +52,7 @@ def random_model() -> Path:
 
 
 def free_port() -> int:
-    """Return a port on loopback that nobody listens on."""
+    """Return a free port on loopback."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -173,7 +173,7 @@ def _answers(url: str) -> bool:
 
 
 def plain(line: str) -> str:
-    """Return the end of a line without what rich takes for markup."""
+    """Return the end of a line, escaped so that rich reads no markup in it."""
     return line[-110:].replace("[", "(").replace("]", ")")
 
 

@@ -91,7 +91,7 @@ class Speck:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is to be seen in a clip; things earlier in `things` pass behind later ones."""
+    """The content of a clip; earlier objects in `things` pass behind later ones."""
 
     seed: tuple[int, int]
     things: tuple[Thing, ...]
@@ -217,7 +217,7 @@ def _apart(one: Thing, other: Thing) -> bool:
 
 
 def _speck(rng: np.random.Generator, things: Sequence[Thing]) -> Speck | None:
-    """Return a speck that no thing hides, None if a few tries find no place for one."""
+    """Return a speck that no object hides, or None if a few tries find no place for it."""
     appears = int(rng.integers(0, NUM_FRAMES - 3))
     leaves = min(NUM_FRAMES, appears + int(rng.integers(4, 8)))
     colour = str(rng.choice(list(COLOURS)))
@@ -332,7 +332,7 @@ def render(scene: Scene, *, frames: Sequence[int] = range(NUM_FRAMES)) -> tuple[
 
 @dataclass(frozen=True)
 class CellLabels:
-    """What the cells of a frame show, each (GRID, GRID): indices into the lists above plus one, 0 for none."""
+    """The content of a frame's cells, each (GRID, GRID): indices into the lists above plus one, 0 for none."""
 
     colour: np.ndarray
     shape: np.ndarray
@@ -346,7 +346,7 @@ class CellLabels:
 
 
 def cell_labels(scene: Scene, frame: int, owner: np.ndarray) -> CellLabels:
-    """Return what each cell shows most of, a thing that covers at least an eighth of it; `owner` is `render`'s."""
+    """Return the object that covers most of each cell, at least an eighth of it; `owner` comes from `render`."""
     cells = owner.reshape(GRID, CELL, GRID, CELL).swapaxes(1, 2).reshape(GRID, GRID, -1)
     shares = np.stack([(cells == index).mean(-1) for index in range(len(scene.things))] or [np.zeros((GRID, GRID))])
     most = np.where(shares.max(0) >= 0.125, shares.argmax(0), NO_THING)
@@ -391,7 +391,7 @@ HISTORY_CLASSES: dict[str, Sequence[Any]] = {
 
 
 def history_labels(scene: Scene, frames: Sequence[int], colours: np.ndarray) -> dict[str, np.ndarray]:
-    """Return what the frames up to each one tell: for each of `HISTORY_CLASSES` an index plus one, (T, GRID, GRID).
+    """Return labels of the frames up to each one: for each of `HISTORY_CLASSES` an index plus one, (T, GRID, GRID).
 
     `frames` are those that are seen, `colours`, (T, GRID, GRID), what `CellLabels` has of each. 0 where there is
     nothing to tell: no thing in the cell, or a close call.
@@ -450,7 +450,7 @@ def _moved(start: np.ndarray, end: np.ndarray) -> str:
 
 
 def _change_seen(thing: Thing, frames: Sequence[int]) -> str:
-    """Return what these frames of a thing, in order, show to change."""
+    """Return the changes that these frames of an object, in order, show."""
     last = frames[-1]
     if thing.shapes[frames[0]] != thing.shapes[last]:
         return "shape"

@@ -62,12 +62,12 @@ STAGES = (
     Stage("joint", 4000, 8, 16, 6e-4, trains_tower=True, trains_text=True, in_part=0.5),
 )
 SMOKE = tuple(replace(stage, steps=2, batch=2) for stage in STAGES)
-HISTORY_LAYER = 2  # of the text model: the layers behind it can look up what this one has gathered
+HISTORY_LAYER = 2  # of the text model: the later layers can read what this layer has gathered
 HISTORY_WEIGHT = 1.0
 
 
 def initialise(model: Any) -> None:
-    """Scale the drawn weights for a deep stack: what is added to the residual stream starts small, positions do not."""
+    """Scale the drawn weights for a deep stack: additions to the residual stream start small, positions do not."""
     config = model.config
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -344,7 +344,7 @@ def _schedule(progress: float) -> float:
 
 
 def main() -> None:
-    """Train, or export what a run has reached."""
+    """Train, or export the current state of a run."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("directory", type=Path)
     parser.add_argument("--export", type=Path, metavar="MODEL", help="write the run's model there and train no further")

@@ -1,4 +1,4 @@
-"""What is compared: models of the gateway, each by its own name or at a retention that the request asks for."""
+"""The arms of a load test: models of the gateway, by name or with the retention of the request."""
 
 from __future__ import annotations
 

@@ -37,14 +37,14 @@ OVERHEAD = "x-aot-gateway-overhead-ms"
 TEXT = "text"
 """The rows' name for requests without a video."""
 ANSWER_SECONDS = 600
-PAUSE_SECONDS = 1.0  # after a failure: a refusal costs nothing, and users would only send more of them
+PAUSE_SECONDS = 1.0  # after a failure: a refusal takes no time, and users would only send more requests
 UNLIMITED_SECONDS = 3600.0  # that a shape takes without --run-time
 _newcomers = itertools.count()
 
 
 @events.init_command_line_parser.add_listener
 def _(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("What is asked and what must hold")
+    group = parser.add_argument_group("Questions and objectives")
     group.add_argument(
         "--arms",
         type=_checked(arms_in),
@@ -52,16 +52,16 @@ def _(parser: argparse.ArgumentParser) -> None:
         help="NAME=MODEL or NAME=MODEL@RETENTION, comma-separated; each user takes them in turn",
     )
     group.add_argument("--text-share", type=_share, default=0.0, help="share of requests without a video")
-    group.add_argument("--repeat-share", type=_share, default=0.5, help="share of videos that are sent again and again")
+    group.add_argument("--repeat-share", type=_share, default=0.5, help="share of videos that are sent repeatedly")
     group.add_argument(
         "--sizes", type=_checked(sizes_in), default="480x360", help="of the videos, WxH, comma-separated"
     )
     group.add_argument("--clips", type=_count, default=4, help="videos of each size")
     group.add_argument("--frames", type=_count, default=64, help="frames of a video, at 8 a second")
     group.add_argument("--max-tokens", type=_count, default=16, help="longest answer")
-    group.add_argument("--shape", choices=SHAPES, default="soak", help="how --users go over --run-time")
-    group.add_argument("--slo-ttft-p95", type=float, help="seconds that the p95 of each TTFT row may have")
-    group.add_argument("--slo-error-share", type=_share, default=0.0, help="share of requests that may fail")
+    group.add_argument("--shape", choices=SHAPES, default="soak", help="how the number of users changes")
+    group.add_argument("--slo-ttft-p95", type=float, help="objective: maximum p95 of each TTFT row, in seconds")
+    group.add_argument("--slo-error-share", type=_share, default=0.0, help="objective: maximum share of failures")
 
 
 def _checked(parse: Callable[[str], Any]) -> Callable[[str], str]:

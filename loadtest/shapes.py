@@ -1,4 +1,4 @@
-"""How the number of users goes over a test."""
+"""How the number of users changes during a test."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass
 class Answer:
-    """What a stream brought and when. Times are seconds on the clock it was read with."""
+    """The content of a stream, with its times in seconds on the clock of the reader."""
 
     first_token: float | None = None
     gaps: list[float] = field(default_factory=list)

@@ -21,7 +21,7 @@ def free_box(content: bytes) -> bytes:
 
 
 class Video:
-    """One clip, of which any number of copies can be had that nobody has seen."""
+    """One clip, and any number of copies of it that no cache contains."""
 
     def __init__(self, clip: bytes) -> None:
         """Encode the clip once; filled up so that the base64 of a copy is this and the base64 of its last box."""

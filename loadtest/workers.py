@@ -1,7 +1,8 @@
-"""The last answers of workers: locust's master tells them to quit at the end, and waits half a second for all of it.
+"""Lets the workers of a load test read their last answers before the master ends the test.
 
-Users read their answers to the end, which takes longer, and the longest answers would be missing from the statistics.
-So the master has its workers finish first, and waits until each has reported with nobody left asking.
+At the end of a test, locust's master tells its workers to quit and waits for half a second. Users need longer to read
+their answers to the end, so the longest answers would be missing from the statistics. Here the master lets its workers
+finish first, and waits until each worker has reported that no user is asking any more.
 """
 
 from __future__ import annotations

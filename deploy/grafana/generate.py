@@ -25,7 +25,7 @@ MODEL, INSTANCE = '{model=~"$model"}', '{instance=~"$engine"}'
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel: its queries by what their lines are called, Grafana's unit, and how many of the 24 columns."""
+    """One panel: its queries by the names of their lines, Grafana's unit, and its width in columns, of 24."""
 
     title: str
     unit: str
@@ -121,7 +121,7 @@ ESTIMATE = (
 
 
 def savings() -> Dashboard:
-    """What the reduction saved."""
+    """The dashboard of savings."""
     before, after = (rate(f"{G}video_tokens_total", tokens(stage)) for stage in ("before", "after"))
     by_model = [rate(f"{G}video_tokens_total", tokens(stage), by="model") for stage in ("before", "after")]
     price = (
@@ -336,7 +336,7 @@ def engines() -> Dashboard:
 
 
 def traffic() -> Dashboard:
-    """What clients ask, and what they are refused."""
+    """The dashboard of traffic and errors."""
     requests = f"{G}requests_total"
     served = '{route=~"/v1/.*", model=~"$model"}'
     return _with(

@@ -25,7 +25,7 @@ _Dumper.add_representer(str, _text)
 
 
 def groups() -> list[dict[str, Any]]:
-    """Return the rules' groups, less what does not hold on Kubernetes."""
+    """Return the groups of rules, without the rules that do not apply on Kubernetes."""
     found = [group for path in sorted(RULES.glob("*.yml")) for group in yaml.safe_load(path.read_text())["groups"]]
     return [
         {**group, "rules": [rule for rule in group["rules"] if rule.get("alert") not in LEFT_OUT]} for group in found
