@@ -5,6 +5,7 @@ first, so that both processes end at about the same time.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -13,7 +14,6 @@ LONGEST_FIRST = ("test_qwen_in_vllm", "test_qwen_positions", "with_gateway", "te
 ON_THEIR_OWN = {"test_accuracy", "test_as_composed", "test_demo", "test_fidelity", "test_loadtest"}
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(config, items):
     runner = config.getoption("--runner")
     others = [item for item in items if left_to_another(item, runner)]
@@ -23,29 +23,43 @@ def pytest_collection_modifyitems(config, items):
     items.sort(key=turn)
     for item in items:
         if "e2e" in item.path.parts:
-            if group := together(item):
-                item.add_marker(pytest.mark.xdist_group(group))
             item.add_marker(pytest.mark.engine)
             # vLLM and transformers warn about their own insides
             item.add_marker(pytest.mark.filterwarnings("default"))
 
 
-def together(item):
-    """Return the name of what must run in the same process as a test, or None."""
-    if item.path.stem in ON_THEIR_OWN:
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Give what stays together to one process; pytest-xdist 3.8 reads no group of a test under pytest 9.2."""
+    if config.getoption("dist") != "loadgroup":
         return None
-    if item.path.parent.name == "with_gateway":
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return together(nodeid) or nodeid
+
+    return Together(config, log)
+
+
+def together(nodeid):
+    """Return the name of what must run in the same process as a test, or None."""
+    file, _, test = nodeid.partition("::")
+    path = Path(file)
+    if path.stem in ON_THEIR_OWN:
+        return None
+    if path.parent.name == "with_gateway":
         return "with_gateway"
-    if item.path.stem == "test_qwen_positions":  # which start no engine twice
-        return f"test_qwen_positions {item.callspec.params['name']}"
-    return item.path.stem
+    if path.stem == "test_qwen_positions":  # whose models share no engine
+        return f"{path.stem} of {'Qwen2.5-VL' if 'qwen2.5-vl' in test else 'others'}"
+    return path.stem
 
 
 def turn(item):
     """Return the place of a test among those with engines; the others keep theirs."""
     if "e2e" not in item.path.parts:
         return -1
-    if (group := together(item)) is None:
+    if (group := together(item.nodeid)) is None:
         return len(LONGEST_FIRST) + 1
     name = group.partition(" ")[0]
     return LONGEST_FIRST.index(name) if name in LONGEST_FIRST else len(LONGEST_FIRST)
