@@ -1,27 +1,25 @@
-"""Answers of vLLM as it ships: the plugin is kept out by VLLM_PLUGINS. Requests come on stdin, answers go to stdout."""
+"""Answers of vLLM as it ships to the requests of each spec on stdin, as a JSON line."""
 
 import json
-import os
 import sys
 
-os.environ["VLLM_PLUGINS"] = ""
-sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
+from demo.tiny_checkpoints import checkpoint
+from tests.e2e.engines import Engine, image, request, video
+from tests.e2e.forks import each_in_a_fork
 
 
-def main():
-    from tests.e2e.engines import Engine, image, request, video
-
-    engine = Engine(sys.argv[1], **json.loads(sys.argv[2]))
+def answer(spec):
+    engine = Engine(checkpoint("tiny"), **spec["arguments"])
     answers = []
-    for spec in json.load(sys.stdin):
+    for asked in spec["requests"]:
         media = [
-            video(frames, seed=seed) if kind == "video" else image(seed=seed) for kind, frames, seed in spec["media"]
+            video(frames, seed=seed) if kind == "video" else image(seed=seed) for kind, frames, seed in asked["media"]
         ]
-        (answer,) = engine.ask(request(*media))
-        answers.append([answer.prompt_tokens, answer.tokens, answer.logprobs, answer.prompt])
-    engine.close()
+        (seen,) = engine.ask(request(*media))
+        answers.append([seen.prompt_tokens, seen.tokens, seen.logprobs, seen.prompt])
     assert "aot_vllm" not in sys.modules
     print(json.dumps(answers))
 
 
-main()
+if __name__ == "__main__":
+    each_in_a_fork(answer)

@@ -1,20 +1,17 @@
-"""What vLLM's own pruning makes of requests, one JSON line each: an answer, or the error that ended the engine."""
+"""What vLLM's own pruning makes of the requests of each spec: an answer each, or the error that ended the engine."""
 
 import json
-import os
-import sys
 
-os.environ["VLLM_PLUGINS"] = ""
-sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
+from tests.e2e.forks import each_in_a_fork
 
 
-def main():
+def answer(spec):
     from aot_vllm.adapters.compat import let_cpu_runner_recompute_positions
+    from demo.tiny_checkpoints import checkpoint
     from tests.e2e.engines import Engine
     from tests.e2e.qwen import made, qwen_request, watch_positions, watch_recomputations
 
-    spec = json.load(sys.stdin)
-    engine = Engine(spec["model"], **spec["arguments"])
+    engine = Engine(checkpoint(spec["model"]), **spec["arguments"])
     if spec["as_on_a_gpu"]:
         let_cpu_runner_recompute_positions()
     steps, recomputations = [], []
@@ -23,18 +20,18 @@ def main():
         steps.clear()
         recomputations.clear()
         try:
-            (answer,) = engine.ask(qwen_request(*made(parts), **options))
+            (answered,) = engine.ask(qwen_request(*made(parts), **options))
         except BaseException as error:
-            print(json.dumps({"error": f"{type(error).__name__}: {error}"}), flush=True)
-            os._exit(0)  # an engine that failed amid a step may never end
+            print(json.dumps({"error": f"{type(error).__name__}: {error}"}))
+            return  # an engine that failed amid a step may never end
         seen = {
-            "prompt": answer.prompt,
-            "logprobs": answer.logprobs,
+            "prompt": answered.prompt,
+            "logprobs": answered.logprobs,
             "times": [time for step in steps for time in step[0].tolist()],
             "recomputations": recomputations,
         }
-        print(json.dumps(seen), flush=True)
-    os._exit(0)
+        print(json.dumps(seen))
 
 
-main()
+if __name__ == "__main__":
+    each_in_a_fork(answer)

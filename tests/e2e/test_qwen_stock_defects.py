@@ -6,14 +6,11 @@ the one flag is set that it forgets.
 """
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from demo.tiny_checkpoints import checkpoint
+from tests.e2e.forks import run_stock
 from tests.e2e.qwen import Probe, made, qwen_request, watch_recomputations
 
 RATE = 0.75
@@ -24,28 +21,55 @@ CHUNKED = {"max_num_batched_tokens": 16, "max_num_seqs": 4}
 PREFIX_CACHE = {"enable_prefix_caching": True, "block_size": 32}
 
 
-def stock(name, *requests, as_on_a_gpu=False, **arguments):
-    """Return what vLLM as it ships makes of requests with pruning on, up to the one that ends it.
+def spec(name, *requests, as_on_a_gpu=False, **arguments):
+    """Return a checkpoint, and requests up to the one that ends the engine, for vLLM as it ships with pruning on.
 
     `as_on_a_gpu`: set the flag that Model Runner V1 forgets on a CPU.
     """
-    spec = {
-        "model": str(checkpoint(name)),
+    return {
+        "model": name,
         "arguments": {"video_pruning_rate": RATE, **arguments},
-        "requests": [[parts, options] for parts, options in requests],
+        "requests": requests,
         "as_on_a_gpu": as_on_a_gpu,
     }
-    done = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("stock_pruning.py"))],
-        input=json.dumps(spec),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert lines, done.stderr[-3000:]
-    return lines
+
+
+ONE_A_SECOND = {"dtype": "bfloat16", "hf_overrides": {"vision_config": {"tokens_per_second": 1}}}
+"""Qwen2.5-VL with as many units of time between two frames as there are seconds, so that odd ones can be had."""
+FAR_APART = [(171, 512), (1000, 3008)]
+"""Seconds between two frames, which bfloat16 holds, for vLLM's processor casts them; and to what it rounds the fourth
+frame's time, which it doesn't hold."""
+METHODS = ("evs", "vidcom2")
+SECOND_ITEMS = {"two videos": [CLIP, OTHER, "?"], "video, then image": [CLIP, PICTURE, "?"]}
+NEXT_TO_NOTHING = 1e-6
+FIRST_VIDEO = ([CLIP, "?"], {})
+SPECS = {
+    "v1": {
+        **{name: spec(name, FIRST_VIDEO) for name in ("qwen2.5-vl", "qwen3-vl", "qwen3.5")},
+        "as on a GPU": spec("qwen2.5-vl", FIRST_VIDEO, as_on_a_gpu=True),
+    },
+    "v2": {
+        **{items: spec("qwen2.5-vl", (parts, {})) for items, parts in SECOND_ITEMS.items()},
+        "next to nothing": spec("qwen2.5-vl", FIRST_VIDEO, video_pruning_rate=NEXT_TO_NOTHING),
+        "far apart": spec("qwen2.5-vl", *(([CLIP, "?"], {"fps": 2 / apart}) for apart, _ in FAR_APART), **ONE_A_SECOND),
+    },
+}
+for method in METHODS:
+    questions = (QUESTION, {}), (QUESTION, {}), (QUESTION, {"system": False})
+    pruned = {"video_pruning_method": method}
+    SPECS["v2"][f"{method}, prefix cache"] = spec("qwen3-vl", *questions, **pruned, **PREFIX_CACHE)
+    SPECS["v2"][f"{method}, in chunks"] = spec("qwen3-vl", questions[0], **pruned, **CHUNKED)
+
+
+@pytest.fixture(scope="module")
+def stock(request):
+    """Return what vLLM as it ships makes of each spec for this model runner: an answer or an error for each request."""
+    specs = SPECS[request.config.getoption("--runner")]
+    seen = {}
+    for name, run in zip(specs, run_stock("stock_pruning", list(specs.values())), strict=True):
+        seen[name] = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+        assert seen[name], run.stderr[-3000:]
+    return seen
 
 
 def ours(engine, parts, **options):
@@ -55,37 +79,31 @@ def ours(engine, parts, **options):
 
 @pytest.mark.only_on("v1")
 @pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl"])
-def test_stock_v1_on_a_cpu_dies_of_the_first_pruned_video_and_ours_does_not(start_engine, name):
-    assert "error" in stock(name, ([CLIP, "?"], {}))[0]
+def test_stock_v1_on_a_cpu_dies_of_the_first_pruned_video_and_ours_does_not(start_engine, stock, name):
+    assert "error" in stock[name][0]
     assert ours(start_engine(name, video_pruning_rate=RATE), [CLIP, "?"]).tokens
 
 
 @pytest.mark.only_on("v2")
-@pytest.mark.parametrize("parts", [[CLIP, OTHER, "?"], [CLIP, PICTURE, "?"]], ids=["two videos", "video, then image"])
-def test_stock_dies_of_a_second_item_after_a_video_and_ours_does_not(start_engine, parts):
+@pytest.mark.parametrize("items", SECOND_ITEMS)
+def test_stock_dies_of_a_second_item_after_a_video_and_ours_does_not(start_engine, stock, items):
     """Qwen2.5-VL: all elements of broadcast shape must be non-negative."""
-    assert "non-negative" in stock("qwen2.5-vl", (parts, {}))[-1]["error"]
-    assert ours(start_engine("qwen2.5-vl", video_pruning_rate=RATE), parts).tokens
-
-
-@pytest.fixture(scope="module", params=["evs", "vidcom2"])
-def qwen3_vl(request):
-    """Return what stock vLLM makes of a video: asked, asked again, asked without a system message, in chunks."""
-    method = {"video_pruning_method": request.param}
-    asked, again, without_system = stock(
-        "qwen3-vl", (QUESTION, {}), (QUESTION, {}), (QUESTION, {"system": False}), **method, **PREFIX_CACHE
-    )
-    (in_chunks,) = stock("qwen3-vl", (QUESTION, {}), **method, **CHUNKED)
-    return {"asked": asked, "again": again, "without system": without_system, "in chunks": in_chunks}
+    assert "non-negative" in stock[items][-1]["error"]
+    assert ours(start_engine("qwen2.5-vl", video_pruning_rate=RATE), SECOND_ITEMS[items]).tokens
 
 
 @pytest.mark.only_on("v2")
-def test_stock_answers_otherwise_out_of_the_prefix_cache_and_in_chunks_and_fails_without_a_system_message(qwen3_vl):
+@pytest.mark.parametrize("method", METHODS)
+def test_stock_answers_otherwise_out_of_the_prefix_cache_and_in_chunks_and_fails_without_a_system_message(
+    stock, method
+):
     """Qwen3-VL, whichever method prunes; the marker before the whole video is taken for that of a frame."""
-    for other in ("again", "in chunks"):
-        assert qwen3_vl[other]["prompt"] == qwen3_vl["asked"]["prompt"]
-        assert qwen3_vl[other]["logprobs"] != pytest.approx(qwen3_vl["asked"]["logprobs"], **CLOSE)
-    assert "RuntimeError" in qwen3_vl["without system"]["error"]
+    asked, again, without_system = stock[f"{method}, prefix cache"]
+    (in_chunks,) = stock[f"{method}, in chunks"]
+    for other in (again, in_chunks):
+        assert other["prompt"] == asked["prompt"]
+        assert other["logprobs"] != pytest.approx(asked["logprobs"], **CLOSE)
+    assert "RuntimeError" in without_system["error"]
 
 
 @pytest.mark.only_on("v2")
@@ -99,18 +117,11 @@ def test_ours_answers_alike_out_of_the_prefix_cache_and_in_chunks_and_without_a_
 
 
 @pytest.mark.only_on("v2")
-def test_stock_drops_a_token_at_a_rate_of_next_to_nothing_and_ours_does_not(start_engine):
-    parts, rate = [CLIP, "?"], 1e-6
-    whole = len(ours(start_engine("qwen2.5-vl"), parts).prompt)
-    assert len(stock("qwen2.5-vl", (parts, {}), video_pruning_rate=rate)[0]["prompt"]) == whole - 1
-    assert len(ours(start_engine("qwen2.5-vl", video_pruning_rate=rate), parts).prompt) == whole
-
-
-ONE_A_SECOND = {"dtype": "bfloat16", "hf_overrides": {"vision_config": {"tokens_per_second": 1}}}
-"""Qwen2.5-VL with as many units of time between two frames as there are seconds, so that odd ones can be had."""
-FAR_APART = [(171, 512), (1000, 3008)]
-"""Seconds between two frames, which bfloat16 holds, for vLLM's processor casts them; and to what it rounds the fourth
-frame's time, which it doesn't hold."""
+def test_stock_drops_a_token_at_a_rate_of_next_to_nothing_and_ours_does_not(start_engine, stock):
+    whole = len(ours(start_engine("qwen2.5-vl"), [CLIP, "?"]).prompt)
+    assert len(stock["next to nothing"][0]["prompt"]) == whole - 1
+    engine = start_engine("qwen2.5-vl", video_pruning_rate=NEXT_TO_NOTHING)
+    assert len(ours(engine, [CLIP, "?"]).prompt) == whole
 
 
 def video_times(prompt, times):
@@ -120,9 +131,8 @@ def video_times(prompt, times):
 
 
 @pytest.mark.only_on("v2")
-def test_stock_rounds_positions_to_what_bfloat16_holds():
-    seen = stock("qwen2.5-vl", *(([CLIP, "?"], {"fps": 2 / apart}) for apart, _ in FAR_APART), **ONE_A_SECOND)
-    for (apart, rounded), answer in zip(FAR_APART, seen, strict=True):
+def test_stock_rounds_positions_to_what_bfloat16_holds(stock):
+    for (apart, rounded), answer in zip(FAR_APART, stock["far apart"], strict=True):
         times = video_times(answer["prompt"], answer["times"])
         assert rounded in times
         assert 3 * apart not in times
@@ -144,8 +154,8 @@ def test_ours_keeps_positions_exact_in_bfloat16(start_engine, monkeypatch):
 
 
 @pytest.mark.only_on("v1")
-def test_stock_works_through_the_whole_prompt_at_every_decoded_token_and_ours_does_not(start_engine):
-    (answer,) = stock("qwen2.5-vl", ([CLIP, "?"], {}), as_on_a_gpu=True)
+def test_stock_works_through_the_whole_prompt_at_every_decoded_token_and_ours_does_not(start_engine, stock):
+    (answer,) = stock["as on a GPU"]
     assert answer["recomputations"] == [[1, False], [0, False], [0, False], [0, False]]
 
     calls = []
@@ -157,7 +167,7 @@ def test_stock_works_through_the_whole_prompt_at_every_decoded_token_and_ours_do
 
 
 @pytest.mark.only_on("v1")
-def test_stock_dies_of_qwen3_5_s_first_pruned_video_and_ours_does_not(start_engine):
+def test_stock_dies_of_qwen3_5_s_first_pruned_video_and_ours_does_not(start_engine, stock):
     """It asks the model for its pruning method, which only Qwen3-VL's own classes settle; on V2 too."""
-    assert "no attribute 'video_pruning_method'" in stock("qwen3.5", ([CLIP, "?"], {}))[0]["error"]
+    assert "no attribute 'video_pruning_method'" in stock["qwen3.5"][0]["error"]
     assert ours(start_engine("qwen3.5", video_pruning_rate=RATE), [CLIP, "?"]).tokens

@@ -1,15 +1,13 @@
 """LLaVA-OneVision in a real engine: exact prompt lengths, and answers that no cache, chunk or neighbour changes."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from aot_vllm import VideoGrid, budget
 from demo.tiny_checkpoints import checkpoint
 from tests.e2e.engines import BY_ATTENTION, Answer, agree, image, in_float32, request, rounding, video
+from tests.e2e.forks import run_stock
 
 RATE = 0.75
 TEXT_TOKENS = 23
@@ -22,19 +20,6 @@ WITHIN = rounding("tiny")
 
 def kept(frames, retention, *, side=3):
     return budget(VideoGrid(frames=frames, rows=side, cols=side), retention=retention).total + NEWLINE
-
-
-def run_stock(requests, **arguments):
-    """Answer requests with vLLM as it ships, in a process of its own."""
-    script = Path(__file__).with_name("stock.py")
-    return subprocess.run(
-        [sys.executable, str(script), str(checkpoint("tiny")), json.dumps(arguments)],
-        input=json.dumps(requests),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=200,
-    )
 
 
 MIXED = [
@@ -54,12 +39,28 @@ def made(spec, **kwargs):
     )
 
 
+UNEQUAL = {"media": [["video", 5, 2], ["video", 9, 3]]}
+
+
 @pytest.fixture(scope="module")
-def stock():
-    done = run_stock(MIXED)
-    assert done.returncode == 0, done.stderr[-3000:]
-    answers = json.loads(done.stdout.splitlines()[-1])
-    return [Answer(*others, prompt=tuple(prompt)) for *others, prompt in answers]
+def runs_of_stock():
+    """Return what vLLM as it ships makes of requests: three engines."""
+    specs = {
+        "mixed": {"requests": MIXED, "arguments": {}},
+        "unequal": {"requests": [UNEQUAL], "arguments": {}},
+        "with a rate": {"requests": MIXED[:1], "arguments": {"video_pruning_rate": RATE}},
+    }
+    return dict(zip(specs, run_stock("stock", list(specs.values())), strict=True))
+
+
+def answers_in(run):
+    assert run.returncode == 0, run.stderr[-3000:]
+    return [Answer(*others, prompt=tuple(prompt)) for *others, prompt in json.loads(run.stdout.splitlines()[-1])]
+
+
+@pytest.fixture(scope="module")
+def stock(runs_of_stock):
+    return answers_in(runs_of_stock["mixed"])
 
 
 def test_installed_but_off_it_serves_the_stock_class_and_the_stock_answers(start_engine, stock):
@@ -125,14 +126,10 @@ def test_several_videos_and_images_in_a_prompt_each_keep_their_own_count(start_e
         assert answer.prompt_tokens == whole.prompt_tokens - saved
 
 
-UNEQUAL = {"media": [["video", 5, 2], ["video", 9, 3]]}
-
-
-def test_stock_vllm_dies_of_two_videos_of_unequal_length():
+def test_stock_vllm_dies_of_two_videos_of_unequal_length(runs_of_stock):
     """Documents vLLM 0.32: each video's rows come back three-dimensional, and the engine's own check ends it."""
-    done = run_stock([UNEQUAL])
-    assert done.returncode != 0
-    assert "Expected multimodal embeddings to be a sequence of 2D tensors" in done.stderr
+    assert runs_of_stock["unequal"].returncode != 0
+    assert "Expected multimodal embeddings to be a sequence of 2D tensors" in runs_of_stock["unequal"].stderr
 
 
 @pytest.mark.parametrize("retention", [None, 1.0])
@@ -174,13 +171,10 @@ def test_embeddings_for_a_video_are_refused_and_the_engine_goes_on(start_engine)
     assert engine.ask(request(video(2)))[0].prompt_tokens == TEXT_TOKENS + kept(2, 1 - RATE)
 
 
-@pytest.mark.only_on("v1")
-def test_stock_vllm_ignores_a_rate(stock):
+def test_stock_vllm_ignores_a_rate(runs_of_stock, stock):
     """Documents vLLM 0.32: its LLaVA-OneVision has no pruning, and takes a rate that asks for it."""
-    done = run_stock(MIXED[:1], video_pruning_rate=RATE)
-    assert done.returncode == 0, done.stderr[-3000:]
-    ((prompt_tokens, *_),) = json.loads(done.stdout.splitlines()[-1])
-    assert prompt_tokens == stock[0].prompt_tokens == TEXT_TOKENS + 8 * 9 + NEWLINE
+    (answer,) = answers_in(runs_of_stock["with a rate"])
+    assert answer.prompt_tokens == stock[0].prompt_tokens == TEXT_TOKENS + 8 * 9 + NEWLINE
 
 
 def answers_with(start_engine, **arguments):
