@@ -108,7 +108,7 @@ class Generation(ABC, Generic[R]):
             record.model = OTHER
             raise
         record.model, record.engine_model = alias.name, alias.engine_model
-        return request, alias.target(request.retention)
+        return request, alias.target(request.asked)
 
     async def _serve(self, passage: Passage[R], answer: Answer) -> bytes:
         """Do everything but send the last piece, which is returned. A video's copies are let go as early as can be."""
