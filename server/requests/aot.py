@@ -21,10 +21,15 @@ def read_aot(value: object) -> Asked:
     for name in value:
         if name not in KEYS:
             shown = name[:80]
-            raise InvalidRequest(f"aot has no key {shown!r}; it takes {', '.join(KEYS)}", param=f"aot.{shown}")
+            known = ", ".join(KEYS)
+            raise InvalidRequest(
+                f"aot has no key {shown!r}; it takes {known}", param=f"aot.{shown}", code="invalid_aot"
+            )
     for one, other in (("retention", "tokens"), ("frames", "fps")):
         if value.get(one) is not None and value.get(other) is not None:
-            raise InvalidRequest(f"aot must hold one of {one} and {other}, not both", param=f"aot.{other}")
+            raise InvalidRequest(
+                f"aot must hold one of {one} and {other}, not both", param=f"aot.{other}", code="invalid_aot"
+            )
     start, end = _range(value)
     return Asked(
         retention=_retention(value.get("retention")),
