@@ -1,4 +1,4 @@
-"""`python -m server`: the gateway under uvicorn, one worker."""
+"""`python -m server`: runs the gateway under uvicorn, with one worker."""
 
 import importlib.util
 import logging
@@ -21,20 +21,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger("server")
 
 BAD_SETTINGS = 2
-LAST_WORDS_SECONDS = 2  # after the drain: for cut streams to get their closing event
-KEEPALIVE_SECONDS = 75  # above what clients keep idle connections for, so that they close them, not the gateway
+LAST_WORDS_SECONDS = 2  # after the drain, so that interrupted streams can still send their closing event
+KEEPALIVE_SECONDS = 75  # longer than the keep-alive time of clients, so that the client closes an idle connection first
 
 
 class DrainingServer(uvicorn.Server):
-    """Goes on listening while it drains, so that probes and new requests are told; uvicorn would close its sockets."""
+    """A uvicorn server that keeps listening while it drains.
+
+    Health probes and new requests then get an answer that says so; uvicorn alone would close its sockets at once.
+    """
 
     def __init__(self, config: uvicorn.Config, drain: Drain) -> None:
-        """Serve `config`, and end as `drain` says."""
+        """Serve `config`, and stop when `drain` has finished."""
         super().__init__(config)
         self._drain = drain
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Drain at the first signal; stop at once at the second."""
+        """Start draining on the first signal; stop at once on the second."""
         if self._drain.has_begun:
             super().handle_exit(sig, frame)
         else:
@@ -42,7 +45,7 @@ class DrainingServer(uvicorn.Server):
             self._drain.begin()
 
     async def on_tick(self, counter: int) -> bool:
-        """Return whether to stop."""
+        """Return whether the server should stop."""
         if self._drain.finished():
             self.should_exit = True
         return await super().on_tick(counter)
@@ -59,7 +62,7 @@ def _tracing() -> "Tracing | None":
 
 
 def main() -> int:
-    """Run until told to stop; return the exit code."""
+    """Run the gateway until a signal stops it, and return the exit code."""
     try:
         settings = Settings.from_environment()
         drain = Drain(settings.drain_seconds)

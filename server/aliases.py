@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from server.errors import RetentionRefused, SamplingRefused
 
-FINEST_RETENTION = 0.01  # engines key their caches by retention in hundredths; finer steps would only miss
+FINEST_RETENTION = 0.01  # engines cache results by retention in hundredths: finer steps would only add cache misses
 
 
 @dataclass(frozen=True)
@@ -102,5 +102,5 @@ class Alias:
 
 
 def pass_through(models: Iterable[str]) -> dict[str, Alias]:
-    """Return an alias of the same name for each engine model, for gateways without a configuration file."""
+    """Return an alias of the same name for each engine model, for gateways that define no aliases."""
     return {model: Alias(model, model) for model in models}

@@ -1,4 +1,4 @@
-"""All the wiring: settings in, application out."""
+"""All the wiring: builds the application from the settings."""
 
 import asyncio
 import contextlib
@@ -48,7 +48,7 @@ from server.routes.text import Completions, Responses
 from server.settings import PREFIX, Settings
 
 if TYPE_CHECKING:
-    from server.observe.tracing import Tracing  # needs a package that is optional
+    from server.observe.tracing import Tracing  # imports an optional dependency
 
 logger = logging.getLogger(__name__)
 
@@ -61,11 +61,12 @@ def create_app(
     network: Network | None = None,
     tracing: "Tracing | None" = None,
 ) -> FastAPI:
-    """Return the gateway as an application, which reaches out once its lifespan begins.
+    """Return the gateway as an ASGI application. It opens no connection before its lifespan begins.
 
-    Its metrics go to `registry`, a new one by default; `drain` is how its runner makes it drain; `tracing` makes its
-    spans, none by default. Media are fetched through `network`, the machine's own by default.
-    Raises ConfigurationError if a file that the settings name is wrong, or if the gateway would be open unawares.
+    Metrics are registered on `registry`, by default a new one. The caller starts a shutdown through `drain`. Spans are
+    created by `tracing`, by default none are. Media are fetched through `network`, by default the machine's own.
+    Raises ConfigurationError if a file named by the settings is wrong, or if the gateway would accept requests
+    without API keys from other machines and the operator has not confirmed it.
     """
     config = Configuration() if settings.config is None else configuration.load(settings.config)
     if config.tenants is None:
@@ -93,14 +94,14 @@ def create_app(
         title="AOT gateway",
         version=__version__,
         lifespan=running,
-        openapi_url=None,  # ours is a route like the others
+        openapi_url=None,  # routes/ops.py serves our own document
         generate_unique_id_function=lambda route: route.name,
         redirect_slashes=False,
         exception_handlers={HTTPException: raise_in_our_terms, RequestValidationError: raise_in_our_terms},
     )
     _add_routes(app, settings, config, engines=engines, media=media, drain=drain, metrics=metrics)
     quotas = Quotas(limits_of=config.limits_of, counts=counts, metrics=metrics)
-    app.add_middleware(Limited, quotas=quotas)  # the last added is the outermost
+    app.add_middleware(Limited, quotas=quotas)  # the middleware added last is the outermost
     app.add_middleware(Authenticated, tenants=tenant_keys(config), metrics=metrics_keys(config))
     app.add_middleware(RefuseWhileDraining, drain=drain)
     app.add_middleware(ErrorsInOpenAIShape)
@@ -110,7 +111,7 @@ def create_app(
 
 @dataclass(frozen=True)
 class _Engines:
-    """All that talks to engines."""
+    """The objects that talk to engines."""
 
     session: EngineSession
     pool: EnginePool
@@ -119,7 +120,7 @@ class _Engines:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Check the engines once, then for as long as the block lasts."""
+        """Check the engines once on entry, then periodically until the block ends."""
         async with self.session:
             await self.pool.check()
             async with _until_the_end(self.pool.watch()):
@@ -128,7 +129,7 @@ class _Engines:
 
 @dataclass(frozen=True)
 class _Media:
-    """All that handles media."""
+    """The objects that handle media."""
 
     fetcher: Fetcher
     prober: Prober
@@ -138,7 +139,7 @@ class _Media:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Connect where it is needed and sweep what is kept, for as long as the block lasts."""
+        """Keep the fetcher open and sweep the stores periodically, until the block ends."""
         async with contextlib.AsyncExitStack() as stack:
             stack.callback(self.prober.close)
             await stack.enter_async_context(self.fetcher)
@@ -299,7 +300,7 @@ def _engine_key(settings: Settings) -> str | None:
 
 @contextlib.asynccontextmanager
 async def _until_the_end(chore: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Do a chore for as long as the block lasts."""
+    """Run `chore` as a background task, and cancel it when the block ends."""
     task = asyncio.create_task(chore)
     try:
         yield

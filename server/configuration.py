@@ -1,4 +1,4 @@
-"""The configuration file: the models clients may name, the tenants with their keys, and what each may use."""
+"""The configuration file: the models that clients may name, and the tenants with their keys and limits."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ from server.errors import ConfigurationError
 
 
 class Section(BaseModel):
-    """A part of the file; keys it does not know are refused."""
+    """A section of the file. Unknown keys are refused."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -38,12 +38,12 @@ def _hundredths(value: float) -> float:
 
 Share = Annotated[StrictFloat | StrictInt, Field(ge=FINEST_RETENTION, le=1), AfterValidator(_hundredths)]
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
-TenantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]  # names directories and metrics
+TenantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]  # also a directory name and a metric label
 Amount = Annotated[StrictInt, Field(ge=1)]
 
 
 class ModelEntry(Section):
-    """One model."""
+    """The entry of one model."""
 
     engine_model: Annotated[str, Field(min_length=1)]
     retention: Share | None = None
@@ -61,7 +61,7 @@ class ModelEntry(Section):
         return self
 
     def alias(self, name: str) -> Alias:
-        """Return the entry under its name."""
+        """Return the alias that this entry defines under `name`."""
         return Alias(
             name,
             self.engine_model,
@@ -73,13 +73,13 @@ class ModelEntry(Section):
 
 
 class Key(Section):
-    """An API key, known by its SHA-256 alone."""
+    """An API key, of which the file holds the SHA-256 only."""
 
     sha256: Annotated[StrictStr, Field(pattern=r"^[0-9a-f]{64}$", repr=False)]
     expires: AwareDatetime | date | None = None
 
     def is_valid_at(self, moment: datetime) -> bool:
-        """Return whether the key has not expired; a date without a time is midnight UTC, when it begins."""
+        """Return whether the key has not yet expired. A date without a time means 00:00 UTC on that day."""
         if self.expires is None:
             return True
         if isinstance(self.expires, datetime):
@@ -88,7 +88,7 @@ class Key(Section):
 
 
 class Limits(Section):
-    """How much may be used in any minute, or at a time; what is not named is not limited."""
+    """Limits for one minute, and for requests at the same time. A limit that is None does not apply."""
 
     requests_per_minute: Amount | None = None
     tokens_per_minute: Amount | None = None
@@ -97,7 +97,7 @@ class Limits(Section):
 
 
 class Tenant(Section):
-    """Who uses the gateway: the keys, and what they open."""
+    """A tenant: its keys, the models it may use (None: all of them) and its limits (None: those of the file)."""
 
     keys: Annotated[tuple[Key, ...], Field(min_length=1)]
     models: tuple[ModelName, ...] | None = None
@@ -105,7 +105,7 @@ class Tenant(Section):
 
 
 class Configuration(Section):
-    """All of the file. Without one, the gateway offers what its engines serve, to everybody."""
+    """The whole file. Without a file, the gateway offers every model of its engines, and needs no key."""
 
     models: Annotated[dict[ModelName, ModelEntry], Field(min_length=1)] | None = None
     tenants: Annotated[dict[TenantName, Tenant], Field(min_length=1)] | None = None
@@ -120,7 +120,7 @@ class Configuration(Section):
                     raise ValueError(f"tenants.{name}.models: must be among the models of the file, got {model!r}")
         counts = Counter(key.sha256 for key in self._keys())
         if counts and max(counts.values()) > 1:
-            raise ValueError("no key may stand there twice")
+            raise ValueError("the same key must not be listed twice")
         return self
 
     def _keys(self) -> Iterator[Key]:
@@ -130,25 +130,31 @@ class Configuration(Section):
 
     @property
     def aliases(self) -> dict[str, Alias] | None:
-        """The models by name; None if the file names none."""
+        """The aliases by name. None if the file has no `models`."""
         if self.models is None:
             return None
         return {name: entry.alias(name) for name, entry in self.models.items()}
 
     def limits_of(self, tenant: str) -> Limits:
-        """Return a tenant's limits; those of the file for who has none of its own, and for all if there are no keys."""
+        """Return the limits of `tenant`. A tenant without limits of its own has those of the file.
+
+        Without tenants, all requests together have the limits of the file.
+        """
         entry = (self.tenants or {}).get(tenant)
         return self.limits if entry is None or entry.limits is None else entry.limits
 
 
 def load(path: Path) -> Configuration:
-    """Return what the file at `path` holds; raise ConfigurationError naming the file and the key otherwise."""
+    """Return the configuration in the file at `path`.
+
+    Raises ConfigurationError, which names the file and the key, if the file is missing or wrong.
+    """
     try:
         content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise ConfigurationError(f"{path}: can't be read ({exc.strerror})") from exc
     except (UnicodeDecodeError, yaml.YAMLError) as exc:
-        where = getattr(exc, "problem_mark", None)  # without the text around it, which may be a secret's
+        where = getattr(exc, "problem_mark", None)  # the line number only: the text there may be a secret
         line = "" if where is None else f" (line {where.line + 1})"
         raise ConfigurationError(f"{path}: is not YAML{line}") from exc
     try:
@@ -162,7 +168,7 @@ def _explain(error: Mapping[str, Any]) -> str:
     key = ".".join(steps) or "the file"
     if error["type"] == "extra_forbidden":
         return f"{key}: unknown key"
-    if "sha256" in steps:  # whoever put the key itself there must not find it in a log
+    if "sha256" in steps:  # no value in the message: if the operator wrote the key itself, it must not reach a log
         return f"{key}: must be a key's SHA-256, 64 lower-case hexadecimal digits; python -m server.keys makes one"
     message = str(error["msg"]).removeprefix("Value error, ")
     shown = "" if isinstance(error["input"], dict | list) else f", got {error['input']!r}"

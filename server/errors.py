@@ -1,26 +1,26 @@
-"""Everything that can go wrong, and the one table that says what a client sees of it.
+"""The tree of exceptions, and the one table that maps each of them to the answer a client gets.
 
-ConfigurationError            the start fails, with a message for the operator
+ConfigurationError            the gateway does not start; the message is for the operator
 
 GatewayError
-├── InvalidRequest            the client can mend the request
+├── InvalidRequest            the client can correct the request
 │   ├── ForbiddenField        a field that only the operator may set
-│   ├── RetentionRefused      `aot.retention` or `aot.tokens` is no number inside the alias's bounds
-│   ├── SamplingRefused       `aot.frames`, `fps`, `start` or `end` can't be had of this model or video
-│   └── MediaRefused          a video, image or audio clip that is not allowed or not readable
-│       └── FetchFailed       its host did not deliver it
+│   ├── RetentionRefused      `aot.retention` or `aot.tokens` is not a number within the alias's bounds
+│   ├── SamplingRefused       `aot.frames`, `fps`, `start` or `end` does not fit the model or the video
+│   └── MediaRefused          a video, image or audio clip is not allowed or not readable
+│       └── FetchFailed       the host of a media URL did not deliver the file
 ├── Unauthorized              no valid API key
 ├── RouteNotFound, MethodNotAllowed
 ├── UnknownModel, UnknownFile
 ├── BodyTooLarge, BodyTimeout
-├── RateLimited               the tenant has used up what it may
-├── Overloaded                queue, memory, downloads or media store full, or too long a wait in the queue
+├── RateLimited               the tenant has used up one of its limits
+├── Overloaded                the gateway is at capacity: its queue, memory, downloads or media store
 ├── Draining                  the gateway is shutting down
-├── EngineUnavailable         no engine took the request, or none that serves its model: nothing was spent
-├── EngineFailed              an engine took the request and broke
-├── EngineTimeout             an engine took the request and went silent
+├── EngineUnavailable         no engine for the request's model accepted it; no computing time was spent
+├── EngineFailed              an engine accepted the request and then failed
+├── EngineTimeout             an engine accepted the request and then stopped responding
 ├── EngineRefused             an engine answered with an error of its own
-└── ClientGone                nobody is left to answer; for metrics and logs only
+└── ClientGone                the client disconnected; seen in metrics and logs only
 """
 
 import json
@@ -33,11 +33,14 @@ MESSAGE_LIMIT = 800
 
 
 class ConfigurationError(Exception):
-    """A setting or the configuration file is wrong; the message names where, what and what is allowed."""
+    """A setting or the configuration file is wrong. The message names the place, the value and what is allowed."""
 
 
 class GatewayError(Exception):
-    """Base of all errors that end a request. `param` and `code` go to the client as OpenAI's fields of those names."""
+    """Base class of all errors that end a request.
+
+    The client gets `param` and `code` in the fields of the same names in OpenAI's error object.
+    """
 
     def __init__(
         self,
@@ -47,7 +50,10 @@ class GatewayError(Exception):
         code: str | None = None,
         retry_after_seconds: float | None = None,
     ) -> None:
-        """Keep the message; it must be fit for the client's eyes. `retry_after_seconds`: if it is known when."""
+        """Keep the message, which the client will see: it must hold no address, path or key.
+
+        `retry_after_seconds` is the time after which a retry makes sense, if it is known.
+        """
         super().__init__(message)
         self.message = message
         self.param = param
@@ -64,7 +70,7 @@ class ForbiddenField(InvalidRequest):
 
 
 class RetentionRefused(InvalidRequest):
-    """The request's retention is not a number inside the bounds of its model."""
+    """The request's retention is not a number within the bounds of its model."""
 
 
 class SamplingRefused(InvalidRequest):
@@ -72,11 +78,11 @@ class SamplingRefused(InvalidRequest):
 
 
 class MediaRefused(InvalidRequest):
-    """A media part can't be taken."""
+    """A media part is not allowed or not readable."""
 
 
 class FetchFailed(MediaRefused):
-    """The host of a media URL did not deliver what is behind it."""
+    """The host of a media URL did not deliver the file."""
 
     def __init__(self, message: str, *, code: str = "media_fetch_failed") -> None:
         """Keep the message and the code."""
@@ -84,18 +90,18 @@ class FetchFailed(MediaRefused):
 
 
 class Unauthorized(GatewayError):
-    """The request has no API key, or none that is valid."""
+    """The request has no valid API key."""
 
 
 class RouteNotFound(GatewayError):
-    """No such route."""
+    """There is no route for the path."""
 
 
 class MethodNotAllowed(GatewayError):
-    """The route exists, the method doesn't."""
+    """The route does not accept this method."""
 
     def __init__(self, message: str, *, allowed: str) -> None:
-        """Keep the methods that are allowed, as the `allow` header lists them."""
+        """Keep `allowed`, the value of the `allow` header."""
         super().__init__(message)
         self.allowed = allowed
 
@@ -109,19 +115,22 @@ class UnknownFile(GatewayError):
 
 
 class BodyTooLarge(GatewayError):
-    """The body passed its size limit."""
+    """The body is larger than its limit."""
 
 
 class BodyTimeout(GatewayError):
-    """The body did not arrive in time."""
+    """The body did not arrive within its time limit."""
 
 
 class RateLimited(GatewayError):
-    """The tenant has used up one of its limits; `retry_after_seconds` is the time until the request would fit."""
+    """The tenant has used up one of its limits. After `retry_after_seconds` the request would fit again."""
 
 
 class Overloaded(GatewayError):
-    """Queue, memory, downloads or store are full, or the wait in the queue became too long."""
+    """The gateway is at capacity.
+
+    Its queue, its memory for requests, its downloads or its media store is full, or the request has waited too long.
+    """
 
 
 class Draining(GatewayError):
@@ -129,15 +138,15 @@ class Draining(GatewayError):
 
 
 class EngineUnavailable(GatewayError):
-    """No engine for the request's model could be reached; none has spent anything on the request."""
+    """No engine for the request's model could be reached, so no engine has spent computing time on the request."""
 
 
 class EngineFailed(GatewayError):
-    """The engine broke after it had taken the request."""
+    """The engine failed after it had accepted the request."""
 
 
 class EngineTimeout(GatewayError):
-    """The engine fell silent after it had taken the request."""
+    """The engine stopped responding after it had accepted the request."""
 
 
 class ClientGone(GatewayError):
@@ -145,17 +154,21 @@ class ClientGone(GatewayError):
 
 
 class EngineRefused(GatewayError):
-    """The engine's own error, already in the client's terms."""
+    """An error that the engine answered with, translated for the client."""
 
     def __init__(self, message: str, *, status: int, param: str | None = None, code: str | None = None) -> None:
-        """Keep the status that the client gets."""
+        """Keep `status`, the HTTP status for the client."""
         super().__init__(message, param=param, code=code)
         self.status = status
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a class of errors becomes: status, OpenAI's type and code, the metric's reason, whether to retry."""
+    """How a class of errors is answered and counted.
+
+    `status` is the HTTP status, `type` and `code` are OpenAI's, `reason` is the label of `rejections_total`, and
+    `retry_is_waste` tells clients not to retry.
+    """
 
     status: int
     type: str
@@ -212,12 +225,12 @@ class ErrorAnswer:
         return json.dumps(self.content, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
 
     def event(self) -> bytes:
-        """Return the same as the last event of a stream."""
+        """Return OpenAI's error object as the last event of a stream."""
         return b"data: " + self.body() + b"\n\n"
 
 
 def answer_to(exc: BaseException) -> ErrorAnswer:
-    """Return what a client is told about `exc`. Anything but a GatewayError is an internal error without details."""
+    """Return the answer to `exc`. Any exception but a GatewayError becomes an internal error without details."""
     if not isinstance(exc, GatewayError):
         return _answer(INTERNAL, GatewayError("the gateway failed on this request"))
     verdict = ENGINE_VERDICTS[exc.status] if isinstance(exc, EngineRefused) else VERDICTS[type(exc)]
@@ -244,10 +257,10 @@ def _answer(verdict: Verdict, exc: GatewayError) -> ErrorAnswer:
 
 
 def engine_error(status: int, body: bytes) -> GatewayError:
-    """Translate an engine's error answer: JSON in any of vLLM's shapes, or whatever a proxy between put there.
+    """Translate an engine's error answer, which is JSON in any of vLLM's shapes or the text of a proxy in between.
 
-    What the client can mend (4xx) keeps its scrubbed message. The engine's 401 and 403 are about the gateway's own
-    access, and 5xx texts about its insides, so both become a plain failure.
+    An error that the client can correct (most 4xx) keeps its message, scrubbed. The engine's 401 and 403 concern the
+    gateway's own credentials, and its 5xx messages describe its internals. Both become an EngineFailed.
     """
     if status == 503:
         return EngineRefused("the engine is not taking requests, try again later", status=503)
@@ -257,7 +270,7 @@ def engine_error(status: int, body: bytes) -> GatewayError:
         return EngineFailed("the engine failed on this request")
     message, param = _message_of(body)
     text = scrub(message) if message else "the engine refused the request"
-    if status == 404 and "does not exist" not in text:  # its route is missing, not its model
+    if status == 404 and "does not exist" not in text:  # the engine lacks the route, not the model
         return EngineFailed("the engine does not serve this kind of request")
     code = "context_length_exceeded" if "maximum context length" in text or "max_model_len" in text else None
     return EngineRefused(text, status=400 if status in (415, 422) else status, param=param, code=code)

@@ -1,6 +1,6 @@
-"""What FastAPI can't derive for the OpenAPI document: errors and headers of every answer, keys, and raw ASGI endpoints.
+"""The parts of the OpenAPI document that FastAPI can't derive from the routes and their models.
 
-Everything else follows from the routes and the models they declare.
+These are the errors and headers of every answer, the API keys, and the endpoints that are plain ASGI applications.
 """
 
 from collections import defaultdict
@@ -36,14 +36,14 @@ from server.errors import (
 
 Schema = dict[str, Any]
 TITLE = "AOT gateway"
-DESCRIPTION = "An OpenAI-compatible front for vLLM engines that reports what token reduction saved."
+DESCRIPTION = "An OpenAI-compatible proxy in front of vLLM engines that reports how many video tokens were saved."
 KEY_SCHEME = "apiKey"
 EVERYWHERE = (Unauthorized, RateLimited, Draining)
 BY_ENGINES = (
     *(InvalidRequest, ForbiddenField, UnknownModel, BodyTooLarge, BodyTimeout),
     *(Overloaded, EngineUnavailable, EngineFailed, EngineTimeout),
 )
-"""How every generating endpoint may refuse a request, besides what engines say themselves."""
+"""The errors that every generating endpoint may answer with, besides the engine's own."""
 
 _EVERY_ANSWER: dict[str, Schema] = {
     "x-request-id": {"description": "the request's id", "schema": {"type": "string"}, "required": True},
@@ -54,12 +54,12 @@ _EVERY_ANSWER: dict[str, Schema] = {
     },
 }
 _LIMITS: dict[str, Schema] = {
-    f"x-ratelimit-{what}-{measure}": {"description": f"{text} of {measure} in a minute", "schema": schema}
+    f"x-ratelimit-{what}-{measure}": {"description": text.format(measure.replace("-", " ")), "schema": schema}
     for measure in ("requests", "tokens", "video-seconds")
     for what, text, schema in (
-        ("limit", "the limit", {"type": "integer", "minimum": 1}),
-        ("remaining", "what is left", {"type": "integer", "minimum": 0}),
-        ("reset", "the time until all is left again", {"type": "string", "examples": ["12.500s"]}),
+        ("limit", "the limit on {} per minute", {"type": "integer", "minimum": 1}),
+        ("remaining", "the {} that are left of the limit", {"type": "integer", "minimum": 0}),
+        ("reset", "the time until all {} are available again", {"type": "string", "examples": ["12.500s"]}),
     )
 }
 SAVINGS: dict[str, Schema] = {
@@ -68,29 +68,32 @@ SAVINGS: dict[str, Schema] = {
         "schema": {"type": "integer", "minimum": 1},
     },
     "x-aot-video-tokens-after": {
-        "description": "video tokens after it",
+        "description": "video tokens after the reduction",
         "schema": {"type": "integer", "minimum": 0},
     },
     "x-aot-video-retention": {
-        "description": "the share kept",
+        "description": "the share of video tokens that was kept",
         "schema": {"type": "number", "minimum": 0, "maximum": 1},
     },
 }
 _BY_VERDICT: dict[str, Schema] = {
-    "retry-after": {"description": "seconds to wait before another try", "schema": {"type": "integer", "minimum": 0}},
-    "x-should-retry": {"description": "that another try would only be waste", "schema": {"const": "false"}},
-    "www-authenticate": {"description": "the scheme to send a key with", "schema": {"const": "Bearer"}},
+    "retry-after": {"description": "seconds to wait before a retry", "schema": {"type": "integer", "minimum": 0}},
+    "x-should-retry": {
+        "description": "a retry would only repeat the work of the engine",
+        "schema": {"const": "false"},
+    },
+    "www-authenticate": {"description": "the scheme for sending the API key", "schema": {"const": "Bearer"}},
 }
 _EVENT: Schema = {
     "type": "object",
     "description": "One event of the stream",
-    "properties": {"data": {"type": "string", "description": "a chunk or an error as JSON, or [DONE]"}},
+    "properties": {"data": {"type": "string", "description": "a chunk or an error, in JSON, or [DONE]"}},
     "required": ["data"],
 }
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong, in OpenAI's fields."""
+    """OpenAI's error object."""
 
     message: str
     type: Annotated[str, Field(json_schema_extra={"enum": sorted({v.type for v in (*VERDICTS.values(), INTERNAL)})})]
@@ -99,13 +102,16 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every error's body; after a stream has begun, its last event."""
+    """The body of every error answer. In a stream that has begun, the data of its last event."""
 
     error: ErrorDetail
 
 
 class RawRoute(APIRoute):
-    """A route to a plain ASGI application, described by the signature of a function that is never called."""
+    """A route to a plain ASGI application.
+
+    FastAPI documents the route by the signature of a function that is never called.
+    """
 
     def __init__(
         self,
@@ -117,7 +123,10 @@ class RawRoute(APIRoute):
         kinds: Iterable[type[GatewayError]],
         headers: Mapping[str, Schema],
     ) -> None:
-        """Send what is posted to `path` to `app`, which answers with JSON or a stream of events, or refuses."""
+        """Route `POST path` to `app`, which answers with JSON, with a stream of events, or with an error of `kinds`.
+
+        `headers` are those of successful answers.
+        """
         answer = {"content": {"text/event-stream": {"schema": _EVENT}}, "headers": dict(headers)}
         super().__init__(
             path,
@@ -133,7 +142,10 @@ class RawRoute(APIRoute):
 
 
 def refusals(*kinds: type[GatewayError], by_engine: bool = False) -> dict[int | str, Schema]:
-    """Return the responses for errors of an endpoint under /v1/ and of what surrounds it, as FastAPI takes them."""
+    """Return the error responses of an endpoint under /v1/, in FastAPI's form for `responses`.
+
+    Those are `kinds`, the errors of the middleware and, with `by_engine`, the engine's own errors.
+    """
     verdicts = [VERDICTS[kind] for kind in (*kinds, *EVERYWHERE)]
     if by_engine:
         verdicts += ENGINE_VERDICTS.values()
@@ -144,10 +156,13 @@ def refusals(*kinds: type[GatewayError], by_engine: bool = False) -> dict[int | 
 
 
 def document(routes: Iterable[BaseRoute], *, keys_needed: bool, metrics_keys_needed: bool) -> Schema:
-    """Return the document for `routes`."""
+    """Return the OpenAPI document for `routes`.
+
+    `keys_needed` and `metrics_keys_needed` say whether the API and `/metrics` ask for a key.
+    """
     found = get_openapi(title=TITLE, version=__version__, description=DESCRIPTION, routes=list(routes))
     components = found["components"]
-    for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's own; here a bad parameter is a 400
+    for unused in ("HTTPValidationError", "ValidationError"):  # FastAPI's 422, which this gateway answers as a 400
         components["schemas"].pop(unused, None)
     components["headers"] = _EVERY_ANSWER | _LIMITS | SAVINGS | _BY_VERDICT
     components["securitySchemes"] = {KEY_SCHEME: {"type": "http", "scheme": "bearer"}}
@@ -160,7 +175,7 @@ def document(routes: Iterable[BaseRoute], *, keys_needed: bool, metrics_keys_nee
 
 
 def _complete(described: Schema, *, is_api: bool, needs_key: bool) -> None:
-    """Add to an operation what surrounds every endpoint."""
+    """Add the errors, headers and keys that are common to all endpoints to an operation."""
     described["security"] = [{KEY_SCHEME: []}] if needs_key else []
     responses = described["responses"]
     responses.pop("422", None)
@@ -183,7 +198,7 @@ def _refusal(verdicts: list[Verdict]) -> Schema:
         "www-authenticate": any(verdict.status == 401 for verdict in verdicts),
     }
     return {
-        "description": f"Refused; `code` is {', '.join(codes)} or a more exact one",
+        "description": f"Refused; `code` is {', '.join(codes)} or a more specific one",
         "model": ErrorBody,
         "headers": {name: _BY_VERDICT[name] for name, applies in headers.items() if applies},
     }

@@ -1,4 +1,4 @@
-"""The operator's settings: parsed once from AOT_GATEWAY_* variables into a frozen object."""
+"""The operator's settings, parsed once from AOT_GATEWAY_* variables into a frozen object."""
 
 import difflib
 import ipaddress
@@ -79,7 +79,7 @@ Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 
 
 class Settings(BaseSettings):
-    """Everything an operator can turn. Each field is read from AOT_GATEWAY_<NAME>."""
+    """All settings. Each field is read from the environment variable AOT_GATEWAY_<NAME>."""
 
     model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid", env_ignore_empty=True)
 
@@ -165,7 +165,10 @@ class Settings(BaseSettings):
 
     @classmethod
     def from_environment(cls) -> Self:
-        """Return the settings in the process's environment; raise ConfigurationError with a line for each bad one."""
+        """Return the settings in the process's environment.
+
+        Raises ConfigurationError, with one line for each wrong setting.
+        """
         refuse_unknown_names(os.environ)
         try:
             return cls()
@@ -174,7 +177,7 @@ class Settings(BaseSettings):
 
     @property
     def is_loopback(self) -> bool:
-        """Whether only this machine can reach the gateway."""
+        """Whether the gateway listens on loopback only, so that no other machine can reach it."""
         if self.host == "localhost":
             return True
         try:
@@ -184,7 +187,7 @@ class Settings(BaseSettings):
 
 
 def refuse_unknown_names(environ: Mapping[str, str]) -> None:
-    """Raise ConfigurationError if a name in `environ` looks like a setting and is none."""
+    """Raise ConfigurationError if `environ` has a name with the prefix AOT_GATEWAY_ that is not a setting."""
     short = [name.upper() for name in Settings.model_fields]
     known = [PREFIX + name for name in short]
     complaints = []
@@ -198,7 +201,7 @@ def refuse_unknown_names(environ: Mapping[str, str]) -> None:
 
 
 def traces_are_exported() -> bool:
-    """Return whether OpenTelemetry's own variables name where spans go, and do not turn it off."""
+    """Return whether OpenTelemetry's own variables (OTEL_*) name an endpoint for spans and do not disable tracing."""
     environ = os.environ
     named = environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
     is_off = environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or environ.get("OTEL_TRACES_EXPORTER") == "none"

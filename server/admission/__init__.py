@@ -1,1 +1,1 @@
-"""Who may use the gateway, how much, and how many requests at once."""
+"""Admission: who may use the gateway, how much each tenant may use, and how many requests may run at once."""

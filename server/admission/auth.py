@@ -1,4 +1,4 @@
-"""Who asks: API keys to tenants, before anything else is read of a request."""
+"""API keys: finds the caller that a key belongs to."""
 
 import hmac
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -23,22 +23,25 @@ def _now() -> datetime:
 
 
 class KeyRing(Generic[Holder]):
-    """Keys and their holders."""
+    """A set of API keys, each with its holder."""
 
     def __init__(self, keys: Iterable[tuple[Key, Holder]], *, clock: Callable[[], datetime] = _now) -> None:
-        """Take each key with whom it stands for."""
+        """Take the pairs of a key and its holder. `clock` returns the current time, for keys that expire."""
         self._keys = tuple(keys)
         self._clock = clock
 
     def holder(self, headers: Headers) -> Holder:
-        """Return whose key is in the `authorization` header; raise Unauthorized if it is nobody's or has expired."""
+        """Return the holder of the key in the `authorization` header.
+
+        Raises Unauthorized if the header holds no key, or if the key is unknown or has expired.
+        """
         scheme, _, key = headers.get("authorization", "").partition(" ")
         key = key.strip(" ")
         if scheme.lower() != "bearer" or not key:
             raise Unauthorized("an API key is needed, in an Authorization header: Bearer <key>")
-        digest = digest_of(key.encode("latin-1"))  # as servers decode headers
+        digest = digest_of(key.encode("latin-1"))  # undoes Starlette's decoding of header bytes
         found = None
-        for entry in self._keys:  # to the end, whichever fits: the time taken tells nothing
+        for entry in self._keys:  # always compares with every key, so that the response time reveals nothing
             if hmac.compare_digest(digest, entry[0].sha256):
                 found = entry
         if found is None:
@@ -50,7 +53,10 @@ class KeyRing(Generic[Holder]):
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks: a tenant, empty where the gateway is open, and the models that it may use, None for all of them."""
+    """Who sent a request: the tenant, and the models it may use (None: all of them).
+
+    The tenant is empty if the gateway needs no keys.
+    """
 
     tenant: str = ""
     models: Collection[str] | None = None
@@ -60,7 +66,7 @@ ANYONE = Caller()
 
 
 def tenant_keys(configuration: Configuration) -> KeyRing[Caller] | None:
-    """Return the tenants' keys; None if there are none, and the gateway is open to everybody."""
+    """Return the tenants' keys. None if there are no tenants, so that the API needs no key."""
     if configuration.tenants is None:
         return None
     callers: Mapping[str, Caller] = {
@@ -71,6 +77,6 @@ def tenant_keys(configuration: Configuration) -> KeyRing[Caller] | None:
 
 
 def metrics_keys(configuration: Configuration) -> KeyRing[None] | None:
-    """Return the keys for reading metrics; None if anybody may."""
+    """Return the keys for `/metrics`. None if reading metrics needs no key."""
     keys = configuration.metrics_keys
     return None if keys is None else KeyRing((key, None) for key in keys)

@@ -1,4 +1,4 @@
-"""What requests hold in memory, bounded over all of them: their bodies, and the media fetched for them."""
+"""A bound on the memory that all requests together hold: their bodies, and the media fetched for them."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,21 +6,25 @@ from contextlib import contextmanager
 from server.errors import Overloaded
 from server.observe.metrics import Metrics
 
-FREE_BYTES = 64 * 1024  # of each request: text is answered also while videos take all there is
+FREE_BYTES = 64 * 1024  # per request, not counted: text requests still get through when videos use the whole bound
 
 
 class Buffers:
-    """Room for `max_bytes`. Nobody waits for room: requests that have come in half way would wait for each other."""
+    """Memory for all requests, bounded by `max_bytes`.
+
+    A request that finds no room fails at once. If it waited, requests whose bodies have arrived in part could wait
+    for each other: a deadlock.
+    """
 
     def __init__(self, *, max_bytes: int, metrics: Metrics) -> None:
-        """Start empty."""
+        """Start with no memory taken."""
         self._max_bytes = max_bytes
         self._taken_bytes = 0
         self._gauge = metrics.buffered_bytes
 
     @contextmanager
     def buffer(self) -> Iterator["Buffer"]:
-        """Give a request's share, empty at first, which is free again after the block."""
+        """Yield the buffer of one request, empty at first. All it holds is given back when the block ends."""
         buffer = Buffer(self)
         try:
             yield buffer
@@ -28,35 +32,38 @@ class Buffers:
             buffer.resize(0)
 
     def check(self, more_bytes: int) -> None:
-        """Raise Overloaded if there is no room for so much more."""
+        """Raise Overloaded if there is no room for `more_bytes`."""
         if more_bytes > 0 and self._taken_bytes + more_bytes > self._max_bytes:
-            raise Overloaded("the gateway holds too much for other requests, try again later")
+            raise Overloaded("the gateway's memory for requests is full, try again later")
 
     def take(self, more_bytes: int) -> None:
-        """Take room, or give it back if `more_bytes` is negative; raise Overloaded if there is none."""
+        """Take `more_bytes`, or give them back if the number is negative; raise Overloaded if there is no room."""
         self.check(more_bytes)
         self._taken_bytes += more_bytes
         self._gauge.set(self._taken_bytes)
 
 
 class Buffer:
-    """What one request holds."""
+    """The count of the bytes that one request holds in memory."""
 
     def __init__(self, buffers: Buffers) -> None:
-        """Hold nothing."""
+        """Start with no bytes."""
         self._buffers = buffers
         self._size_bytes = 0
 
     def expect(self, size_bytes: int) -> None:
-        """Raise Overloaded if so much would not fit now; room is taken by what arrives, not by what is announced."""
+        """Raise Overloaded if `size_bytes` would not fit now.
+
+        This takes no memory: only bytes that have arrived count, not those that a header announces.
+        """
         self._buffers.check(_counted(size_bytes) - _counted(self._size_bytes))
 
     def grow(self, more_bytes: int) -> None:
-        """Hold more; raises as `resize`."""
+        """Hold `more_bytes` in addition; raises Overloaded as `resize` does."""
         self.resize(self._size_bytes + more_bytes)
 
     def resize(self, size_bytes: int) -> None:
-        """Hold so much; raise Overloaded if it is more than before and there is no room for it."""
+        """Hold `size_bytes` in total; raise Overloaded if that is more than before and there is no room for it."""
         self._buffers.take(_counted(size_bytes) - _counted(self._size_bytes))
         self._size_bytes = size_bytes
 

@@ -1,4 +1,4 @@
-"""Shutting down: what runs may finish within a time, nothing new is taken."""
+"""Graceful shutdown: new requests are refused, and running requests may finish within a time limit."""
 
 import asyncio
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ from server.errors import ClientGone, Draining, GatewayError
 
 
 class Drain:
-    """Knows whether the gateway is draining, and which requests it still has to finish."""
+    """The state of the shutdown: whether it has begun, and which requests are still running."""
 
     def __init__(self, drain_seconds: float) -> None:
-        """Start serving."""
+        """Start in normal operation. `drain_seconds` is the time that running requests have to finish."""
         self._drain_seconds = drain_seconds
         self._deadline: float | None = None
         self._in_flight = 0
@@ -24,15 +24,15 @@ class Drain:
 
     @property
     def has_begun(self) -> bool:
-        """Whether shutting down has begun."""
+        """Whether the shutdown has begun."""
         return self._deadline is not None
 
     def begin(self) -> None:
-        """Begin shutting down: nothing new is taken, what runs may finish."""
+        """Begin the shutdown. Idempotent: a second call does not move the deadline."""
         self._deadline = self._deadline or monotonic() + self._drain_seconds
 
     def finished(self) -> bool:
-        """Return whether the process may end; once the time is up, cut off what still runs."""
+        """Return whether the process may end. Once the time is up, also interrupt all requests that still run."""
         if self._deadline is None:
             return False
         if monotonic() >= self._deadline:
@@ -43,7 +43,7 @@ class Drain:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Count a request that a drain waits for; raise Draining if one has begun."""
+        """Count a request, so that the shutdown waits for it; raise Draining if the shutdown has begun."""
         if self.has_begun:
             raise Draining("the gateway is shutting down")
         self._in_flight += 1
@@ -53,15 +53,21 @@ class Drain:
             self._in_flight -= 1
 
     def leash(self, receive: Receive) -> "Leash":
-        """Return a block that ends with ClientGone when the client leaves and with Draining when the time is up."""
+        """Return a context manager that interrupts its block if the client disconnects or the drain time is up.
+
+        The block then raises ClientGone or Draining.
+        """
         return Leash(receive, self._leashes)
 
 
 class Leash:
-    """Runs a block in the current task and cancels it for a reason, which the block then raises."""
+    """A context manager that can interrupt its block: `cut` cancels the task, and the block raises the reason."""
 
     def __init__(self, receive: Receive, others: "set[Leash]") -> None:
-        """Prepare to watch `receive`, whose body has been read, for the client's leaving."""
+        """Prepare to watch `receive` for the client's disconnect. The body must have been read already.
+
+        While the block runs, the leash is in the set `others`.
+        """
         self._receive = receive
         self._others = others
         self._reason: GatewayError | None = None
@@ -78,14 +84,14 @@ class Leash:
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Stop watching; a cancellation of ours becomes its reason."""
+        """Stop watching. If `cut` has cancelled the task, raise its reason in place of the CancelledError."""
         self._others.discard(self)
         self._watcher.cancel()
         if self._reason is not None and self._task.uncancel() == 0 and exc_type is asyncio.CancelledError:
             raise self._reason from None
 
     def cut(self, reason: GatewayError) -> None:
-        """End the block with `reason`, unless it has been cut already."""
+        """Interrupt the block with `reason`. Only the first call has an effect."""
         if self._reason is None:
             self._reason = reason
             self._task.cancel()

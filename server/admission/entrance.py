@@ -1,4 +1,4 @@
-"""How a generating request comes in: it holds a place and a share of the memory, and leaves when its client does."""
+"""Everything a generating request must hold: a place in the gateway, memory, an engine slot, a connected client."""
 
 from collections.abc import Iterator
 from contextlib import AbstractAsyncContextManager, contextmanager
@@ -13,7 +13,7 @@ from server.admission.gate import Gate
 
 @dataclass(frozen=True)
 class Entrance:
-    """The bounds over all generating requests."""
+    """The limits over all generating requests together."""
 
     gate: Gate
     buffers: Buffers
@@ -21,14 +21,20 @@ class Entrance:
 
     @contextmanager
     def admitted(self) -> Iterator[Buffer]:
-        """Hold a place in the gateway, and give the request's buffer; raise Overloaded if all places are taken."""
+        """Hold a place in the gateway and yield the request's buffer; raise Overloaded if all places are taken."""
         with self.gate.admitted(), self.buffers.buffer() as buffer:
             yield buffer
 
     def engine_slot(self) -> AbstractAsyncContextManager[None]:
-        """Return a block in which an engine may have the request; entering it waits, and raises Overloaded."""
+        """Return a context manager that holds one of the slots for requests at the engines.
+
+        Entering it waits for a free slot, and raises Overloaded if none becomes free in time.
+        """
         return self.gate.engine_slot()
 
     def leash(self, receive: Receive) -> AbstractAsyncContextManager[object]:
-        """Return a block that ends with ClientGone when the client leaves and with Draining when the time is up."""
+        """Return a context manager that interrupts its block if the client disconnects or the drain time is up.
+
+        The block then raises ClientGone or Draining.
+        """
         return self.drain.leash(receive)

@@ -13,13 +13,14 @@ _WEIGHT_OF_NEWEST = 0.2
 
 
 class Gate:
-    """Lets `max_concurrency` requests through to the engines at a time, and `max_queue` more wait or get ready.
+    """Limits the generating requests inside the gateway.
 
-    Who waits longer than `queue_seconds` is turned away.
+    At most `max_concurrency` requests are at the engines at the same time. At most `max_queue` more may be inside the
+    gateway, where they are prepared or wait. A request that has waited for `queue_seconds` is refused.
     """
 
     def __init__(self, *, max_concurrency: int, max_queue: int, queue_seconds: float, metrics: Metrics) -> None:
-        """Start empty."""
+        """Start with no requests."""
         self._max_concurrency = max_concurrency
         self._capacity = max_concurrency + max_queue
         self._queue_seconds = queue_seconds
@@ -30,7 +31,7 @@ class Gate:
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """Hold a place in the gateway; raise Overloaded if all are taken."""
+        """Hold a place in the gateway; raise Overloaded if all places are taken."""
         if self._admitted >= self._capacity:
             raise Overloaded(
                 "too many requests are waiting, try again later", retry_after_seconds=self._expected_wait()
@@ -44,9 +45,9 @@ class Gate:
 
     @asynccontextmanager
     async def engine_slot(self) -> AsyncIterator[None]:
-        """Wait, first come first served, for one of the places in flight to the engines.
+        """Hold an engine slot. Requests wait for a slot in the order in which they came (FIFO).
 
-        Raises Overloaded when none became free in time.
+        Raises Overloaded if no slot becomes free in time.
         """
         await self._acquire()
         begin = monotonic()
@@ -70,6 +71,6 @@ class Gate:
             self._metrics.queue_depth.dec()
 
     def _expected_wait(self) -> float:
-        """Return when, by how long requests have lately taken, those that are here will have made room."""
+        """Return the expected wait in seconds: the queue's length times the moving average of the time per slot."""
         in_line = max(1, self._admitted - self._max_concurrency)
         return min(self._slot_seconds * in_line / self._max_concurrency, LONGEST_RETRY_AFTER_SECONDS)

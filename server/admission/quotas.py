@@ -1,4 +1,4 @@
-"""How much tenants may use in a minute: requests, tokens and seconds of video, counted here or shared in Redis."""
+"""The tenants' limits: requests, tokens and seconds of video per minute, counted in this process or in Redis."""
 
 import asyncio
 import logging
@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 MINUTE_SECONDS: Final = 60
 BOUNDLESS: Final = 2**53
-REDIS_SECONDS: Final = 0.5  # to connect, and to answer
-REDIS_PAUSE_SECONDS: Final = 5.0  # after it failed to, so that not every request waits for it
+REDIS_SECONDS: Final = 0.5  # time-out of a connection, and of an answer
+REDIS_PAUSE_SECONDS: Final = 5.0  # after a failure, so that not every request waits for the time-out
 
 T = TypeVar("T")
 Measure = Literal["requests", "tokens", "video-seconds"]
@@ -31,9 +31,10 @@ Storage = MemoryStorage | RedisStorage
 
 @dataclass(frozen=True)
 class Window:
-    """A sliding window: what was counted in the period before and in this one, and how long both still weigh.
+    """A sliding window, approximated from the counts of the current and the previous period.
 
-    The count is `current`, and of `previous` the share that the window has not yet left behind.
+    The window's count is `current` plus a share of `previous`, which shrinks from 1 to 0 during the current period.
+    `previous_seconds` and `current_seconds` are the times until the two counts expire.
     """
 
     previous: int
@@ -48,25 +49,25 @@ class Window:
         return max(0, limit - math.floor(weighed))
 
     def seconds_until(self, cost: int, limit: int) -> float:
-        """Return the time after which `cost`, at most `limit`, fits if nothing else is counted meanwhile."""
+        """Return the time until `cost` (at most `limit`) fits, provided that nothing else is counted until then."""
         if cost <= self.remaining(limit):
             return 0.0
-        room = limit - cost + 1  # what the count has to fall below, as fractions do not count
+        room = limit - cost + 1  # the count must fall below this number: `remaining` rounds it down
         if self.current < room:
             return self.previous_seconds - (room - self.current) * self.period_seconds / self.previous
         return self.current_seconds - self.period_seconds * room / self.current
 
     @property
     def reset_seconds(self) -> float:
-        """The time until all of the limit is there again if nothing else is counted meanwhile."""
+        """The time until the full limit is available again, provided that nothing else is counted until then."""
         return self.current_seconds if self.current else self.previous_seconds
 
 
 class Counts:
-    """Sliding windows in a shared storage, and in this process where there is none or it can't be reached."""
+    """Sliding windows in a shared storage. Without one, or while it can't be reached, they are in this process."""
 
     def __init__(self, shared: RedisStorage | None, *, metrics: Metrics, period_seconds: int = MINUTE_SECONDS) -> None:
-        """Start empty, or with what the shared storage holds."""
+        """Start with the counts of the shared storage, if there is one."""
         self._shared = shared
         failures = OSError if shared is None else shared.base_exceptions
         self._failures: tuple[type[Exception], ...] = (
@@ -80,20 +81,20 @@ class Counts:
         self._up.set(1)
 
     async def take(self, key: str, cost: int, *, limit: int) -> bool:
-        """Count `cost` if it fits; return whether it did."""
+        """Count `cost` in the window `key` if it fits into `limit`; return whether it did."""
         return await self._in(lambda it: it.acquire_sliding_window_entry(key, limit, self._period_seconds, cost))
 
     async def charge(self, key: str, cost: int) -> None:
-        """Count what has been used already, also beyond the limit: then the window stays spent for longer."""
+        """Count a cost that was spent already, even beyond the limit. The window then stays full for longer."""
         await self.take(key, cost, limit=BOUNDLESS)
 
     async def window(self, key: str) -> Window:
-        """Return the state."""
+        """Return the state of the window `key`."""
         state = await self._in(lambda it: it.get_sliding_window(key, self._period_seconds))
         return Window(*state, period_seconds=self._period_seconds)
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections to the shared storage."""
         if self._shared is not None:
             bridge: Any = self._shared.bridge
             await bridge.storage.aclose()
@@ -126,7 +127,10 @@ class Counts:
 
 
 def shared_storage(backend: str) -> RedisStorage | None:
-    """Return the storage for a Redis URL, None for `memory`; raise ConfigurationError if its client is missing."""
+    """Return the storage at a Redis URL, or None for `memory`.
+
+    Raises ConfigurationError if the Redis client is not installed.
+    """
     if backend == "memory":
         return None
     try:
@@ -139,41 +143,41 @@ def shared_storage(backend: str) -> RedisStorage | None:
             key_prefix="aot-gateway",
             socket_connect_timeout=REDIS_SECONDS,
             socket_timeout=REDIS_SECONDS,
-            retry=Retry(NoBackoff(), 1),  # type: ignore[arg-type] # at once: its connection may have gone stale
+            retry=Retry(NoBackoff(), 1),  # type: ignore[arg-type] # one retry: an idle connection may be stale
         )
     except (ImportError, MissingPackage) as exc:
         raise ConfigurationError("limits in Redis need its client: pip install 'aot-vllm[gateway,redis]'") from exc
 
 
 class Quotas:
-    """The limits of all tenants, and what they have used of them."""
+    """The limits of all tenants, and how much of them is used."""
 
     def __init__(self, *, limits_of: Callable[[str], Limits], counts: Counts, metrics: Metrics) -> None:
-        """Ask `limits_of` for a tenant's limits."""
+        """Look up a tenant's limits with `limits_of`."""
         self._limits_of = limits_of
         self.counts = counts
         self.usage = metrics.tenant_usage
         self.running: Counter[str] = Counter()
 
     def allowance(self, tenant: str) -> "Allowance":
-        """Return what one request may take of its tenant's limits."""
+        """Return the allowance of one request of `tenant`."""
         return Allowance(self, tenant, self._limits_of(tenant))
 
 
 class Allowance:
-    """What one request takes of its tenant's limits."""
+    """What one request takes from its tenant's limits."""
 
     def __init__(self, quotas: Quotas, tenant: str, limits: Limits) -> None:
-        """Take nothing yet."""
+        """Start with nothing taken."""
         self._quotas = quotas
         self._tenant = tenant
         self._limits = limits
         self.headers: dict[str, str] = {}
-        """The `x-ratelimit-*` headers of the answer, from the windows as they were last seen."""
+        """The `x-ratelimit-*` headers of the answer, from the latest state of the windows."""
 
     @asynccontextmanager
     async def taken(self, *, tokens_used: Callable[[], int]) -> AsyncIterator[None]:
-        """Count the request, and when the block ends its tokens; raise RateLimited if a window is spent."""
+        """Count the request on entry and its tokens when the block ends; raise RateLimited if a limit is used up."""
         running, most = self._quotas.running, self._limits.concurrent_requests
         if most is not None and running[self._tenant] >= most:
             raise RateLimited(f"rate limit reached: at most {most} requests at a time", retry_after_seconds=1)
@@ -186,7 +190,10 @@ class Allowance:
             await self._settle(tokens_used())
 
     async def take_video(self, seconds: float) -> None:
-        """Count seconds of video; raise RateLimited, or MediaRefused if they can never fit."""
+        """Count seconds of video, rounded up.
+
+        Raises RateLimited if they do not fit now, and MediaRefused if they exceed the limit by themselves.
+        """
         limit, cost = self._limits.video_seconds_per_minute, math.ceil(seconds)
         if limit is not None and cost > 0:
             if cost > limit:
@@ -206,7 +213,7 @@ class Allowance:
             checks.append(self._check("tokens", 1, limits.tokens_per_minute))
         if limits.video_seconds_per_minute is not None:
             checks.append(self._check("video-seconds", 0, limits.video_seconds_per_minute))
-        outcomes = await asyncio.gather(*checks, return_exceptions=True)  # all of them, for the headers
+        outcomes = await asyncio.gather(*checks, return_exceptions=True)  # runs all checks: each sets its headers
         for outcome in outcomes:
             if outcome is not None:
                 raise outcome

@@ -1,1 +1,1 @@
-"""What happens to a request before a route sees it, and to an answer after."""
+"""The edge: what happens to a request before it reaches a route, and to the answer after it leaves the route."""

@@ -1,4 +1,4 @@
-"""Authentication, before anything else is read of a request."""
+"""The middleware that checks API keys, before any other part of a request is read."""
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -11,10 +11,13 @@ METRICS_PATH = "/metrics"
 
 
 class Authenticated:
-    """Lets a request through if its key is valid, and notes who sent it. Only OPEN_PATHS need no key."""
+    """Middleware that refuses requests without a valid key and stores the caller in the request's scope.
+
+    Every path needs a key except OPEN_PATHS, so a new path is protected by default.
+    """
 
     def __init__(self, app: ASGIApp, *, tenants: KeyRing[Caller] | None, metrics: KeyRing[None] | None) -> None:
-        """Wrap `app`; without `tenants` the API needs no key, without `metrics` reading metrics needs none."""
+        """Wrap `app`. If `tenants` is None, the API needs no key; if `metrics` is None, `/metrics` needs none."""
         self._app = app
         self._tenants = tenants
         self._metrics = metrics

@@ -1,4 +1,4 @@
-"""A request's body as it arrives, within limits of size and time."""
+"""Reads a request's body within limits of size and time."""
 
 import asyncio
 import re
@@ -16,14 +16,17 @@ _LENGTH = re.compile(r"[0-9]{1,18}")
 
 @dataclass(frozen=True)
 class BodyLimits:
-    """How large a body may be, and how long it may take to arrive."""
+    """The largest size of a body, and the longest time until all of it has arrived."""
 
     max_bytes: int
     seconds: float
 
 
 def declared_length(headers: Headers) -> int | None:
-    """Return what `content-length` says, None if it is not there; raise InvalidRequest if it is no number."""
+    """Return the value of the `content-length` header, or None if it is missing.
+
+    Raises InvalidRequest if the value is not a number.
+    """
     length = headers.get("content-length")
     if length is None:
         return None
@@ -35,9 +38,10 @@ def declared_length(headers: Headers) -> int | None:
 async def consume_body(
     headers: Headers, receive: Receive, consume: Callable[[bytes], Awaitable[None]], *, max_bytes: int, seconds: float
 ) -> None:
-    """Hand the body's pieces to `consume`. A length that lies changes nothing.
+    """Pass the body to `consume`, one piece at a time, and count the bytes.
 
-    Raises BodyTooLarge, BodyTimeout or ClientGone, and what `declared_length` raises.
+    The count decides whether the body is too large. A wrong `content-length` can't get around it.
+    Raises BodyTooLarge, BodyTimeout or ClientGone, and InvalidRequest if `content-length` is not a number.
     """
     too_large = BodyTooLarge(f"the request body is larger than {max_bytes} bytes")
     if (declared_length(headers) or 0) > max_bytes:
@@ -61,10 +65,13 @@ async def consume_body(
 
 
 async def read_body(headers: Headers, receive: Receive, buffer: Buffer, limits: BodyLimits) -> bytearray:
-    """Return the request's body, held in `buffer`; raises as `consume_body` does, and Overloaded if it has no room."""
+    """Return the request's body, whose size is counted in `buffer`.
+
+    Raises Overloaded if the buffer has no room, and the errors of `consume_body`.
+    """
     body = bytearray()
     announced = declared_length(headers) or 0
-    if announced <= limits.max_bytes:  # otherwise it is too large at any time
+    if announced <= limits.max_bytes:  # a larger body gets BodyTooLarge, not Overloaded: a retry would not help
         buffer.expect(announced)
 
     async def keep(piece: bytes) -> None:

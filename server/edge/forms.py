@@ -1,4 +1,4 @@
-"""Form data with a file in it (multipart/form-data), read while it arrives: fields are kept, the file is passed on."""
+"""Reads form data with a file (multipart/form-data) while it arrives: keeps the fields and passes the file on."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ OVERHEAD_BYTES = MAX_FIELDS * (MAX_FIELD_BYTES + MAX_PART_HEADERS * MAX_HEADER_B
 
 @dataclass
 class Form:
-    """The fields of a form, and what its file is called."""
+    """The fields of a form, and the name of its file."""
 
     fields: dict[str, str] = field(default_factory=dict)
     filename: str | None = None
@@ -35,10 +35,10 @@ async def read_form(
     max_file_bytes: int,
     seconds: float,
 ) -> Form:
-    """Return the form, whose file went to `write` in pieces.
+    """Return the form, after passing its file to `write` in pieces.
 
-    Raises InvalidRequest if it is none, has no file in `file_field` or another one, or breaks the limits here; what
-    `consume_body` raises; and what `write` raises.
+    Raises InvalidRequest if the body is not form data, if it does not have exactly one file, in the field
+    `file_field`, or if it exceeds a limit of this module. Also raises the errors of `consume_body` and of `write`.
     """
     reader = _Reader(_boundary(headers), file_field)
 
@@ -58,7 +58,7 @@ def _boundary(headers: Headers) -> bytes:
 
 
 class _Reader:
-    """Makes fields and a file's pieces of what the parser finds."""
+    """Collects the fields and the pieces of the file from the parser's callbacks."""
 
     def __init__(self, boundary: bytes, file_field: str) -> None:
         self._file_field = file_field
@@ -90,7 +90,7 @@ class _Reader:
             raise InvalidRequest("the form data's boundary is too long") from exc
 
     def feed(self, piece: bytes) -> list[bytes]:
-        """Return the parts of the file in `piece`."""
+        """Parse `piece` of the body, and return the pieces of the file that it holds."""
         try:
             self._parser.write(piece)
         except FormParserError as exc:
@@ -99,7 +99,7 @@ class _Reader:
         return pieces
 
     def end(self) -> Form:
-        """Return the form."""
+        """Return the form; raise InvalidRequest if the body ended early or held no file."""
         if not self._ended:
             raise InvalidRequest("the form data ends early")
         if self._form.filename is None:

@@ -1,4 +1,7 @@
-"""uvicorn's HTTP with bounds on heads, trailers and whatever else is no body: no key has been asked for by then."""
+"""uvicorn's HTTP protocol with limits on a request's head: everything that is read before its key is checked.
+
+The size limit also holds for trailers and for every other part of a request that is not its body.
+"""
 
 import asyncio
 from http import HTTPStatus
@@ -6,64 +9,64 @@ from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-MAX_HEAD_BYTES = 64 * 1024  # of a request's first line and headers, and of trailers and whatever else is no body
+MAX_HEAD_BYTES = 64 * 1024  # for the request line with the headers, and for trailers and chunk headers
 
 
 class BoundedHTTP(HttpToolsProtocol):
-    """Closes connections that break a bound, after a word to the client."""
+    """An HTTP protocol that answers 408 or 431 and closes the connection if a request's head exceeds a limit."""
 
     head_seconds: ClassVar[float]
-    """How long the head of a request may take to arrive."""
+    """The longest time in which the head of a request may arrive."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        """Serve one connection."""
+        """Start with no bytes counted."""
         super().__init__(*args, **kwargs)
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
         self._unfinished_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the clock."""
+        """Start the timer for the first request's head."""
         super().connection_made(transport)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Stop the clock."""
+        """Stop the timer."""
         self._head_has_come()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Parse what has arrived, and refuse a head that is too large."""
-        self._unfinished_bytes += len(data)  # until the parser has something to tell
+        """Parse `data`, and refuse a head that is too large."""
+        self._unfinished_bytes += len(data)  # reset as soon as the parser reports a finished element
         super().data_received(data)
         if max(self._head_bytes, self._unfinished_bytes) > MAX_HEAD_BYTES:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
 
     def on_message_begin(self) -> None:
-        """Begin to count a request's head."""
+        """Start to count a request's head."""
         super().on_message_begin()
         self._head_bytes = 0
         if self._head_timer is None:
             self._await_head()
 
     def on_url(self, url: bytes) -> None:
-        """Count the URL."""
+        """Count the URL as part of the head."""
         self._count(url)
         super().on_url(url)
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Count a header."""
+        """Count a header as part of the head."""
         self._count(name + value)
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Stop the clock: the head is complete."""
+        """Stop the timer: the head is complete."""
         self._head_has_come()
         self._unfinished_bytes = 0
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
-        """Note that what has arrived is body."""
+        """Note that the latest data belong to the body, to which no limit applies here."""
         self._unfinished_bytes = 0
         super().on_body(body)
 
@@ -89,5 +92,5 @@ class BoundedHTTP(HttpToolsProtocol):
 
 
 def bounded_http(*, head_seconds: float) -> type[BoundedHTTP]:
-    """Return a protocol that waits for the head of a request for so long, and keeps at most MAX_HEAD_BYTES of it."""
+    """Return a protocol that waits `head_seconds` for a request's head and accepts at most MAX_HEAD_BYTES of it."""
     return type("BoundedHTTP", (BoundedHTTP,), {"head_seconds": head_seconds})

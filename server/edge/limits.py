@@ -1,4 +1,4 @@
-"""The limits of tenants, around every API request."""
+"""The middleware that applies the tenants' limits to API requests."""
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -7,7 +7,7 @@ from server.edge.state import caller_of, record_of, set_allowance
 
 
 class Limited:
-    """Holds every API request to its tenant's limits."""
+    """Middleware that counts every API request against its tenant's limits."""
 
     def __init__(self, app: ASGIApp, *, quotas: Quotas) -> None:
         """Wrap `app`."""

@@ -1,4 +1,4 @@
-"""What surrounds every request, as plain ASGI: id, overhead header, errors in OpenAI's shape, metrics, a log line."""
+"""Middleware around every request, as plain ASGI: request id, overhead header, error answers, metrics, a log line."""
 
 import asyncio
 import logging
@@ -22,7 +22,7 @@ from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
 
 if TYPE_CHECKING:
-    from server.observe.tracing import Tracing  # needs a package that is optional
+    from server.observe.tracing import Tracing  # imports an optional dependency
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ _PATH_PARAMETER = re.compile(r"\{[^}]+\}")
 
 
 class Observed:
-    """Gives every request a record, an id and its headers; counts and logs it when it has been answered."""
+    """Middleware that gives every request a record and an id, sets headers on its answer, then counts and logs it."""
 
     def __init__(self, app: ASGIApp, *, metrics: Metrics, tracing: "Tracing | None" = None) -> None:
         """Wrap `app`."""
@@ -61,7 +61,7 @@ class Observed:
 
         try:
             await self._app(scope, receive, send_marked)
-            await asyncio.sleep(0)  # the answer goes out before it is counted
+            await asyncio.sleep(0)  # lets the answer leave before the time for counting and logging is spent
         finally:
             record.route = _route_in(scope, default=record.route)
             tenant = caller_of(scope).tenant
@@ -73,7 +73,7 @@ class Observed:
 
 
 def _route_in(scope: Scope, *, default: str) -> str:
-    """Return the path of the route that took the request, with `{id}` for whatever varies."""
+    """Return the path of the request's route, with `{id}` in place of each parameter, or `default` without a route."""
     route: Any = scope.get("route")
     return _PATH_PARAMETER.sub("{id}", route.path_format) if isinstance(route, Route) else default
 
@@ -100,7 +100,10 @@ def _log(record: RequestRecord, seconds: float, *, tenant: str) -> None:
 
 
 class ErrorsInOpenAIShape:
-    """Answers every exception of the app; what is not a GatewayError is logged and told without details."""
+    """Middleware that answers every exception with OpenAI's error object.
+
+    An exception that is not a GatewayError is logged, and its answer holds no details.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         """Wrap `app`."""
@@ -130,7 +133,7 @@ class ErrorsInOpenAIShape:
 
 
 class RefuseWhileDraining:
-    """Turns away API requests once the gateway is shutting down; probes and metrics go on."""
+    """Middleware that refuses API requests while the gateway shuts down. Health checks and metrics stay available."""
 
     def __init__(self, app: ASGIApp, *, drain: Drain) -> None:
         """Wrap `app`."""
@@ -147,7 +150,7 @@ class RefuseWhileDraining:
 
 
 async def raise_in_our_terms(request: Request, exc: Exception) -> Response:
-    """Turn the framework's own refusals, of paths, methods and parameters, into GatewayErrors."""
+    """Translate the framework's own errors (unknown path, wrong method, wrong parameter) into GatewayErrors."""
     if isinstance(exc, RequestValidationError):
         error = exc.errors()[0]
         name = str(error["loc"][-1])[:80]
@@ -162,7 +165,7 @@ async def raise_in_our_terms(request: Request, exc: Exception) -> Response:
 
 
 def request_id_of(headers: Headers) -> str:
-    """Return the id the client gave, if it is a sane one, or a new one."""
+    """Return the request id from the client's headers if it is safe to log, otherwise a new one."""
     for name in ("x-request-id", "x-client-request-id"):
         given = headers.get(name)
         if given is not None and _SANE_ID.fullmatch(given):

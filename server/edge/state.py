@@ -1,4 +1,4 @@
-"""What middleware knows of a request, kept in its ASGI scope for those that come after."""
+"""The record, the caller and the allowance of a request: stored in its ASGI scope by middleware, read by routes."""
 
 from collections.abc import Mapping
 
@@ -12,7 +12,7 @@ _RECORD, _CALLER, _ALLOWANCE = "aot_record", "aot_caller", "aot_allowance"
 
 
 def set_record(scope: Scope, record: RequestRecord) -> None:
-    """Begin a request's record."""
+    """Store the request's record."""
     scope.setdefault("state", {})[_RECORD] = record
 
 
@@ -23,28 +23,28 @@ def record_of(scope: Scope) -> RequestRecord:
 
 
 def set_caller(scope: Scope, caller: Caller) -> None:
-    """Say who sent the request."""
+    """Store who sent the request."""
     scope["state"][_CALLER] = caller
 
 
 def caller_of(scope: Scope) -> Caller:
-    """Return who sent the request; anyone, where nobody was asked for a key."""
+    """Return who sent the request. This is ANYONE if the request needed no key."""
     caller: Caller = scope["state"].get(_CALLER, ANYONE)
     return caller
 
 
 def set_allowance(scope: Scope, allowance: Allowance) -> None:
-    """Keep the request's share of its tenant's limits."""
+    """Store the request's allowance: what it takes from its tenant's limits."""
     scope["state"][_ALLOWANCE] = allowance
 
 
 def allowance_of(scope: Scope) -> Allowance:
-    """Return the request's share of its tenant's limits."""
+    """Return the request's allowance: what it takes from its tenant's limits."""
     allowance: Allowance = scope["state"][_ALLOWANCE]
     return allowance
 
 
 def limit_headers_of(scope: Scope) -> Mapping[str, str]:
-    """Return the headers that tell of the tenant's limits; none if the request ended before they were looked up."""
+    """Return the `x-ratelimit-*` headers. They are empty if the request ended before its limits were looked up."""
     allowance: Allowance | None = scope["state"].get(_ALLOWANCE)
     return {} if allowance is None else allowance.headers

@@ -1,1 +1,1 @@
-"""The engines: which are up, which one takes a request, and what it answers."""
+"""The engines: which of them are up, which one gets a request, and how its answer comes back."""

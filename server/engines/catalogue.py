@@ -1,4 +1,4 @@
-"""The models clients may name: the operator's aliases, or what the engines serve."""
+"""The models that clients may name: the operator's aliases or, without aliases, the engines' own models."""
 
 import time
 from collections.abc import Collection, Mapping
@@ -12,7 +12,7 @@ from server.errors import EngineUnavailable, UnknownModel
 
 
 class RetentionBounds(BaseModel):
-    """The retention that a model gives, and those that a request may ask of it."""
+    """The default retention of a model, and the range that a request may choose from."""
 
     retention: float | None
     min_retention: float
@@ -28,7 +28,7 @@ class ModelCard(BaseModel):
     owned_by: Literal["aot-gateway"] = "aot-gateway"
     aot: RetentionBounds
     max_model_len: int | None
-    """The longest context in tokens; None while no engine has told."""
+    """The longest context in tokens. None as long as no engine has reported it."""
 
 
 class ModelList(BaseModel):
@@ -39,7 +39,7 @@ class ModelList(BaseModel):
 
 
 class Catalogue:
-    """Looks models up. Engines' models are remembered while the engines are down."""
+    """Looks models up by name. The models of engines that are down are still known."""
 
     def __init__(self, *, aliases: Mapping[str, Alias] | None, pool: EnginePool) -> None:
         """Offer `aliases`, or every model of the pool's engines under its own name."""
@@ -48,9 +48,10 @@ class Catalogue:
         self._created = int(time.time())
 
     def resolve(self, name: str, *, allowed: Collection[str] | None = None) -> Alias:
-        """Return the alias called `name`; raise UnknownModel, or EngineUnavailable if no engine has been seen yet.
+        """Return the alias called `name`.
 
-        To a tenant that is `allowed` some models only, the others do not exist.
+        `allowed` are the models that the tenant may use (None: all). For that tenant, the others do not exist.
+        Raises UnknownModel, or EngineUnavailable if no engine has reported its models yet.
         """
         offered = self._offered()
         if name in offered and (allowed is None or name in allowed):
@@ -60,11 +61,11 @@ class Catalogue:
         raise UnknownModel(f"the model {name[:200]!r} does not exist", param="model")
 
     def cards(self, *, allowed: Collection[str] | None = None) -> list[ModelCard]:
-        """Return the models."""
+        """Return the cards of all models, or of those in `allowed`."""
         return [self._card(alias) for name, alias in self._offered().items() if allowed is None or name in allowed]
 
     def card(self, name: str, *, allowed: Collection[str] | None = None) -> ModelCard:
-        """Return one model; raises as `resolve` does."""
+        """Return the card of one model; raises the errors of `resolve`."""
         return self._card(self.resolve(name, allowed=allowed))
 
     def _offered(self) -> Mapping[str, Alias]:

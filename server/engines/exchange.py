@@ -1,4 +1,4 @@
-"""One exchange with one engine: the request out, the headers in, and the body to whoever reads it."""
+"""Sends a request to an engine and gives its answer: headers first, then the body as it arrives."""
 
 import asyncio
 import logging
@@ -20,10 +20,10 @@ from server.observe.record import RequestRecord
 logger = logging.getLogger(__name__)
 
 Body = Sequence[bytes | memoryview]
-"""A request's body, in pieces of any size."""
+"""The body of a request, in pieces of any size."""
 
 PIECE_BYTES = 256 * 1024
-WHOLE_BODY_BYTES = 2**20  # above, aiohttp wants bodies in pieces, so that writing one does not hold up the loop
+WHOLE_BODY_BYTES = 2**20  # aiohttp wants larger bodies in pieces, so that writing one does not block the event loop
 ERROR_BODY_BYTES = 64 * 1024
 ERROR_BODY_SECONDS = 5.0
 MAX_ATTEMPTS = 3
@@ -31,25 +31,25 @@ MAX_ATTEMPTS = 3
 
 @dataclass(frozen=True)
 class Call:
-    """A request to an engine, but for its body."""
+    """A request to an engine, without its body."""
 
     path: str
     model: str
-    """The engine's name for it."""
+    """The engine's name for the model."""
     is_stream: bool
     has_video: bool
     key: str | None = None
-    """Calls with the same key go to the same engine."""
+    """The affinity key: calls with the same key go to the same engine, as long as its load allows."""
     rules: VideoRules | None = None
-    """The rules by which its videos were made into frames; None if they are handed over as they are."""
+    """The rules by which frames were sampled from its videos. None if it holds the videos themselves."""
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
 class Exchange:
-    """An engine's answer, headers read. Errors while reading the body are raised as GatewayErrors."""
+    """An engine's answer, whose headers have been read. Errors while reading its body are raised as GatewayErrors."""
 
     def __init__(self, response: aiohttp.ClientResponse, attempt: Attempt) -> None:
-        """Wrap a response of status 200; what becomes of its body is the attempt's outcome."""
+        """Wrap a response with status 200. Whether its body arrives decides the outcome of `attempt`."""
         self._response = response
         self._attempt = attempt
         self.savings = Savings.from_headers(response.headers)
@@ -61,7 +61,10 @@ class Exchange:
         return b"".join([piece async for piece in self.pieces()])
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """Yield the body as it arrives. Its first byte, not its headers, shows that the engine works."""
+        """Yield the body as it arrives.
+
+        The attempt succeeds with the first byte of the body: headers alone do not show that the engine works.
+        """
         begun = False
         try:
             async for piece in self._response.content.iter_any():
@@ -78,7 +81,7 @@ class Exchanges:
     """Sends requests to the pool's engines."""
 
     def __init__(self, *, session: EngineSession, pool: EnginePool, metrics: Metrics, headers_seconds: float) -> None:
-        """Use `session` for the exchanges, and wait at most `headers_seconds` for a stream to begin."""
+        """Use `session` for the exchanges, and wait at most `headers_seconds` for the headers of a stream."""
         self._session = session
         self._pool = pool
         self._metrics = metrics
@@ -86,16 +89,16 @@ class Exchanges:
 
     @asynccontextmanager
     async def exchange(self, call: Call, body: Body, record: RequestRecord) -> AsyncIterator[Exchange]:
-        """Post a request to an engine and give its answer; leaving the block early makes the engine stop.
+        """Post a request to an engine and yield its answer. Leaving the block early makes the engine abort the request.
 
-        An engine that can't be connected to has been sent nothing, and one that answers 503 has spent nothing: then
-        another one is tried, as long as there are any and at most MAX_ATTEMPTS in all. What an engine broke off or was
-        silent about is never sent again: it may have cost a prefill, or have been the cause.
-        Raises EngineUnavailable, EngineFailed, EngineTimeout, or the engine's own refusal.
+        Another engine is tried if the first one can't be connected to or answers 503, because neither has spent
+        computing time on the request. There are at most MAX_ATTEMPTS attempts. A request that an engine has accepted
+        and then failed on is never sent again: it may have cost a prefill, or it may have caused the failure.
+        Raises EngineUnavailable, EngineFailed, EngineTimeout, or the engine's own error.
         """
         async with AsyncExitStack() as held:
             attempt, response = await self._answered(call, body, record, held)
-            del body  # may be megabytes, and the answer may take minutes
+            del body  # frees the memory early: a body may have megabytes, and the answer may take minutes
             exchange = Exchange(response, attempt)
             if call.has_video:
                 _note_savings(attempt.engine, exchange.savings, record.request_id)
@@ -104,7 +107,10 @@ class Exchanges:
     async def _answered(
         self, call: Call, body: Body, record: RequestRecord, held: AsyncExitStack
     ) -> tuple[Attempt, aiohttp.ClientResponse]:
-        """Return the answer of the first engine that takes the request, and put on `held` what to let go after it."""
+        """Return the answer of the first engine that accepts the request, and its attempt.
+
+        Whatever must be released after the answer has been read is pushed on the exit stack `held`.
+        """
         tried: list[Engine] = []
         reason, refusal = "", GatewayError("")
         while len(tried) < MAX_ATTEMPTS:
@@ -141,7 +147,8 @@ class Exchanges:
         connecting = Connecting()
         size_bytes = sum(map(len, body))
         begin = perf_counter()
-        # Without a stream the headers come with the end of the answer: only the limit on silence can hold for them.
+        # If the answer is not a stream, the engine sends its headers only when it has generated the whole answer.
+        # Then only the session's limit on silence applies.
         limit = self._headers_seconds if call.is_stream else None
         try:
             async with asyncio.timeout(limit):
@@ -192,11 +199,14 @@ def _let_go(response: aiohttp.ClientResponse) -> None:
     if response.content.at_eof():
         response.release()
     else:
-        response.close()  # the engine sees the connection drop and aborts the request
+        response.close()  # the engine notices the closed connection and aborts the request
 
 
 def _note_savings(engine: Engine, savings: Savings | None, request_id: str) -> None:
-    """Say so once when an engine stops reporting what its videos cost: it then serves them whole, or does not tell."""
+    """Note whether the engine reports video tokens, and log a warning when it stops reporting them.
+
+    Such an engine either serves videos without reduction, or does not say what the reduction saved.
+    """
     if savings is None and engine.reports_savings:
         logger.warning(
             "engine reports no video tokens: it runs without --video-pruning-rate, or its VLLM_PLUGINS does not name "

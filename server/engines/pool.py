@@ -1,4 +1,4 @@
-"""The pool of engines: which are up, what they serve, and which one takes the next request."""
+"""The pool of engines: which of them are up, which models they serve, and which one gets the next request."""
 
 import asyncio
 import itertools
@@ -21,12 +21,12 @@ from server.observe.metrics import Metrics
 logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_SECONDS = 5.0
-SILENT_CHECKS_UNTIL_DOWN = 3  # a busy engine may answer late; a refused connection or an error counts at once
+SILENT_CHECKS_UNTIL_DOWN = 3  # time-outs in a row, as a busy engine may answer late; any other failure counts at once
 
 
 @dataclass(eq=False)
 class Engine:
-    """One engine. `name` is what metrics and logs call it; the address never leaves the gateway."""
+    """One engine. Metrics and logs show its `name`; its `url` never leaves the gateway."""
 
     name: str
     url: str
@@ -37,48 +37,52 @@ class Engine:
     reports_savings: bool = True
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     profile: EngineProfile | None = None
-    """What the engine tells of itself; None if it has no AOT plugin that tells."""
+    """What the engine tells about itself. None if it tells nothing, for example because it runs without the plugin."""
     breaker: Breaker = field(default_factory=Breaker)
 
     @property
     def video_rules(self) -> VideoRules | None:
-        """The rules for handing over frames; None if the engine has to be handed videos as they are."""
+        """The rules for sampling frames for this engine. None if the engine wants the video itself."""
         return None if self.profile is None else self.profile.video_rules
 
 
 class Attempt:
-    """One request at one engine. Whoever makes it says how it went; nothing said means that nobody can tell."""
+    """One request at one engine.
+
+    The caller reports the outcome with `succeeded`, `failed` or `unreachable`. Without a report the outcome is unknown,
+    for example because the client left first, and the circuit breaker counts neither a success nor a failure.
+    """
 
     def __init__(self, engine: Engine, pool: "EnginePool") -> None:
-        """Count the request as the engine's."""
+        """Count the request as in flight at the engine."""
         self.engine = engine
         self._pool = pool
         self._on_trial = engine.breaker.begin()
         engine.inflight += 1
 
     def succeeded(self) -> None:
-        """Note that the engine has answered, be it with a refusal that the request deserved."""
+        """Note that the engine has answered. A 4xx answer is a success too: the engine works, the request is wrong."""
         self._pool.note_success(self.engine)
 
     def failed(self) -> None:
-        """Note that the engine was silent, broke off or answered with an error of its own."""
+        """Note that the engine timed out, broke off its answer or answered with a 5xx error."""
         self._pool.note_failure(self.engine, on_trial=self._on_trial)
 
     def unreachable(self) -> None:
-        """Note that the engine could not be connected to: it is out until its next health check passes."""
+        """Note that the engine could not be connected to. It gets no requests until its next health check passes."""
         self._pool.mark_unreachable(self.engine)
 
     def end(self) -> None:
-        """Count the request no longer."""
+        """Stop counting the request as in flight."""
         self.engine.inflight -= 1
         self.engine.breaker.end(trial=self._on_trial)
 
 
 class EnginePool:
-    """The engines, kept current by health checks and by how requests fare."""
+    """The engines and their state, which health checks and the outcomes of requests keep up to date."""
 
     def __init__(self, urls: Sequence[str], *, session: EngineSession, metrics: Metrics, health_seconds: float) -> None:
-        """Start with all engines down; `check` or `watch` finds out."""
+        """Start with all engines down, until `check` or `watch` finds them up."""
         self.engines = [Engine(f"engine-{i}", url) for i, url in enumerate(urls)]
         self._session = session
         self._metrics = metrics
@@ -90,18 +94,18 @@ class EnginePool:
 
     @property
     def any_healthy(self) -> bool:
-        """Whether some engine takes requests."""
+        """Whether at least one engine passes its health checks."""
         return any(engine.healthy for engine in self.engines)
 
     @property
     def models(self) -> dict[str, dict[str, Any]]:
-        """All models the engines serve, or served when last seen."""
+        """The cards of all models by name. An engine that is down counts with the models it served last."""
         return {name: card for engine in reversed(self.engines) for name, card in engine.models.items()}
 
     def video_rules(self, model: str) -> VideoRules | None:
-        """Return the rules by which frames are handed to the engines that serve a model.
+        """Return the rules for sampling frames that all engines of a model share.
 
-        None if one of them has to be handed videos as they are, or if they disagree, as during a rolling upgrade.
+        None if one of these engines wants the video itself, or if they disagree, as during a rolling upgrade.
         """
         serving = [engine for engine in self.engines if engine.healthy and model in engine.models]
         told = [engine.video_rules for engine in serving]
@@ -116,7 +120,10 @@ class EnginePool:
         rules: VideoRules | None = None,
         without: Collection[Engine] = (),
     ) -> Iterator[Attempt]:
-        """Choose an engine for a request and count the request as its own until the block ends; raises as `choose`."""
+        """Choose an engine for a request and count the request there until the block ends.
+
+        Takes the arguments of `choose` and raises its errors.
+        """
         attempt = Attempt(self.choose(model, key=key, rules=rules, without=without), self)
         try:
             yield attempt
@@ -131,10 +138,11 @@ class EnginePool:
         rules: VideoRules | None = None,
         without: Collection[Engine] = (),
     ) -> Engine:
-        """Return the engine for a request about `model`, and about media with the given key.
+        """Return the engine for a request to `model`. `key` is the affinity key of its media.
 
-        `rules`: those by which frames were made for the request; an engine with others couldn't use them.
-        Raises EngineUnavailable if no engine that serves the model takes requests, or all have been tried (`without`).
+        If frames were sampled for the request, `rules` are the rules that were used: engines with other rules are left
+        out. So are the engines in `without`, which have been tried already.
+        Raises EngineUnavailable if no engine is left that is up and serves the model.
         """
         serving = [
             engine
@@ -150,26 +158,26 @@ class EnginePool:
             )
         engine, affinity = routing.choose(candidates, key)
         engine.last_chosen = next(self._choices)
-        if not without:  # a second attempt goes where it can
+        if not without:  # a retry says nothing about affinity
             self._metrics.affinity.labels(affinity).inc()
         return engine
 
     def note_success(self, engine: Engine) -> None:
-        """Let requests pass freely to an engine that has answered one."""
+        """Close the engine's circuit breaker, because it has answered a request."""
         if not engine.breaker.closed:
             logger.info("engine answers again", extra={"engine": engine.name})
             self._metrics.engine_breaker_open.labels(engine.name).set(0)
         engine.breaker.succeed()
 
     def note_failure(self, engine: Engine, *, on_trial: bool) -> None:
-        """Count a failure against an engine, which may keep requests from it for a while."""
+        """Count a failure of the engine, which may open its circuit breaker."""
         if engine.breaker.fail(trial=on_trial):
             seconds = round(engine.breaker.seconds_to_trial(), 3)
             logger.warning("engine keeps failing", extra={"engine": engine.name, "seconds_to_trial": seconds})
             self._metrics.engine_breaker_open.labels(engine.name).set(1)
 
     def mark_unreachable(self, engine: Engine) -> None:
-        """Take an engine out until its next health check passes."""
+        """Send no requests to the engine until its next health check passes."""
         self._set(engine, healthy=False)
 
     async def check(self) -> None:
@@ -177,7 +185,7 @@ class EnginePool:
         await asyncio.gather(*(self._check(engine) for engine in self.engines))
 
     async def watch(self) -> None:
-        """Check the engines for ever, each at its own pace: a silent one does not delay what is known of the others."""
+        """Check the engines forever, each in a loop of its own, so that a silent engine does not delay the others."""
         await asyncio.gather(*(self._watch(engine) for engine in self.engines))
 
     async def _watch(self, engine: Engine) -> None:
@@ -233,7 +241,7 @@ class EnginePool:
     def _set(self, engine: Engine, *, healthy: bool) -> None:
         if engine.healthy != healthy:
             logger.info("engine is %s", "up" if healthy else "down", extra={"engine": engine.name})
-            if healthy:  # it may be another process than the one that failed
+            if healthy:  # the engine may have been restarted since it failed
                 self.note_success(engine)
         engine.healthy = healthy
         self._metrics.engine_up.labels(engine.name).set(int(healthy))

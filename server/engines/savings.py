@@ -1,11 +1,11 @@
-"""What an engine says a request used and saved: counted there, passed on here, never estimated."""
+"""The tokens that a request used and saved: counted by the engine, passed on by the gateway, never estimated."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-_USAGE = b'"usage":'  # inside a string of JSON its quotes would be escaped
+_USAGE = b'"usage":'  # always a key: inside a JSON string, its quotes would be escaped
 BEFORE, AFTER, RETENTION = "x-aot-video-tokens-before", "x-aot-video-tokens-after", "x-aot-video-retention"
 
 
@@ -19,7 +19,7 @@ class Savings:
 
     @classmethod
     def from_headers(cls, headers: Mapping[str, str]) -> Self | None:
-        """Return the counts in an engine's headers, None if it gave none or none that make sense."""
+        """Return the counts in an engine's headers, or None if they are missing or contradict each other."""
         try:
             before, after = int(headers[BEFORE]), int(headers[AFTER])
             retention = float(headers[RETENTION]) if RETENTION in headers else round(after / before, 4)
@@ -30,16 +30,19 @@ class Savings:
         return cls(before, after, retention)
 
     def as_headers(self) -> dict[str, str]:
-        """Return the counts as headers."""
+        """Return the counts as headers for the client."""
         return {BEFORE: str(self.before), AFTER: str(self.after), RETENTION: f"{self.retention:g}"}
 
     def as_usage(self) -> dict[str, Any]:
-        """Return the counts as they stand in `usage.video_tokens`."""
+        """Return the counts as the value of `usage.video_tokens`."""
         return {"before": self.before, "after": self.after, "retention": self.retention}
 
 
 def usage_in(body: bytes) -> dict[str, Any]:
-    """Return the `usage` in an engine's answer, empty if there is none; the rest, maybe megabytes, is not parsed."""
+    """Return the `usage` object in an engine's answer, empty if there is none.
+
+    Only this object is parsed, because the rest of the answer may have megabytes.
+    """
     _, mark, rest = body.rpartition(_USAGE)
     if not mark:
         return {}
@@ -51,6 +54,6 @@ def usage_in(body: bytes) -> dict[str, Any]:
 
 
 def tokens_of(usage: dict[str, Any]) -> int:
-    """Return the total in an engine's `usage`, 0 if it gives none."""
+    """Return `total_tokens` in an engine's `usage`, or 0 if it is missing."""
     total = usage.get("total_tokens")
     return total if type(total) is int and total > 0 else 0

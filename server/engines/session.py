@@ -6,34 +6,41 @@ from typing import Any, Self
 
 import aiohttp
 
-# vLLM's uvicorn closes idle connections after 5 s; one reused at that moment would fail a request for good.
+# Below the 5 s after which vLLM's uvicorn closes idle connections. A request on a connection that the engine closes at
+# that moment fails, and may not be sent again.
 KEEPALIVE_SECONDS = 3.0
 
 
 class Connecting:
-    """Passed with a request as `trace_request_ctx`, it notes when there was a connection."""
+    """The `trace_request_ctx` of a request: records the time when its connection was open."""
 
     finished: float | None = None
 
 
 class EngineSession:
-    """Connects from when its block is entered until it is left. The queue bounds the number of connections."""
+    """The HTTP session with all engines, open while its `async with` block lasts.
+
+    It sets no limit on connections, because the admission queue already limits the requests in flight.
+    """
 
     def __init__(self, *, connect_seconds: float, read_seconds: float, api_key: str | None = None) -> None:
-        """Send engines an API key if they want one; `read_seconds` bounds their silence."""
+        """Set the time-outs: for a connection, and for the longest silence while an answer is read.
+
+        `api_key` is sent to all engines; None sends no key.
+        """
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds, sock_read=read_seconds)
         self._authorization = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self._http: aiohttp.ClientSession | None = None
 
     @property
     def http(self) -> aiohttp.ClientSession:
-        """The session."""
+        """The open session; raises RuntimeError outside the block."""
         if self._http is None:
             raise RuntimeError("the engines' session is not open: the application's lifespan has not begun")
         return self._http
 
     async def __aenter__(self) -> Self:
-        """Open the session; nothing is connected yet."""
+        """Open the session. Connections are opened on demand."""
         timing = aiohttp.TraceConfig()
         timing.on_connection_create_end.append(_note_connected)
         timing.on_connection_reuseconn.append(_note_connected)

@@ -1,4 +1,4 @@
-"""A stream on its way through: forwarded as bytes, read only where the gateway has to know or to add."""
+"""Forwards an engine's server-sent events as bytes, and parses only the events that it must read or change."""
 
 import json
 import re
@@ -16,17 +16,17 @@ _TOKEN_FIELDS = ("content", "reasoning", "reasoning_content", "tool_calls", "ref
 
 
 class EventStream(ABC):
-    """Takes an engine's stream in pieces of any size and returns the bytes for the client, in whole events.
+    """Takes an engine's stream in pieces of any size, and returns whole events for the client, as bytes.
 
-    After each `feed`: `tokens` counts the chunks that carried output, `failure` is set if the engine reported an
-    error in the stream, and `done` if the stream came to its proper end. `usage` is what the engine said of it.
+    After each `feed`, `tokens` is the number of chunks with output so far, `failure` is the error that the engine
+    reported in the stream, and `done` says whether the closing event has arrived. `usage` is the engine's `usage`.
     """
 
     LANDMARKS: tuple[bytes, ...]
-    """What an event that is more than output contains. Pieces without it are passed on unread."""
+    """Byte strings that mark events which must be parsed. A piece without any of them is forwarded unparsed."""
 
     def __init__(self) -> None:
-        """Start before the first byte."""
+        """Start with an empty buffer."""
         self._tail = b""
         self.tokens = 0
         self.done = False
@@ -34,7 +34,7 @@ class EventStream(ABC):
         self.failure: GatewayError | None = None
 
     def feed(self, piece: bytes) -> bytes:
-        """Return what may go to the client now."""
+        """Take the next piece, and return the bytes that may be sent to the client now."""
         data = self._tail + piece if self._tail else piece
         lf, crlf = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
         cut = max(lf + 2 if lf >= 0 else 0, crlf + 4 if crlf >= 0 else 0)
@@ -55,26 +55,26 @@ class EventStream(ABC):
         return b"".join(passed)
 
     def end(self) -> None:
-        """Note that the engine closed the stream; without its closing event that is a failure."""
+        """Note that the engine has closed the stream. Without its closing event, this is a failure."""
         if not self.done and self.failure is None:
             self.failure = EngineFailed("the engine's stream ended early")
 
     def farewell(self, told: ErrorAnswer) -> bytes:
-        """Return an error as the last event of this kind of stream."""
+        """Return the error `told` as the last event of the stream."""
         return told.event()
 
     @abstractmethod
     def _pass(self, event: bytes) -> bytes:
-        """Return what the client gets of an event, and note what it says."""
+        """Parse an event, note what it says, and return the bytes for the client. They may be empty."""
 
 
 class ChatStream(EventStream):
-    """A stream of chat or completion chunks: as they came but for the usage chunk."""
+    """A stream of chat or completion chunks, forwarded unchanged except for the usage chunk."""
 
     LANDMARKS = (b'"usage"', b'"error"', b"[DONE]")
 
     def __init__(self, *, savings: Savings | None, usage_wanted: bool) -> None:
-        """Report `savings` in the usage chunk, or hide that chunk from a client that did not ask for it."""
+        """Add `savings` to the usage chunk, or drop that chunk if the client did not ask for it (`usage_wanted`)."""
         super().__init__()
         self._savings = savings
         self._usage_wanted = usage_wanted
@@ -109,12 +109,12 @@ class ChatStream(EventStream):
 
 
 class ResponseStream(EventStream):
-    """A stream of a response's events, as they came."""
+    """A stream of `/v1/responses` events, forwarded unchanged."""
 
     LANDMARKS = (b'"response.completed"', b'"response.incomplete"', b'"response.failed"', b'"error"')
 
     def farewell(self, told: ErrorAnswer) -> bytes:
-        """Return an error as the last event of the stream, of the type that response streams have for it."""
+        """Return the error `told` as the last event of the stream, an event of type `error`."""
         error = told.content["error"]
         flat = {"type": "error", "code": error["code"], "message": error["message"], "param": error["param"]}
         return b"event: error\n" + replace(told, content={**flat, **told.content}).event()

@@ -1,1 +1,1 @@
-"""The way of a medium: fetched or uploaded, identified, probed, handed to the engine."""
+"""Media: fetched or uploaded, identified, probed, and handed over to the engine."""

@@ -1,22 +1,22 @@
-"""Which addresses are on the public Internet. The rule media are fetched by: nothing else is ever dialled."""
+"""Decides which IP addresses are on the public Internet. Media are fetched from no others (SSRF protection)."""
 
 import ipaddress
 
 _NOT_PUBLIC_4 = tuple(
     ipaddress.IPv4Network(network)
     for network in (
-        "168.63.129.16/32",  # Azure's metadata, on a public address
-        "192.0.0.0/24",  # protocol assignments, Oracle's metadata among them; in part global to older Pythons
-        "192.88.99.0/24",  # relays of 6to4
+        "168.63.129.16/32",  # Azure's metadata service, although the address is public
+        "192.0.0.0/24",  # protocol assignments, with Oracle's metadata service; older Pythons call a part of it global
+        "192.88.99.0/24",  # 6to4 relays
         "224.0.0.0/4",  # multicast
     )
 )
-_PUBLIC_6 = ipaddress.IPv6Network("2000::/3")  # all that has ever been given out as global unicast
+_PUBLIC_6 = ipaddress.IPv6Network("2000::/3")  # the only block from which global unicast addresses are allocated
 _NOT_PUBLIC_6 = tuple(
     ipaddress.IPv6Network(network)
     for network in (
-        "2001::/23",  # protocol assignments, Teredo among them: it carries any IPv4 address
-        "2002::/16",  # 6to4: it carries any IPv4 address
+        "2001::/23",  # protocol assignments, with Teredo, whose addresses may embed any IPv4 address
+        "2002::/16",  # 6to4, whose addresses may embed any IPv4 address
         "3fff::/20",  # documentation
     )
 )
@@ -24,7 +24,10 @@ _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
 
 def is_public(address: str) -> bool:
-    """Return whether `address`, in canonical spelling, is a global unicast one; of IPv6 that carries IPv4, both are."""
+    """Return whether `address`, in canonical spelling, is a global unicast address.
+
+    For an IPv6 address that embeds an IPv4 address (IPv4-mapped or NAT64), the embedded address decides.
+    """
     try:
         parsed = ipaddress.ip_address(address)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a medium is: identified by its first bytes, then looked into by the probe."""
+"""Examines media: identifies the type by the first bytes, then probes the content."""
 
 import os
 from dataclasses import dataclass
@@ -16,17 +16,17 @@ _INVALID: dict[Kind, str] = {"video": "invalid_video", "image": "invalid_image",
 
 @dataclass(frozen=True)
 class Examined:
-    """A medium's type, and what it holds."""
+    """The type of a medium, and the facts about its content."""
 
     type: FileType
     facts: Facts
 
 
 class Examiner:
-    """Examines media, and remembers what it found about the last ones."""
+    """Examines media, and caches the facts about the REMEMBERED_FACTS media that were probed last."""
 
     def __init__(self, prober: Prober, *, metrics: Metrics) -> None:
-        """Remember nothing yet."""
+        """Start with an empty cache."""
         self._prober = prober
         self._probes = metrics.probes
         self._facts: dict[tuple[Kind, str], Facts] = {}
@@ -34,15 +34,16 @@ class Examiner:
     async def examine(
         self, descriptor: int, *, kind: Kind, digest: str | None = None, subject: str = "data"
     ) -> Examined:
-        """Return what is in the open file `descriptor`, which is at its begin.
+        """Return the type and the facts of the medium in the open file `descriptor`, whose offset is 0.
 
-        Content that was seen before under the same `digest`, its SHA-256, is not probed again: conversations are often
-        about one video. Raises MediaRefused, which speaks of the `subject`, if it is no medium of that kind.
+        `digest` is the SHA-256 of the content. Content with a known digest is not probed again, because the requests
+        of a conversation are often about the same video.
+        Raises MediaRefused, whose message names the `subject`, if the content is not a readable medium of this kind.
         """
         found = identify(os.pread(descriptor, HEAD_BYTES, 0), kind)
         if found is None:
             article = "a" if kind == "video" else "an"
-            raise MediaRefused(f"the {subject} is not {article} {kind} of a kind this gateway takes")
+            raise MediaRefused(f"the {subject} is not {article} {kind} of a type that this gateway accepts")
         facts = None if digest is None else self._facts.get((kind, digest))
         if facts is None:
             facts = await self._probe(descriptor, kind, found)

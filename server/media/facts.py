@@ -1,23 +1,26 @@
-"""What is found out about a medium, and what it is allowed to be."""
+"""The facts that the probe finds out about a medium, and the limits for them."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What videos, and where it applies audio clips, are allowed."""
+    """The limits for a video. Those that apply to sound also hold for audio clips."""
 
     max_seconds: float
     max_pixels: int
-    """Width x height."""
+    """Width x height of a frame."""
     max_frames: int
     sampled_frames: int
-    """How many frames of a video an engine looks at, at most."""
+    """The largest number of frames that an engine samples from a video."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a medium holds. A video's duration, frames and size come from its packets, where the header claims less."""
+    """The facts about a medium.
+
+    A video's duration, frames and size are measured on its packets, so that a header can't understate them.
+    """
 
     container: str
     codec: str
@@ -27,13 +30,16 @@ class Facts:
     frames: int = 0
     fps: float = 0.0
     decoded_bytes: int = 0
-    """What it takes in an engine's memory: three bytes a pixel of the sampled frames, four a sample of audio."""
+    """The size in an engine's memory: three bytes per pixel of the sampled frames, four bytes per audio sample."""
 
 
 class ProbeError(Exception):
-    """The medium can't be read, breaks a limit, or reading it broke or outran its own. The text is fit for a client."""
+    """The medium can't be read, it exceeds a limit, or the probe itself failed or timed out.
+
+    The message is for the client.
+    """
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
-        """Keep the code that the client gets, if the kind's own does not say enough."""
+        """Keep the error code for the client. None means the general code for the medium's kind."""
         super().__init__(message)
         self.code = code

@@ -1,4 +1,4 @@
-"""Downloads from public hosts and from those the operator lists, within limits of size and time."""
+"""Downloads media from public hosts, and from hosts that the operator allows, within limits of size and time."""
 
 import asyncio
 import re
@@ -20,34 +20,34 @@ from server.media.file import MediaFile, too_large
 from server.media.threads import off_loop
 
 MAX_REDIRECTS = 3
-MAX_DOWNLOADS = 64  # at a time; each may take a file of media_max_bytes
+MAX_DOWNLOADS = 64  # at the same time; each may write a file of media_max_bytes
 READ_BYTES = 2**20
 _REDIRECTS = (301, 302, 303, 307, 308)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 _NAME = re.compile(r"(?:[a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}")
 _END_OF_AUTHORITY = re.compile(r"[/?#]")
 _AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\[\]:]+)(?::[0-9]{0,5})?")
-_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")  # hosts that some part of a system reads as an IPv4 address
+_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")  # hosts that some resolvers read as an IPv4 address
 _IPV4 = re.compile(r"(?:(?:0|[1-9][0-9]{0,2})\.){3}(?:0|[1-9][0-9]{0,2})")
 
 
 @dataclass(frozen=True)
 class HostRules:
-    """Which hosts media may come from. `deny` and `only` name hosts that stand for their subdomains too."""
+    """The hosts that media may come from. A host in `deny` or `only` includes its subdomains."""
 
     allow: frozenset[str] = frozenset()
-    """Exceptions to the rule that addresses are public: `host:port`, or `host` at its scheme's own port."""
+    """Hosts whose addresses need not be public: `host:port`, or `host` for the default port of the URL's scheme."""
     deny: frozenset[str] = frozenset()
     only: frozenset[str] = frozenset()
-    """If not empty, nothing else is fetched from but what `allow` lists."""
+    """If not empty, media are fetched only from these hosts and from those in `allow`."""
 
     def excepts(self, url: yarl.URL) -> bool:
-        """Return whether the operator vouches for the host at this port, whatever its address."""
+        """Return whether `allow` lists the URL's host and port, so that its address need not be public."""
         name = url.host_subcomponent or ""
         return f"{name}:{url.port}" in self.allow or (url.port == _DEFAULT_PORTS[url.scheme] and name in self.allow)
 
     def refuses(self, url: yarl.URL) -> bool:
-        """Return whether the lists keep the host from being fetched from."""
+        """Return whether `deny` or `only` forbids the URL's host."""
         name = url.host_subcomponent or ""
         domains = (
             {name} if name.startswith("[") else {name[i:] for i in range(len(name)) if i == 0 or name[i - 1] == "."}
@@ -61,16 +61,19 @@ AddressInfo = tuple[int, int, int, str, tuple[object, ...]]
 
 
 def new_socket(info: AddressInfo) -> socket.socket:
-    """Return a socket that fits an address."""
+    """Return an unconnected socket for an address."""
     family, kind, protocol, _, _ = info
     return socket.socket(family, kind, protocol)
 
 
 class SystemResolver(AbstractResolver):
-    """Asks the operating system, in threads of its own: names that answer slowly hold up nothing but downloads."""
+    """Resolves names with the operating system, in a thread pool of its own.
+
+    Names that resolve slowly therefore delay only other downloads, and no other work in threads.
+    """
 
     def __init__(self) -> None:
-        """Start no thread until there is a name to resolve."""
+        """Create the pool. Its threads start on demand."""
         self._threads = ThreadPoolExecutor(MAX_DOWNLOADS, thread_name_prefix="resolver")
 
     async def resolve(
@@ -86,12 +89,12 @@ class SystemResolver(AbstractResolver):
         ]
 
     async def close(self) -> None:
-        """End the threads once they have their answers."""
+        """Stop the threads, without waiting for look-ups that are still running."""
         self._threads.shutdown(wait=False)
 
 
 class _PublicOnly(AbstractResolver):
-    """Gives the answers of another resolver if all of them are public; one that is not may be a trap."""
+    """Refuses a host if any of its addresses is not public, because a mixed answer may be a trap (DNS rebinding)."""
 
     def __init__(self, inner: AbstractResolver) -> None:
         self._inner = inner
@@ -105,12 +108,15 @@ class _PublicOnly(AbstractResolver):
         return answers
 
     async def close(self) -> None:
-        """Leave the inner resolver to who made it."""
+        """Do nothing: whoever created the inner resolver closes it."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """What lies below the rule about addresses: name resolution, the sockets that connect, whom TLS trusts."""
+    """The network below the rule about addresses: name resolution, sockets, and the certificates that TLS trusts.
+
+    Tests replace it, to test the rule itself.
+    """
 
     resolver: AbstractResolver
     new_socket: Callable[[AddressInfo], socket.socket] = new_socket
@@ -118,12 +124,12 @@ class Network:
 
 
 class Fetcher:
-    """Downloads a URL if the rules allow its host and that of every URL it redirects to.
+    """Downloads a URL, if the rules allow its host and the host of every redirect. Open while its block lasts.
 
-    It connects from when its block is entered until it is left. Each connection looks its host up once and goes to one
-    of the addresses that were checked; at the socket, through which literal addresses pass too, they are checked again.
-    No proxy of the environment is used: it would look up for itself. Nothing is unpacked: the bytes on the wire are
-    those that are counted.
+    Each connection resolves its host once, and dials one of the addresses that were checked. The socket checks the
+    address again, because URLs with a literal address are never resolved. Proxies from the environment are not used,
+    because a proxy would resolve the host again. Content is not decompressed, so the size limit counts the bytes that
+    are written.
     """
 
     def __init__(
@@ -135,9 +141,9 @@ class Fetcher:
         total_seconds: float,
         network: Network | None = None,
     ) -> None:
-        """Bound each download by bytes and seconds, and the wait for its turn by the same seconds.
+        """Limit each download to `max_bytes` and `total_seconds`. The wait for a download slot has the same time limit.
 
-        `network` is the machine's own by default.
+        `network` is by default the machine's own.
         """
         self._rules = rules
         self._schemes = ("https", "http") if allow_http else ("https",)
@@ -147,7 +153,7 @@ class Fetcher:
         self._turns = asyncio.Semaphore(MAX_DOWNLOADS)
 
     async def __aenter__(self) -> Self:
-        """Open the session for public addresses, and the one for hosts that the operator vouches for."""
+        """Open two sessions: one for public addresses, and one for the hosts in `allow`."""
         async with AsyncExitStack() as stack:
             network = self._network
             if network is None:
@@ -193,10 +199,10 @@ class Fetcher:
         )
 
     async def fetch(self, url: str, file: MediaFile) -> None:
-        """Write what `url` holds into `file`.
+        """Download `url` into `file`.
 
-        Raises MediaRefused if it is not allowed, not there, too large or too slow, and Overloaded if too many others
-        are being fetched.
+        Raises MediaRefused if the URL is not allowed or the file is too large, FetchFailed if the host does not deliver
+        the file in time, and Overloaded if no download slot becomes free in time.
         """
         target = self.check(url)
         try:
@@ -211,7 +217,7 @@ class Fetcher:
             raise FetchFailed(
                 f"the media was not delivered within {self._total_seconds:g} seconds", code="media_timeout"
             ) from None
-        except (aiohttp.ClientError, OSError, ValueError) as exc:  # ValueError: headers no parser of URLs was made for
+        except (aiohttp.ClientError, OSError, ValueError) as exc:  # ValueError: a redirect to a malformed URL
             raise FetchFailed("the media could not be fetched: its host did not deliver it") from exc
         finally:
             self._turns.release()
@@ -225,7 +231,7 @@ class Fetcher:
         raise FetchFailed(f"the media could not be fetched: more than {MAX_REDIRECTS} redirects")
 
     def check(self, url: str) -> yarl.URL:
-        """Return the URL parsed, as it will be dialled; raise MediaRefused if it may not be."""
+        """Return the parsed URL in the form in which it will be requested; raise MediaRefused if it is not allowed."""
         if any(character <= " " or character in "\\\x7f" for character in url):
             raise _refused("the media URL holds spaces, backslashes or control characters", "invalid_media_url")
         authority = _END_OF_AUTHORITY.split(url.partition("//")[2], maxsplit=1)[0]
@@ -256,13 +262,13 @@ class Fetcher:
         return parsed
 
     async def _get(self, url: yarl.URL, file: MediaFile) -> str | None:
-        """Write the content, or return the URL that the host redirects to."""
+        """Download `url` into `file` and return None, or return the URL that its host redirects to."""
         session = self._excepted if self._rules.excepts(url) else self._public
         async with session.get(url, allow_redirects=False) as answer:
             if answer.status in _REDIRECTS:
                 location = answer.headers.get("location", "")
                 if "\\" in location:
-                    raise FetchFailed("the media could not be fetched: its host redirects to no URL")
+                    raise FetchFailed("the media could not be fetched: its host redirects to an invalid URL")
                 return str(url.join(yarl.URL(location)))
             if answer.status != 200:
                 raise FetchFailed(f"the media could not be fetched: its host answered {answer.status}")

@@ -1,4 +1,4 @@
-"""A medium on its way through the gateway: an unnamed file that knows its size and its SHA-256."""
+"""The content of a medium while a request is served: an unnamed file with its size and SHA-256."""
 
 import hashlib
 import mmap
@@ -19,23 +19,29 @@ T = TypeVar("T")
 
 
 class MediaFile:
-    """What was written so far, at most `max_bytes`. Writes from a thread that was given up do no harm: files lock."""
+    """A file of at most `max_bytes` that counts and hashes what is written to it.
+
+    A thread whose request was cancelled may still be writing. This does no harm, because file objects have a lock.
+    """
 
     def __init__(self, file: IO[bytes], *, max_bytes: int) -> None:
-        """Take an empty file that its opener closes."""
+        """Take an empty file. Whoever opened it closes it."""
         self._file = file
         self._max_bytes = max_bytes
         self._hash = hashlib.sha256()
         self.size_bytes = 0
 
     def write(self, piece: bytes) -> None:
-        """Append; raise MediaRefused if that is too much."""
+        """Append `piece`; raise MediaRefused if the file becomes larger than `max_bytes`."""
         self._count(piece)
         self._hash.update(piece)
         self._file.write(piece)
 
     def write_all(self, pieces: Callable[[], Iterator[bytes]]) -> None:
-        """Append pieces that are cheap to make: a second thread makes them again, to hash them in the meantime."""
+        """Append all `pieces()`, and hash them in a second thread at the same time.
+
+        Each thread calls `pieces` for itself, so making the pieces must be cheap.
+        """
         with ThreadPoolExecutor(1) as second:
             hashed = second.submit(self._hash_all, pieces())
             for piece in pieces():
@@ -54,29 +60,29 @@ class MediaFile:
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of what was written, in hexadecimal."""
+        """The SHA-256 of the content, in hexadecimal."""
         return self._hash.hexdigest()
 
     def descriptor(self) -> int:
-        """Return the file's descriptor, at the file's begin."""
+        """Return the file's descriptor, with its offset at 0."""
         self._file.flush()
         self._file.seek(0)
         return self._file.fileno()
 
     def copy_to(self, file: IO[bytes]) -> None:
-        """Write the content into another file."""
+        """Write the content to another file."""
         self.descriptor()
         shutil.copyfileobj(self._file, file, COPY_BYTES)
 
     def encoded(self, encode: Callable[[mmap.mmap], T]) -> T:
-        """Return what `encode` makes of the content; a file must have some."""
+        """Return `encode(content)`. The file must not be empty."""
         with mmap.mmap(self.descriptor(), 0, access=mmap.ACCESS_READ) as content:
             return encode(content)
 
 
 @contextmanager
 def in_memory(*, max_bytes: int) -> Iterator[MediaFile]:
-    """Give a file in memory, for what came with a request."""
+    """Yield a file in memory, for media that came in the request."""
     with ExitStack() as stack:
         if hasattr(os, "memfd_create"):
             file = stack.enter_context(os.fdopen(os.memfd_create("aot-media"), "w+b"))
@@ -87,11 +93,14 @@ def in_memory(*, max_bytes: int) -> Iterator[MediaFile]:
 
 @contextmanager
 def on_disk(directory: Path | None, *, max_bytes: int) -> Iterator[MediaFile]:
-    """Give a file in `directory`, or where temporary files go, for what comes from elsewhere. It never has a name."""
+    """Yield an unnamed file on disk, for media that did not come in the request.
+
+    The file is in `directory`. If `directory` is None, it is in the system's directory for temporary files.
+    """
     with tempfile.TemporaryFile(dir=directory) as file:
         yield MediaFile(file, max_bytes=max_bytes)
 
 
 def too_large(max_bytes: int) -> MediaRefused:
-    """Return the refusal of what has more than `max_bytes`."""
+    """Return the error for media larger than `max_bytes`."""
     return MediaRefused(f"the media is larger than {max_bytes} bytes", code="media_too_large")

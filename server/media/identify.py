@@ -1,4 +1,4 @@
-"""What a file is, by its first bytes; never by what its sender calls it."""
+"""Identifies the type of a file by its first bytes (magic bytes). The sender's claims about the type are ignored."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ HEAD_BYTES = 512
 
 @dataclass(frozen=True)
 class FileType:
-    """A type an engine may be given: its MIME type, its suffix, and the demuxer that reads it (videos and audio)."""
+    """A file type that engines may get: MIME type, file name suffix and, for videos and audio, libav's demuxer."""
 
     mime: str
     suffix: str
@@ -53,7 +53,7 @@ _SOUND_BRANDS = (b"M4A ", b"M4B ")
 
 
 def identify(head: bytes, kind: Kind) -> FileType | None:
-    """Return the type of the file that begins with `head` if an engine may be given it as `kind`."""
+    """Return the type of the file that begins with `head`, or None if engines may not get it as `kind`."""
     if head[:4] == b"RIFF":
         return _RIFF.get((kind, head[8:12]))
     if kind == "video":
@@ -71,7 +71,7 @@ def _video_container(head: bytes) -> FileType | None:
         if brand in _STILL_BRANDS or brand in _SOUND_BRANDS:
             return None
         return QUICKTIME if brand == b"qt  " else MP4
-    if head[4:8] in (b"moov", b"mdat", b"wide"):  # QuickTime from before there was a ftyp box
+    if head[4:8] in (b"moov", b"mdat", b"wide"):  # old QuickTime files have no ftyp box
         return QUICKTIME
     if head[:4] == b"\x1a\x45\xdf\xa3":
         return WEBM if b"webm" in head[:64] else MATROSKA

@@ -1,4 +1,4 @@
-"""From the media of a request to what its engine may read."""
+"""Takes in the media of a request: fetches or decodes, examines, and replaces each by a URL for the engine."""
 
 import asyncio
 import hashlib
@@ -28,37 +28,37 @@ from server.media.threads import off_loop
 from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
 
-MAX_MEDIA = 64  # in a request; each costs a probe
+MAX_MEDIA = 64  # per request; each costs a probe
 MAX_VIDEOS = 16
 _DATA_URL = re.compile(r"data:(video|image|audio)/([a-z0-9.+-]+);base64,", re.IGNORECASE)
 _HEAD_CHARACTERS = 128
-_DECODED_CHARACTERS = 2**20  # at a time; a multiple of four
+_DECODED_CHARACTERS = 2**20  # per piece; a multiple of four, as base64 is decoded in groups of four
 
 
 class Uploads(Protocol):
-    """Files that clients sent beforehand."""
+    """The files that clients have uploaded."""
 
     async def path_of(self, file_id: str, *, tenant: str) -> Path:
-        """Return where the tenant's file is; raise a GatewayError if there is none of that name."""
+        """Return the path of the tenant's file; raise a GatewayError if the tenant has no file with this id."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A medium that was examined."""
+    """A medium that has been examined."""
 
     file: MediaFile
     type: FileType
     facts: Facts
     url: str = field(repr=False)
-    """A data URL; empty for what goes through the store."""
+    """The content as a data URL. Empty if the engine gets the medium through the store."""
 
 
 @dataclass(frozen=True)
 class Taken:
-    """What was taken in with a request."""
+    """A summary of the media that were taken in with a request."""
 
     key: str | None = None
-    """The videos, by content: requests with the same key go to the same engine."""
+    """The affinity key, a hash of the videos' content. Requests with the same key go to the same engine."""
     video_seconds: float = 0.0
     longest_video: Facts | None = None
 
@@ -68,7 +68,7 @@ NOTHING = Taken()
 
 @dataclass(frozen=True)
 class _Asked:
-    """A request whose media are taken in: on whose behalf, and where the time and the memory are counted."""
+    """The request whose media are taken in: its tenant, and where its time and its memory are counted."""
 
     tenant: str
     record: RequestRecord
@@ -77,7 +77,7 @@ class _Asked:
 
 @dataclass
 class _Tally:
-    """What the media of one request come to."""
+    """The running totals over the media of one request."""
 
     num_videos: int = 0
     size_bytes: int = 0
@@ -99,7 +99,7 @@ class _Tally:
 
 
 class Intake:
-    """Takes in the media of requests. Without a store, engines are given data URLs."""
+    """Takes in the media of requests. Without a store, engines get videos as data URLs."""
 
     def __init__(
         self,
@@ -113,9 +113,10 @@ class Intake:
         secret: bytes,
         metrics: Metrics,
     ) -> None:
-        """Bound the media of a request, each and together, by `max_bytes`, and by what they make an engine decode.
+        """Limit the media of a request, together, to `max_bytes`, and to `max_decoded_bytes` in an engine's memory.
 
-        `secret` makes the names that engines know videos by: nobody without it can tell or forge another's.
+        `secret` is the HMAC key for the names under which engines cache videos. Without it nobody can guess or forge
+        the name of another tenant's video.
         """
         self._fetcher = fetcher
         self._examiner = examiner
@@ -131,17 +132,18 @@ class Intake:
     async def taken(
         self, media: Sequence[MediaPart], *, tenant: str, record: RequestRecord, buffer: Buffer
     ) -> AsyncIterator[Taken]:
-        """Check each medium and put in its place what the engine may read; files last until the block ends.
+        """Check each medium, and replace it in the request by a URL that the engine may read. Yields a summary.
 
-        Gives what the media are. What is fetched to stand in the request is held in `buffer`; `record` gets the times.
-        Raises MediaRefused, with the place as `param`, and Overloaded if something has no room.
+        Files in the store stay there until the block ends. Data URLs that are added to the request count in `buffer`,
+        and times in `record`.
+        Raises MediaRefused, with the medium's place as `param`, and Overloaded if the buffer or the store is full.
         """
         asked, tally = _Asked(tenant, record, buffer), _Tally()
         async with AsyncExitStack() as files:
-            for place, part in enumerate(media):  # in turn: they are few, and one at a time bounds the memory
+            for place, part in enumerate(media):  # one after another, which bounds the memory
                 try:
                     if place >= MAX_MEDIA:
-                        raise MediaRefused(f"at most {MAX_MEDIA} media are taken in a request")
+                        raise MediaRefused(f"a request must hold at most {MAX_MEDIA} media")
                     await self._take(part, asked, files, tally)
                 except MediaRefused as exc:
                     raise MediaRefused(exc.message, param=part.param, code=exc.code) from exc
@@ -151,7 +153,7 @@ class Intake:
         if part.kind == "video":
             tally.num_videos += 1
             if tally.num_videos > MAX_VIDEOS:
-                raise MediaRefused(f"at most {MAX_VIDEOS} videos are taken in a request")
+                raise MediaRefused(f"a request must hold at most {MAX_VIDEOS} videos")
         async with self._clip(part, asked) as clip:
             if clip.url != part.value:
                 asked.buffer.grow(len(clip.url))
@@ -201,7 +203,7 @@ class Intake:
 
     @asynccontextmanager
     async def _given(self, part: MediaPart, asked: _Asked) -> AsyncIterator[Clip]:
-        """Give what came in the request."""
+        """Yield a medium that came in the request."""
         begin = _begin_of_base64(part)
         data, begin = (part.value, begin) if part.payload is None else (part.payload, 0)
         if len(data) - begin > (self._max_bytes + 2) // 3 * 4:
@@ -213,7 +215,7 @@ class Intake:
 
     @asynccontextmanager
     async def _uploaded(self, part: MediaPart, asked: _Asked) -> AsyncIterator[Clip]:
-        """Give what was uploaded before."""
+        """Yield a medium that the tenant has uploaded."""
         if self._uploads is None:
             raise InvalidRequest("this gateway keeps no files", param=part.param)
         try:
@@ -231,7 +233,7 @@ class Intake:
 
     @asynccontextmanager
     async def _fetched(self, part: MediaPart, asked: _Asked) -> AsyncIterator[Clip]:
-        """Give what is behind a URL."""
+        """Yield a medium that is downloaded from its URL."""
         with on_disk(self._folder, max_bytes=self._max_bytes) as file:
             with asked.record.phase("fetch"):
                 await self._fetcher.fetch(part.value, file)
@@ -250,7 +252,7 @@ class Intake:
         return Clip(file, found.type, found.facts, url)
 
     async def _data_url(self, file: MediaFile, part: MediaPart, found: FileType) -> str:
-        """Return the content as a data URL, which for some parts stands in the request already."""
+        """Return the content as a data URL. If the request already holds the data URL, it is returned unchanged."""
         if part.value[:5].lower() == "data:":
             return part.value
         prefix = f"data:{found.mime};base64,"
@@ -267,19 +269,19 @@ def _begin_of_base64(part: MediaPart) -> int:
         raise MediaRefused(
             f"the {part.kind}'s data URL must begin with data:{part.kind}/<type>;base64,", code="invalid_media_url"
         )
-    if part.kind == "video" and head[2].lower() == "jpeg":  # engines read it as a list of frames, of any number
-        raise MediaRefused("lists of frames (data:video/jpeg) are not taken", code="invalid_media_url")
+    if part.kind == "video" and head[2].lower() == "jpeg":  # engines read this as an unbounded list of frames
+        raise MediaRefused("lists of frames (data:video/jpeg) are not accepted", code="invalid_media_url")
     return head.end()
 
 
 def _decode(data: str | memoryview, begin: int, file: MediaFile, kind: Kind) -> None:
-    """Write what the base64 stands for into `file`, in pieces: there is never a second copy of all of it."""
+    """Decode the base64 in `data` from `begin` on into `file`. Large data are decoded in pieces, to save memory."""
     try:
         if len(data) - begin > _DECODED_CHARACTERS:
             file.write_all(partial(_decoded, data, begin))
         else:
             file.write(pybase64.b64decode(data[begin:], validate=True))
-    except ValueError:  # also characters outside ASCII
+    except ValueError:  # also raised for characters outside ASCII
         raise MediaRefused(f"the {kind}'s data is not valid base64", code="invalid_media_url") from None
 
 

@@ -1,4 +1,4 @@
-"""What llm-d's router wants to know of a request's videos, which it can't look into itself."""
+"""Headers that describe a request's video to llm-d's router, which does not open videos itself."""
 
 from server.media.facts import Facts
 
@@ -6,8 +6,8 @@ from server.media.facts import Facts
 def video_headers(video: Facts, *, retention: float | None) -> dict[str, str]:
     """Return the headers from which llm-d estimates a video's tokens: duration in seconds, WxH, frames per second.
 
-    Its estimate grows with the duration, which is therefore scaled by the share of tokens that are kept; None, the
-    engine's own default, is taken for all of them.
+    The estimate is proportional to the duration. So the duration is multiplied by `retention`, to account for the
+    tokens that are dropped. If `retention` is None, the engine's default is unknown here and counts as 1.
     """
     seconds = video.duration_seconds * (1.0 if retention is None else retention)
     headers = {

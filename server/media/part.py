@@ -1,4 +1,4 @@
-"""A medium as it stands in a request."""
+"""A medium in a request, and its place there."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,9 +9,10 @@ Source = Literal["url", "base64", "upload"]
 
 @dataclass
 class MediaPart:
-    """A medium in a message: `value`, which stands at `holder[key]` in the message's `part`, says where it is.
+    """A medium in a message.
 
-    `param` is how an error names the place.
+    `value` is its URL, base64 data or file id, found at `holder[key]` within the message's `part`. Errors name its
+    place as `param`.
     """
 
     kind: Kind
@@ -21,14 +22,14 @@ class MediaPart:
     part: dict[str, Any] = field(repr=False)
     holder: dict[str, Any] = field(repr=False)
     key: str
-    is_plain: bool = False  # verified to be ASCII without a character that JSON escapes
+    is_plain: bool = False  # whether `value` is known to be ASCII without any character that JSON escapes
     payload: memoryview | None = field(default=None, repr=False)
-    """The base64 of a large data URL, as it came; in `value` there is a mark in its place."""
+    """The base64 of a large data URL, unparsed. In `value`, a mark stands in for it."""
 
     def replace(self, url: str, *, uuid: str | None = None) -> None:
-        """Put a URL made by the gateway in the place; a video's with the name that engines know its content by.
+        """Replace the value by `url`, a URL made by the gateway. For a video, add `uuid`, its name in engines' caches.
 
-        Engines read a part with a `uuid` by its keys and not by its type, so nothing else is left in it.
+        Engines read a part with a `uuid` by its keys and not by its type. So all other keys are removed from the part.
         """
         if self.kind == "video":
             self.holder, self.key = {}, "url"

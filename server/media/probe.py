@@ -1,4 +1,4 @@
-"""Looks into media in processes of their own: a file that breaks its reader breaks nothing else."""
+"""Probes media in worker processes, so that a file which crashes its reader harms nothing else."""
 
 import asyncio
 import json
@@ -19,17 +19,20 @@ PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 
 
 class Prober:
-    """Keeps up to `num_workers` worker processes, each for one file at a time."""
+    """A pool of up to `num_workers` worker processes. Each probes one file at a time."""
 
     def __init__(self, *, limits: Limits, seconds: float, num_workers: int = min(4, os.cpu_count() or 1)) -> None:
-        """Start no process until there is a file to probe; `seconds` bounds each, in time and in CPU time."""
+        """Create the pool, whose processes start on demand. `seconds` limits a probe in time and in CPU time."""
         self._limits = limits
         self._seconds = seconds
         self._slots = asyncio.Semaphore(num_workers)
         self._idle: list[_Worker] = []
 
     async def probe(self, descriptor: int, *, kind: str, demuxer: str = "") -> Facts:
-        """Return the facts about the medium in the file `descriptor`; raise ProbeError if there are none to be had."""
+        """Return the facts about the medium in the open file `descriptor`.
+
+        Raises ProbeError if the medium is not allowed or not readable, or if the probe crashes or times out.
+        """
         job = {"kind": kind, "demuxer": demuxer, "limits": asdict(self._limits)}
         async with self._slots:
             worker = await self._worker()
@@ -60,17 +63,17 @@ class Prober:
 
     @property
     def process_ids(self) -> list[int]:
-        """The idle workers' process ids."""
+        """The process ids of the idle workers."""
         return [worker.process.pid for worker in self._idle]
 
     def close(self) -> None:
-        """End the worker processes."""
+        """End the idle worker processes."""
         while self._idle:
             self._idle.pop().close()
 
 
 class _Worker:
-    """One worker process and the gateway's end of its socket."""
+    """One worker process, and the gateway's end of its socket."""
 
     def __init__(self, seconds: float) -> None:
         self._socket, theirs = socket.socketpair()
@@ -81,13 +84,13 @@ class _Worker:
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                env={"PYTHONPATH": str(PACKAGE_ROOT)},  # nothing of the gateway's environment
+                env={"PYTHONPATH": str(PACKAGE_ROOT)},  # no other variables: the gateway's may hold secrets
                 cwd="/",
-                start_new_session=True,  # a Ctrl-C at the gateway must not break probes of requests that may finish
+                start_new_session=True,  # Ctrl-C reaches the gateway only: running requests still need their probes
             )
 
     async def ask(self, job: dict[str, Any], descriptor: int) -> dict[str, Any]:
-        """Return the worker's answer; raise OSError or ValueError if it has none."""
+        """Send a job to the worker and return its answer; raise OSError or ValueError if the worker has crashed."""
         loop = asyncio.get_running_loop()
         socket.send_fds(self._socket, [json.dumps(job).encode() + b"\n"], [descriptor])
         reply = b""

@@ -1,7 +1,7 @@
-"""The process that looks into media.
+"""The worker process that probes media.
 
-It reads jobs from the socket on its standard input, each a line of JSON with the file's descriptor attached, and
-answers each with a line of JSON.
+Jobs arrive on the socket that is the process's standard input. A job is a line of JSON, with the descriptor of the open
+file attached. The answer is a line of JSON too.
 """
 
 import json
@@ -21,19 +21,20 @@ if TYPE_CHECKING:
     from av.container import InputContainer
 
     VideoPacket = Packet[VideoStream]
-    SizeReader = Callable[[VideoPacket | None], tuple[int, int]]  # of a packet, or the end; (0, 0) if it tells none
+    SizeReader = Callable[[VideoPacket | None], tuple[int, int]]  # of a packet, or None at the end; (0, 0) if unknown
 
-MEMORY_BYTES = 2 * 2**30  # address space, of which libav's libraries take a third
+MEMORY_BYTES = 2 * 2**30  # of address space; libav's libraries alone take a third of it
 MESSAGE_BYTES = 64 * 1024
 
 VIDEO_CODECS = (
     *("h264", "hevc", "vp8", "vp9", "av1"),
     *("h263", "flv1", "mjpeg", "mpeg1video", "mpeg2video", "mpeg4", "theora"),
 )
-# Of these, decoders don't read the headers of frames that they skip, or skip none; but there are parsers that do.
+# For these codecs, libav's parsers report the frame size. Their decoders do not read the headers of frames that they
+# skip, or can't skip frames at all.
 _PARSED_CODECS = ("h264", "hevc", "av1")
 _AUDIO_CODECS = ("aac", "alac", "flac", "mp3", "opus", "vorbis", "pcm_f32le", "pcm_s16le", "pcm_s24le", "pcm_u8")
-# libav's own list, of its names for decoders: it opens some before it says what a file holds.
+# The decoders that libav may open, by libav's names. libav opens some of them before it reports what a file holds.
 _DECODERS = ",".join((*VIDEO_CODECS, "flv", "libdav1d", *_AUDIO_CODECS, "mp3float", "libopus", "libvorbis"))
 _IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 MAX_IMAGE_PIXELS = 2**26
@@ -43,10 +44,10 @@ BYTES_PER_SAMPLE = 4
 
 
 class _Frames:
-    """Decodes the first frame of a video; of the others it reads the headers, for what size they are."""
+    """Decodes the first frame of a video, and reads the sizes of all others from their headers."""
 
     def __init__(self, stream: "VideoStream", limits: Limits) -> None:
-        """Take a stream of which nothing has been decoded yet."""
+        """Take a stream from which nothing has been decoded yet."""
         self.largest = (0, 0)
         self._context = context = stream.codec_context
         self._limits = limits
@@ -55,13 +56,16 @@ class _Frames:
         self._note(context.width, context.height)
 
     def read(self, packet: "VideoPacket") -> None:
-        """Raise ProbeError for a frame that is too large, av.FFmpegError if the first can't be decoded."""
+        """Read the next packet.
+
+        Raises ProbeError for a frame that is too large, and av.FFmpegError if the first frame can't be decoded.
+        """
         if not self._is_decoded:
             self._decode(packet)
         self._note(*self._size_in(packet))
 
     def end(self) -> None:
-        """Raise ProbeError if no frame could be decoded."""
+        """Finish reading; raise ProbeError if no frame could be decoded."""
         if not self._is_decoded:
             self._decode(None)
         if not self._is_decoded:
@@ -79,7 +83,7 @@ class _Frames:
 
     def _reader(self, stream: "VideoStream") -> "SizeReader":
         codec = stream.codec_context.codec.canonical_name
-        if codec == "vp9":  # its decoder skips nothing, its parser tells no size
+        if codec == "vp9":  # libav's VP9 decoder can't skip frames, and its parser does not report sizes
             return _vp9_size
         return _parser(stream) if codec in _PARSED_CODECS else self._skim
 
@@ -92,26 +96,26 @@ class _Frames:
         try:
             self._context.decode(packet)
         except FFmpegError:
-            if not self._context.width:  # libav has no size for frames beyond `max_pixels`
+            if not self._context.width:  # libav reports no size for a frame with more than `max_pixels`
                 raise _too_large("grow to too many", self._limits) from None
         return self._context.width, self._context.height
 
 
 def _parser(stream: "VideoStream") -> "SizeReader":
-    """Return what reads sizes with the codec's parser, some of them one packet later."""
+    """Return a function that reads frame sizes with the codec's parser, which may report a size one packet later."""
     from av import CodecContext, Packet
     from av.bitstream import BitStreamFilterContext
 
     codec = stream.codec_context.codec.canonical_name
     parser: Any = CodecContext.create(codec, "r")
     as_stream: Any = None
-    if codec == "hevc":  # in files its frames have no start codes, without which its parser finds none
+    if codec == "hevc":  # the parser needs start codes, which HEVC frames in MP4 files lack
         as_stream = BitStreamFilterContext("hevc_mp4toannexb", stream)
     else:
         parser.extradata = stream.codec_context.extradata
 
     def size_in(packet: "VideoPacket | None") -> tuple[int, int]:
-        parser.width = parser.height = 0  # what is set already, parsers don't tell
+        parser.width = parser.height = 0  # parsers report a size only while none is set
         if as_stream is None or packet is None:
             parser.parse(packet)
         else:
@@ -123,12 +127,15 @@ def _parser(stream: "VideoStream") -> "SizeReader":
 
 
 def _vp9_size(packet: "VideoPacket | None") -> tuple[int, int]:
-    """Return what the header of a VP9 key frame says; others take the size of an earlier one (VP9 bitstream, 6.2)."""
+    """Return the size in the header of a VP9 key frame; (0, 0) for other frames, which reuse an earlier frame's size.
+
+    See section 6.2 of the VP9 bitstream specification.
+    """
     frame = b"" if packet is None else bytes(packet)[:16]
     bits = format(int.from_bytes(frame.ljust(16, b"\0"), "big"), "0128b")
     profile = int(bits[2]) + 2 * int(bits[3])
     at = 4 + (profile == 3)
-    if bits[:2] != "10" or bits[at : at + 2] != "00":  # shows an earlier frame, or is not a key frame
+    if bits[:2] != "10" or bits[at : at + 2] != "00":  # repeats an earlier frame, or is not a key frame
         return 0, 0
     at += 4 + 24 + (profile >= 2)  # the flags, the sync code, the bit depth
     is_rgb = bits[at : at + 3] == "111"
@@ -137,12 +144,12 @@ def _vp9_size(packet: "VideoPacket | None") -> tuple[int, int]:
 
 
 def read_video(descriptor: int, demuxer: str, limits: Limits) -> Facts:
-    """Return the facts about the video in an open file, decoding one frame and reading the headers of the rest.
+    """Return the facts about the video in an open file. One frame is decoded; of the others, only headers are read.
 
-    The demuxer is given, never guessed, and opens nothing else: neither playlists nor scripts are ever followed.
-    Raises ProbeError if it is not a video that is taken, and av.FFmpegError if it is a broken one.
+    The caller names the demuxer, libav does not guess it, and it may open no other file or URL: playlists are never
+    followed. Raises ProbeError if the video is not allowed, and av.FFmpegError if it is broken.
     """
-    import av  # the gateway's own process never loads the decoders
+    import av  # here, so that the gateway's own process never loads the decoders
 
     options = {
         "codec_whitelist": _DECODERS,
@@ -162,7 +169,7 @@ def read_video(descriptor: int, demuxer: str, limits: Limits) -> Facts:
 
 
 def _video_stream(container: "InputContainer", limits: Limits) -> "VideoStream":
-    """Return the video stream, ready to be decoded; raise ProbeError if there is none of a codec that is taken."""
+    """Return the video stream, ready to be decoded; raise ProbeError if there is none or its codec is not supported."""
     from av import VideoStream
 
     stream = next((stream for stream in container.streams if isinstance(stream, VideoStream)), None)
@@ -171,24 +178,24 @@ def _video_stream(container: "InputContainer", limits: Limits) -> "VideoStream":
     context = stream.codec_context
     codec = "an unknown codec" if context is None else context.codec.canonical_name
     if codec not in VIDEO_CODECS:
-        raise ProbeError(f"the video is in {codec}; taken are {', '.join(VIDEO_CODECS)}")
+        raise ProbeError(f"the video is in {codec}; supported codecs are {', '.join(VIDEO_CODECS)}")
     context.options = {"max_pixels": str(limits.max_pixels)}
     stream.thread_count = 1
     return stream
 
 
 class _Packets:
-    """What the packets of a video say: how many frames there are, when they are shown, how large they are."""
+    """Measures a video on its packets: the number of frames, their times and their sizes."""
 
     def __init__(self, stream: "VideoStream", limits: Limits) -> None:
-        """Take a stream of which nothing has been read yet."""
+        """Take a stream from which nothing has been read yet."""
         self._stream = stream
         self._limits = limits
         self._pictures = _Frames(stream, limits)
         self._frames, self._begin, self._end = 0, math.inf, -math.inf
 
     def read(self, packet: "VideoPacket") -> None:
-        """Take in the next packet; raise ProbeError for one that breaks a limit or is damaged."""
+        """Read the next packet; raise ProbeError if it is damaged or exceeds a limit."""
         if packet.is_corrupt:
             raise ProbeError("the video is truncated")
         self._frames += 1
@@ -199,11 +206,11 @@ class _Packets:
         self._pictures.read(packet)
 
     def facts(self, container: "InputContainer") -> Facts:
-        """Return the facts, all packets having been read; raise ProbeError if the header makes false claims."""
+        """Return the facts, after all packets have been read; raise ProbeError if the header's claims are false."""
         self._pictures.end()
         stream, frames = self._stream, self._frames
         _check_frames(stream.frames, self._limits)
-        if stream.frames > 10 * frames + 100:  # clips that were cut without encoding them anew claim what they were
+        if stream.frames > 10 * frames + 100:  # tolerant: a clip cut without re-encoding keeps the old header
             raise ProbeError(f"the video claims {stream.frames} frames and holds {frames}")
         seconds_per_tick = float(stream.time_base or 0)
         measured = (self._end - self._begin) * seconds_per_tick if self._end > self._begin else 0.0
@@ -226,7 +233,7 @@ class _Packets:
 
 
 def read_audio(descriptor: int, demuxer: str, limits: Limits) -> Facts:
-    """Return the facts about the audio clip in an open file, decoding nothing; raises as `read_video`."""
+    """Return the facts about the audio clip in an open file, without decoding it; raises as `read_video` does."""
     import av
 
     options = {"codec_whitelist": _DECODERS, "protocol_whitelist": "none"}
@@ -236,7 +243,7 @@ def read_audio(descriptor: int, demuxer: str, limits: Limits) -> Facts:
             raise ProbeError("the file holds no audio stream")
         codec = stream.codec_context.codec.canonical_name
         if codec not in _AUDIO_CODECS:
-            raise ProbeError(f"the audio is in {codec}; taken are {', '.join(_AUDIO_CODECS)}")
+            raise ProbeError(f"the audio is in {codec}; supported codecs are {', '.join(_AUDIO_CODECS)}")
         measured = sum(packet.duration or 0 for packet in container.demux(stream)) * float(stream.time_base)
         claimed = float((stream.duration or 0) * stream.time_base)
         seconds = max(measured, claimed)
@@ -248,7 +255,7 @@ def read_audio(descriptor: int, demuxer: str, limits: Limits) -> Facts:
 
 
 def read_image(descriptor: int, demuxer: str, limits: Limits) -> Facts:
-    """Return the facts about the image in an open file, from its header; raise ProbeError if it is too large."""
+    """Return the facts about the image in an open file, from its header only; raise ProbeError if it is too large."""
     from PIL import Image
 
     del demuxer, limits
@@ -302,17 +309,17 @@ def _answer(line: bytes, descriptor: int) -> dict[str, Any]:
         return {"error": str(exc), "code": exc.code}
     except (MemoryError, OverflowError):
         return {"error": f"the {kind} could not be read within the limits", "code": None}
-    except Exception:  # libav's and Pillow's errors, and what a damaged file makes of their bindings
+    except Exception:  # errors of libav and Pillow, and any other that a damaged file causes in their bindings
         return {"error": f"the {kind} is truncated or broken", "code": None}
 
 
 def main(cpu_seconds: int) -> None:
-    """Answer jobs until the gateway is gone."""
+    """Answer jobs until the gateway closes the socket. `cpu_seconds` limits the CPU time of each job."""
     import av
     from PIL import Image
 
     av.logging.set_level(None)
-    Image.MAX_IMAGE_PIXELS = None  # Pillow would warn; the limit here is the reader's
+    Image.MAX_IMAGE_PIXELS = None  # turns off Pillow's own warning: `read_image` checks the size
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -1,4 +1,4 @@
-"""One piece of work for all who want the same thing at the same time."""
+"""Deduplicates concurrent work: requests that need the same resource at the same time share it."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -9,9 +9,10 @@ T = TypeVar("T")
 
 
 class Shared(Generic[T]):
-    """Opens a thing once for all who ask for it, under one key, before it is there; whoever asks later gets a new one.
+    """Opens a resource once for all callers that ask for the same key while it is being opened.
 
-    It is closed when the last of them leaves; if that is before it is there, its opening is cancelled.
+    A caller that asks after the resource has been opened opens a new one. The resource is closed when its last holder
+    leaves. If all holders leave before it has been opened, the opening is cancelled.
     """
 
     def __init__(self) -> None:
@@ -20,7 +21,10 @@ class Shared(Generic[T]):
 
     @asynccontextmanager
     async def held(self, key: str, opened: Callable[[], AbstractAsyncContextManager[T]]) -> AsyncIterator[T]:
-        """Give what `opened` gives, or what is being opened under `key`; raise what the opening raises."""
+        """Yield the resource that is being opened under `key`, or else the one that `opened()` opens.
+
+        Raises the error of the opening, for every caller that shares it.
+        """
         lease = self._opening.get(key)
         if lease is None:
             lease = self._opening[key] = _Lease(opened)
@@ -40,7 +44,7 @@ class Shared(Generic[T]):
 
 
 class _Lease(Generic[T]):
-    """A thing that a task of its own opens and closes, so that none of its holders has to outlive the others."""
+    """A shared resource. A task of its own opens and closes it, so that its holders may leave in any order."""
 
     def __init__(self, opened: Callable[[], AbstractAsyncContextManager[T]]) -> None:
         self.ready: asyncio.Future[T] = asyncio.get_running_loop().create_future()
@@ -58,14 +62,14 @@ class _Lease(Generic[T]):
                 raise
             if isinstance(exc, Exception):
                 self.ready.set_exception(exc)
-                self.ready.exception()  # seen, even if all who waited for it have left
+                self.ready.exception()  # marks it as retrieved: asyncio would log it if all holders have left
             else:
                 self.ready.cancel()
 
     async def end(self) -> None:
-        """Close the thing, or give up opening it."""
+        """Close the resource, or cancel its opening."""
         if self.ready.done():
             self._unused.set()
         else:
             self._task.cancel()
-        await asyncio.wait([self._task])  # unlike awaiting it, this neither cancels it nor hides a cancellation
+        await asyncio.wait([self._task])  # not `await self._task`: our own cancellation must not cancel the task

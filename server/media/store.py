@@ -1,4 +1,7 @@
-"""A directory of videos that engines read: named by content, written atomically, bounded in bytes and age."""
+"""The media store: a directory of videos that engines read.
+
+Files are named by the SHA-256 of their content, written atomically, and bounded in total size and in age.
+"""
 
 import asyncio
 import fcntl
@@ -19,10 +22,13 @@ _OURS = re.compile(r"[0-9a-f]{64}\.[a-z0-9]{2,5}|\.incoming-.*")
 
 
 class MediaStore:
-    """Files under one directory. What a request holds is locked (`flock`), and no gateway on the host evicts it."""
+    """The files in one directory, which several gateways on a host may share.
+
+    A file that a request holds has a shared lock (`flock`). No gateway on the host evicts a file with a lock.
+    """
 
     def __init__(self, directory: Path, *, max_bytes: int, max_age_seconds: float) -> None:
-        """Take the directory as it is: files from an earlier run, and those of other gateways, count."""
+        """Use the directory with its present content: files of earlier runs and of other gateways count too."""
         self.directory = directory
         self._max_bytes = max_bytes
         self._max_age_seconds = max_age_seconds
@@ -30,9 +36,9 @@ class MediaStore:
 
     @asynccontextmanager
     async def held(self, media: MediaFile, *, suffix: str) -> AsyncIterator[Path]:
-        """Give the file with the content of `media`, there until the block ends; raise Overloaded if there is no room.
+        """Yield the path of a file with the content of `media`. The file stays in the store until the block ends.
 
-        `media` need not last as long.
+        `media` itself may be closed earlier. Raises Overloaded if the store is full.
         """
         path = self.directory / f"{media.digest}{suffix}"
         async with self._writing:
@@ -41,18 +47,18 @@ class MediaStore:
             yield path
 
     async def sweep(self) -> None:
-        """Delete what is too old."""
+        """Delete files that are too old, unless a request holds them."""
         async with self._writing:
             await asyncio.to_thread(self._make_room, 0)
 
     async def watch(self) -> None:
-        """Sweep for ever."""
+        """Sweep periodically, forever."""
         while True:
             await asyncio.sleep(min(60.0, self._max_age_seconds / 4))
             await self.sweep()
 
     def _placed(self, path: Path, media: MediaFile) -> IO[bytes]:
-        """Return the file at `path`, locked; written if it is not there whole."""
+        """Return the file at `path`, open and locked. Write it first if it is missing or incomplete."""
         file = _locked(path, media.size_bytes)
         if file is None:
             self._make_room(media.size_bytes)
@@ -92,7 +98,7 @@ class MediaStore:
 
 
 def _locked(path: Path, size_bytes: int) -> IO[bytes] | None:
-    """Return the file at `path` if it is there whole, used just now and held from now on."""
+    """Return the file at `path`, open, locked and marked as just used; None if it is missing or incomplete."""
     with ExitStack() as undo:
         try:
             file = undo.enter_context(path.open("rb"))
@@ -100,16 +106,16 @@ def _locked(path: Path, size_bytes: int) -> IO[bytes] | None:
             return None
         fcntl.flock(file, fcntl.LOCK_SH)
         stat = os.fstat(file.fileno())
-        if not stat.st_nlink or stat.st_size != size_bytes:  # evicted before it was locked, or cut short by a crash
+        if not stat.st_nlink or stat.st_size != size_bytes:  # evicted before it was locked, or truncated by a crash
             return None
-        with suppress(PermissionError):  # another gateway, of another user, wrote it
+        with suppress(PermissionError):  # the file belongs to another gateway, which runs as another user
             os.utime(file.fileno())
         undo.pop_all()
     return file
 
 
 def _evicted(path: str) -> bool:
-    """Return whether the file is gone: it stays if somebody holds it."""
+    """Delete the file unless a request holds it; return whether the file is gone."""
     with suppress(FileNotFoundError), open(path, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,7 +1,8 @@
-"""Videos that clients uploaded, in a directory for each tenant: the content, and beside it what it is.
+"""The store of uploaded videos: a directory per tenant, with two files per upload, the content and its description.
 
-A file is there once its description is, which is written last and appears at once; what a crash leaves before that is
-swept away. Nothing is kept in memory, so gateways may share the directory.
+An upload exists as soon as its description does. The description is written last and atomically, so a crash leaves
+nothing but files without a description, which are swept away. Nothing is kept in memory, so several gateways may share
+the directory.
 """
 
 import asyncio
@@ -25,21 +26,21 @@ from server.media.examine import Examiner
 
 logger = logging.getLogger(__name__)
 
-MAX_FILES: Final = 10_000  # of a tenant: listing them reads names, and a page of descriptions
+MAX_FILES: Final = 10_000  # per tenant, because listing files reads all their names and a page of descriptions
 SWEEP_SECONDS: Final = 300.0
-ABANDONED_SECONDS: Final = 3600.0  # far longer than an upload may take
+ABANDONED_SECONDS: Final = 3600.0  # far longer than any upload takes
 WRITE_BYTES: Final = 2**20
 ID_PATTERN: Final = r"^file-[0-9a-f]{32}$"
 _ID = re.compile(ID_PATTERN)
 _CONTENT, _DESCRIPTION, _INCOMING = ".video", ".json", ".incoming-"
-_NO_TENANT = "_open"  # no tenant's name begins so
+_NO_TENANT = "_open"  # no tenant can have this name: tenants' names begin with a letter or digit
 _TENANT = re.compile(rf"{_NO_TENANT}|[a-z0-9][a-z0-9._-]*")
 
 Order = Literal["asc", "desc"]
 
 
 class VideoFacts(BaseModel):
-    """What the gateway found out about an uploaded video."""
+    """The facts that the gateway found out about an uploaded video."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -51,7 +52,7 @@ class VideoFacts(BaseModel):
 
 
 class FileObject(BaseModel):
-    """An uploaded file, as OpenAI describes one, with what the gateway found out about it in `aot`."""
+    """OpenAI's file object, with the facts about the video in `aot`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -67,7 +68,7 @@ class FileObject(BaseModel):
 
 
 class FilePage(BaseModel):
-    """A part of a tenant's files."""
+    """One page of a tenant's files."""
 
     object: Literal["list"] = "list"
     data: list[FileObject]
@@ -77,10 +78,10 @@ class FilePage(BaseModel):
 
 
 class Incoming:
-    """A file on its way in."""
+    """A file that is being uploaded."""
 
     def __init__(self, path: Path, descriptor: int, *, max_bytes: int) -> None:
-        """Write to an open file at `path`."""
+        """Write to the open file `descriptor`, which is at `path`."""
         self.path = path
         self.descriptor = descriptor
         self.size_bytes = 0
@@ -88,7 +89,7 @@ class Incoming:
         self._waiting = bytearray()
 
     async def write(self, piece: bytes) -> None:
-        """Append; raise MediaRefused if that is too much."""
+        """Append `piece`; raise MediaRefused if the file becomes larger than `max_bytes`."""
         self.size_bytes += len(piece)
         if self.size_bytes > self._max_bytes:
             raise MediaRefused(f"the file is larger than {self._max_bytes} bytes", param="file", code="media_too_large")
@@ -97,13 +98,13 @@ class Incoming:
             await self.flush()
 
     async def flush(self) -> None:
-        """Write what waits."""
+        """Write the buffered bytes to the file."""
         waiting, self._waiting = self._waiting, bytearray()
         await asyncio.to_thread(_write_all, self.descriptor, waiting)
 
 
 class FileStore:
-    """The tenants' files."""
+    """The uploaded files of all tenants."""
 
     def __init__(
         self,
@@ -114,7 +115,10 @@ class FileStore:
         tenant_bytes: int,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """Take the directory as it is. `max_bytes` bounds a file, `tenant_bytes` all of a tenant's."""
+        """Use `directory` with its present content.
+
+        A file may have at most `max_bytes`, and all files of a tenant together at most `tenant_bytes`.
+        """
         self._directory = directory
         self._examiner = examiner
         self.max_bytes = max_bytes
@@ -124,9 +128,10 @@ class FileStore:
 
     @asynccontextmanager
     async def incoming(self, *, tenant: str, size_bytes: int | None) -> AsyncIterator[Incoming]:
-        """Give a file to write to, which is gone after the block unless it was kept.
+        """Yield a file to write to. It is deleted when the block ends, unless `keep` has made it a file of the tenant.
 
-        Room is set aside for `size_bytes`, or for the largest file. Raises InvalidRequest if the tenant has none left.
+        `size_bytes` of the tenant's quota are reserved while the block lasts. If the size is unknown (None), the size
+        of the largest possible file is reserved. Raises InvalidRequest if the tenant's quota is used up.
         """
         size_bytes = self.max_bytes if size_bytes is None else min(size_bytes, self.max_bytes)
         self._reserved[tenant] += size_bytes
@@ -143,12 +148,12 @@ class FileStore:
     async def keep(
         self, incoming: Incoming, *, tenant: str, filename: str, expires_after_seconds: int | None
     ) -> FileObject:
-        """Make a file of what came in, under a new id; raise MediaRefused if it is no video that requests may use."""
+        """Make `incoming` a file of the tenant, under a new id; raise MediaRefused if it is not an allowed video."""
         await incoming.flush()
         facts = await self._facts_about(incoming)
         now = self._clock()
         file = FileObject(
-            id=f"file-{int(now * 1000):012x}{secrets.token_hex(10)}",  # so that ids sort by age
+            id=f"file-{int(now * 1000):012x}{secrets.token_hex(10)}",  # begins with the time, so that ids sort by age
             bytes=incoming.size_bytes,
             created_at=int(now),
             expires_at=None if expires_after_seconds is None else int(now) + expires_after_seconds,
@@ -159,19 +164,22 @@ class FileStore:
         return file
 
     async def get(self, file_id: str, *, tenant: str) -> FileObject:
-        """Return the tenant's file; raise UnknownFile if it has none of that id, or had."""
+        """Return the tenant's file; raise UnknownFile if the tenant has no file with this id or it has expired."""
         file = await asyncio.to_thread(self._read, self._folder(tenant), file_id) if _ID.fullmatch(file_id) else None
         if file is None:
             raise UnknownFile(f"there is no file {file_id[:80]!r}", param="file_id")
         return file
 
     async def path_of(self, file_id: str, *, tenant: str) -> Path:
-        """Return where the tenant's file is; raises as `get` does. Whoever opens it may find it deleted since."""
+        """Return the path of the content of the tenant's file; raises UnknownFile as `get` does.
+
+        The file may be deleted before the caller opens it.
+        """
         await self.get(file_id, tenant=tenant)
         return self._folder(tenant) / f"{file_id}{_CONTENT}"
 
     async def page(self, *, tenant: str, after: str | None, limit: int, order: Order) -> FilePage:
-        """Return up to `limit` of the tenant's files by age, those that come after the id `after`."""
+        """Return up to `limit` of the tenant's files in the order of their age, beginning after the id `after`."""
         files = await asyncio.to_thread(self._list, self._folder(tenant), after, limit + 1, order)
         data = files[:limit]
         return FilePage(
@@ -182,16 +190,16 @@ class FileStore:
         )
 
     async def delete(self, file_id: str, *, tenant: str) -> None:
-        """Delete the tenant's file; raises as `get` does."""
+        """Delete the tenant's file; raises UnknownFile as `get` does."""
         await self.get(file_id, tenant=tenant)
         await asyncio.to_thread(_remove, self._folder(tenant), file_id)
 
     async def sweep(self) -> None:
-        """Delete what has expired, and what interrupted uploads have left."""
+        """Delete files that have expired, and the remains of interrupted uploads."""
         await asyncio.to_thread(self._sweep)
 
     async def watch(self) -> None:
-        """Sweep for ever."""
+        """Sweep periodically, forever."""
         while True:
             try:
                 await self.sweep()
@@ -208,13 +216,15 @@ class FileStore:
         sizes = [entry.stat().st_size for entry in os.scandir(folder) if entry.name.endswith(_CONTENT)]
         if sum(sizes) + self._reserved[tenant] > self._tenant_bytes:
             raise InvalidRequest(
-                f"your files would take more than the {self._tenant_bytes} bytes there are for them: delete some",
+                f"your files would exceed your quota of {self._tenant_bytes} bytes: delete some of them",
                 param="file",
                 code="file_quota_exceeded",
             )
         if len(sizes) >= MAX_FILES:
             raise InvalidRequest(
-                f"there are {MAX_FILES} files already: delete some", param="file", code="file_quota_exceeded"
+                f"you have {MAX_FILES} files, the largest number allowed: delete some of them",
+                param="file",
+                code="file_quota_exceeded",
             )
         return folder
 
@@ -300,7 +310,7 @@ def _ids(folder: Path) -> Iterator[str]:
 
 
 def _remove(folder: Path, file_id: str) -> None:
-    """Delete a file, its description first: from then on it is not there."""
+    """Delete a file. The description is deleted first, because without it the file no longer exists for clients."""
     for suffix in (_DESCRIPTION, _CONTENT):
         (folder / f"{file_id}{suffix}").unlink(missing_ok=True)
     _sync_directory(folder)

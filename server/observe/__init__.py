@@ -1,1 +1,1 @@
-"""What happened: the record of a request, and the metrics, traces and log lines made from it."""
+"""Observability: the record of each request, and the metrics, traces and log lines that are made from it."""

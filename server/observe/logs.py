@@ -1,4 +1,4 @@
-"""Log records as JSON lines: what happened and to which request, never a body, a message or a key."""
+"""Log records as JSON lines. A line says what happened to which request, and never holds a body, a message or a key."""
 
 import json
 import logging
@@ -11,10 +11,13 @@ _STANDARD = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime
 
 
 class JSONLines(logging.Formatter):
-    """One JSON object a line; whatever is passed as `extra` becomes fields."""
+    """Formats a log record as one line with a JSON object. The keys of `extra` become fields of the object."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the record as JSON. Of exceptions only type and frames: their texts may quote a request."""
+        """Return the record as JSON.
+
+        Of an exception, only the type and the stack frames are logged, because its message may quote a request.
+        """
         line: dict[str, object] = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z",
             "level": record.levelname.lower(),
@@ -31,7 +34,7 @@ class JSONLines(logging.Formatter):
 
 
 def configure(level: str, stream: TextIO | None = None) -> None:
-    """Send the gateway's and uvicorn's records to `stream` (stdout) as JSON lines."""
+    """Write the log records of the gateway and of uvicorn to `stream`, by default stdout, as JSON lines."""
     handler = logging.StreamHandler(sys.stdout if stream is None else stream)
     handler.setFormatter(JSONLines())
     for name in ("server", "uvicorn"):
@@ -40,4 +43,4 @@ def configure(level: str, stream: TextIO | None = None) -> None:
         logger.propagate = False
         logger.setLevel(level.upper())
     logging.getLogger("asyncio").handlers = [handler]
-    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # below is what clients send, which they are told
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # its warnings quote what clients send

@@ -1,4 +1,4 @@
-"""Every metric of the gateway, once, on a registry that is handed in."""
+"""All metrics of the gateway, registered on an injected registry."""
 
 from typing import Final
 
@@ -9,7 +9,7 @@ from server.errors import REASONS
 from server.observe.record import RequestRecord
 
 PREFIX: Final = "aot_gateway_"
-NO_TENANT: Final = "none"  # the gateway is open
+NO_TENANT: Final = "none"  # the label's value where the gateway needs no keys
 
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _TTFT = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 7.5, 10, 15, 20, 30, 45, 60, 90, 120)
@@ -21,7 +21,10 @@ _SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
 
 
 class Metrics:
-    """The gateway's metrics. Labels come from closed sets: routes, reasons, engine numbers, what is configured."""
+    """The gateway's metrics.
+
+    Label values come from closed sets only: routes, reasons, engine numbers, known models and configured tenants.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
         """Register everything on `registry`."""
@@ -35,11 +38,11 @@ class Metrics:
             (self.upstream_retries, ("connect", "refused")),
             (self.affinity, ("hit", "spilled", "none")),
         ):
-            for outcome in outcomes:  # a counter that begins with its first event hides that event from rate()
+            for outcome in outcomes:  # every counter starts at 0: without this, rate() would miss its first event
                 counted.labels(outcome)
 
     def count(self, record: RequestRecord, seconds: float) -> None:
-        """Count a request that took so long and has ended."""
+        """Count a request that has ended after `seconds`."""
         status_class, stream = f"{record.status // 100}xx", str(record.stream).lower()
         self.requests.labels(record.route, record.model, status_class, stream).inc()
         self.request_duration.labels(record.route, stream).observe(seconds)
@@ -93,7 +96,7 @@ class Metrics:
         )
         self.video_bytes = self._histogram("video_bytes", "Size of each video taken in", _BYTES)
         self.video_duration = self._histogram("video_duration_seconds", "Duration of each video taken in", _SECONDS)
-        self.probes = self._counter("probes_total", "Media looked into; those seen before are not looked into again")
+        self.probes = self._counter("probes_total", "Media probed; facts about known content come from a cache")
 
     def _declare_admission(self) -> None:
         self.tenant_usage = self._counter(
@@ -103,7 +106,7 @@ class Metrics:
             "limits_backend_up", "0 while limits are not shared because Redis is out of reach"
         )
         self.inflight_requests = self._gauge("inflight_requests", "Generating requests inside the gateway")
-        self.buffered_bytes = self._gauge("buffered_bytes", "What requests hold in memory beyond 64 KiB each")
+        self.buffered_bytes = self._gauge("buffered_bytes", "Bytes that requests hold in memory, beyond 64 KiB each")
         self.queue_depth = self._gauge("queue_depth", "Generating requests waiting for an engine")
 
     def _declare_engines(self) -> None:

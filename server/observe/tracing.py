@@ -1,7 +1,7 @@
-"""OpenTelemetry spans for operators who export them: one for each API request, below it its phases and its engines.
+"""OpenTelemetry spans: one for each API request, with child spans for its phases and for its engines.
 
-Imported only where an exporter is configured; the SDK then reads everything else, sampling too, from its own OTEL_*
-variables.
+This module is imported only if an exporter is configured. The SDK reads all other settings, sampling included, from
+its own OTEL_* variables.
 """
 
 import asyncio
@@ -32,10 +32,10 @@ LAST_EXPORT_SECONDS: Final = 2.0
 
 
 class Tracing:
-    """Makes spans, which `exporter` takes away in a thread of its own."""
+    """Creates spans, and exports them in a background thread."""
 
     def __init__(self, exporter: SpanExporter) -> None:
-        """Trace as the environment says."""
+        """Export to `exporter`. Sampling and resource attributes come from the OTEL_* variables."""
         self._exporter = exporter
         named = Resource({SERVICE_NAME: "aot-gateway"}).merge(OTELResourceDetector().detect())
         self._provider = TracerProvider(resource=Resource.create().merge(named), shutdown_on_exit=False)
@@ -44,11 +44,11 @@ class Tracing:
 
     @classmethod
     def over_otlp(cls) -> Self:
-        """Return what exports to where the environment says."""
+        """Return a Tracing that exports over OTLP to the endpoint in the OTEL_* variables."""
         return cls(OTLPSpanExporter())
 
     async def close(self) -> None:
-        """Export what is left; a collector that is gone is not waited for."""
+        """Export the remaining spans, within LAST_EXPORT_SECONDS if the collector does not answer."""
         exporting = asyncio.create_task(asyncio.to_thread(self._provider.shutdown))
         _, late = await asyncio.wait({exporting}, timeout=LAST_EXPORT_SECONDS)
         if late:
@@ -56,7 +56,7 @@ class Tracing:
         await exporting
 
     def begin(self, headers: Mapping[str, str], method: str) -> "RequestTrace":
-        """Return the trace of a request that has just come in; it continues its client's, if there is one."""
+        """Return the trace of a new request. It continues the client's trace if `headers` carry one."""
         span = self._tracer.start_span("request", context=extract(headers), kind=SpanKind.SERVER)
         span.set_attribute("http.request.method", method)
         return RequestTrace(self._tracer, span)
@@ -66,21 +66,21 @@ class RequestTrace:
     """The spans of one request. Times are perf_counter seconds."""
 
     def __init__(self, tracer: Tracer, span: Span) -> None:
-        """Continue below `span`."""
+        """Add all further spans as children of `span`."""
         self._tracer = tracer
         self._span = span
         self._context = set_span_in_context(span)
         self._epoch = time.time() - perf_counter()
 
     def phase(self, name: str, begin: float, end: float) -> None:
-        """Add a span for something the gateway did."""
+        """Add a span for one phase of the gateway's own work."""
         if self._span.is_recording():
             span = self._tracer.start_span(name, context=self._context, start_time=self._nanoseconds(begin))
             span.end(end_time=self._nanoseconds(end))
 
     @contextmanager
     def engine(self, name: str) -> Iterator[dict[str, str]]:
-        """Hold a span open while an engine has the request; gives the headers that let the engine continue it."""
+        """Hold a span open while an engine has the request; yield the headers that continue the trace there."""
         span = self._tracer.start_span("engine", context=self._context, kind=SpanKind.CLIENT)
         span.set_attribute("aot.engine", name)
         carrier: dict[str, str] = {}
@@ -91,7 +91,7 @@ class RequestTrace:
             span.end()
 
     def end(self, record: RequestRecord, *, tenant: str) -> None:
-        """Close the request's span with what is known at its end."""
+        """Close the request's span, with the attributes that are known at its end."""
         operation = OPERATIONS.get(record.route)
         attributes: dict[str, Any] = {
             "http.route": record.route,

@@ -1,1 +1,1 @@
-"""What a request says: parsed, checked against the operator's bounds, made ready for the engine."""
+"""Requests: parsed, checked against the operator's bounds, and rewritten for the engine."""

@@ -1,4 +1,4 @@
-"""Parser of chat requests: the fields that the gateway reads. Everything else passes through as it came."""
+"""Parses chat requests. The gateway reads only the fields it needs; all others pass through unchanged."""
 
 import re
 from collections.abc import Iterator
@@ -21,7 +21,7 @@ from server.requests.fields import (
 from server.requests.parameters import OPERATOR_FIELDS
 
 URL_KEYS: dict[str, Kind] = {"video_url": "video", "image_url": "image", "audio_url": "audio"}
-PART_TYPES = {"image_url": "input_image"}  # what else parts with that key may be called
+PART_TYPES = {"image_url": "input_image"}  # another `type` that engines accept for a part with this key
 MEDIA_KEYS = (*URL_KEYS, "input_audio", "file")
 LARGE_VALUE_CHARACTERS = 65_536
 MAX_SET_ASIDE = 1024
@@ -32,7 +32,7 @@ _MARK_CHARACTERS = 36
 
 @dataclass
 class ParsedChat:
-    """A chat request as parsed, and what was read from it."""
+    """A parsed chat request: all its fields, and the values that the gateway has read from them."""
 
     fields: dict[str, Any]
     model: str
@@ -43,11 +43,11 @@ class ParsedChat:
 
     @property
     def has_video(self) -> bool:
-        """Whether any part is a video."""
+        """Whether at least one part is a video."""
         return any(part.kind == "video" for part in self.media)
 
     def address_to(self, target: Target) -> None:
-        """Rewrite for the engine: its model name, the retention, and the usage that the savings are reported in."""
+        """Rewrite the fields for the engine: its name for the model, the retention, and `include_usage` in streams."""
         self.fields["model"] = target.engine_model
         for name in ("aot", *OPERATOR_FIELDS):
             self.fields.pop(name, None)
@@ -57,19 +57,19 @@ class ParsedChat:
             ask_for_usage(self.fields, usage_wanted=self.usage_wanted)
 
     def forget_content(self) -> None:
-        """Let go of the messages, which may hold megabytes; what was read from them stays."""
+        """Release the messages, which may hold megabytes. The values read from them remain."""
         self.fields.clear()
         self.media.clear()
 
     def reader(self, savings: Savings | None) -> ChatStream:
-        """Return what reads the engine's stream."""
+        """Return the parser for the engine's stream."""
         return ChatStream(savings=savings, usage_wanted=self.usage_wanted)
 
     def serialise(self) -> list[bytes | memoryview]:
-        """Return the request as JSON, in pieces; raise InvalidRequest for what JSON can't carry.
+        """Return the request as JSON, in pieces; raise InvalidRequest for a value that JSON can't represent.
 
-        Large media are pieces of their own, as they came: escaping, encoding or copying megabytes of base64 that need
-        none of it would be the largest cost of a video request.
+        Each large medium is a piece of its own and is passed on unchanged. Base64 needs no escaping, and escaping,
+        encoding or copying megabytes of it would be the largest cost of a video request.
         """
         aside = {part.value[-_MARK_CHARACTERS:]: part.payload for part in self.media if part.payload is not None}
         large = [part for part in self.media if part.is_plain and len(part.value) >= LARGE_VALUE_CHARACTERS]
@@ -88,11 +88,10 @@ class ParsedChat:
 def parse_chat_request(body: bytes | bytearray) -> ParsedChat:
     """Return the request in `body`.
 
-    Raises InvalidRequest if it is no chat request, ForbiddenField for parts of kinds that are not taken, and
-    what `read_aot` raises.
-
-    Large data URLs are set aside first, so that little is left for the JSON parser. One that turns out not to be a
-    medium is parsed after all.
+    Large data URLs are set aside first, so that the JSON parser has little to read. If one of them turns out not to be
+    a medium, the whole body is parsed again, with nothing set aside.
+    Raises InvalidRequest if the body is not a chat request, ForbiddenField for a part or field that clients may not
+    send, and the errors of `read_aot`.
     """
     light, payloads = _set_aside(body)
     chat = _read_request(light)
@@ -102,7 +101,7 @@ def parse_chat_request(body: bytes | bytearray) -> ParsedChat:
 
 
 def _set_aside(body: bytes | bytearray) -> tuple[bytes | bytearray, dict[str, memoryview]]:
-    """Return `body` with a mark in the place of each large string of base64, and those by their marks."""
+    """Return `body` with a unique mark in place of each large base64 string, and a mapping from marks to strings."""
     view = memoryview(body)
     pieces: list[bytes | memoryview] = []
     payloads: dict[str, memoryview] = {}
@@ -141,7 +140,10 @@ def _read_request(body: bytes | bytearray) -> ParsedChat:
 
 
 def _media_parts(messages: list[Any]) -> Iterator[MediaPart]:
-    """Yield every medium. Engines take parts without a type too, and URLs without an object around them."""
+    """Yield every medium in `messages`.
+
+    A part may lack its `type`, and a URL may be a plain string instead of an object, because engines accept both.
+    """
     for i, message in enumerate(messages):
         content = message.get("content") if isinstance(message, dict) else None
         for j, part in enumerate(content if isinstance(content, list) else ()):
@@ -156,7 +158,7 @@ def _media_parts(messages: list[Any]) -> Iterator[MediaPart]:
                 raise InvalidRequest(f"{where} must hold one of {' and '.join(keys)}, not both", param=where)
             kind = part.get("type")
             if kind is not None and kind not in (keys[0], PART_TYPES.get(keys[0])):
-                raise InvalidRequest(f"{where}.type must be {keys[0]} where the part holds one", param=where)
+                raise InvalidRequest(f"{where}.type must be {keys[0]}, because the part has that key", param=where)
             yield _media_part(part, keys[0], f"{where}.{keys[0]}")
 
 

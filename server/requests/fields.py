@@ -1,4 +1,4 @@
-"""The fields that requests of all generating endpoints have, and the JSON that they are read from and written to."""
+"""The fields that all generating endpoints share, and the conversion of requests from and to JSON."""
 
 import json
 import math
@@ -7,11 +7,14 @@ from typing import Any
 from server.errors import InvalidRequest
 from server.requests.aot import read_aot
 
-MOST_VALUES = 500_000  # parsing more would hold up everybody else's requests, and take a hundred times their size
+MOST_VALUES = 500_000  # parsing more would block the event loop, and take a hundred times the body's size in memory
 
 
 def read_stream_fields(fields: dict[str, Any]) -> tuple[str, bool, bool]:
-    """Return the model, whether a stream is wanted and whether its usage is; raise InvalidRequest."""
+    """Return the model, whether the client wants a stream, and whether it wants usage in the stream.
+
+    Raises InvalidRequest if the model is missing or a field has the wrong type.
+    """
     model = fields.get("model")
     if not isinstance(model, str) or not model:
         raise InvalidRequest("you must provide a model parameter", param="model")
@@ -25,23 +28,29 @@ def read_stream_fields(fields: dict[str, Any]) -> tuple[str, bool, bool]:
 
 
 def ask_for_usage(fields: dict[str, Any], *, usage_wanted: bool) -> None:
-    """Have a stream end with its usage, which the gateway counts and hides from a client that does not want it."""
+    """Make the engine report usage at the end of a stream.
+
+    The gateway always counts it, and drops it from the stream if the client did not ask for it (`usage_wanted`).
+    """
     options = dict(fields.get("stream_options") or {}, include_usage=True)
     if not usage_wanted:
-        options.pop("continuous_usage_stats", None)  # means nothing to the engine without include_usage
+        options.pop("continuous_usage_stats", None)  # had no effect without include_usage, and must not gain one now
     fields["stream_options"] = options
 
 
 def dump_json(fields: dict[str, Any]) -> bytes:
-    """Return `fields` as JSON; raise InvalidRequest for what JSON can't carry."""
+    """Return `fields` as JSON; raise InvalidRequest for a value that JSON can't represent."""
     try:
         return json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    except (ValueError, RecursionError) as exc:  # an infinite number, a lone surrogate
-        raise InvalidRequest("the request body holds a number or character that JSON can't carry") from exc
+    except (ValueError, RecursionError) as exc:  # for example an infinite number, or a lone surrogate
+        raise InvalidRequest("the request body holds a number or character that JSON can't represent") from exc
 
 
 def parse_json_object(body: bytes | bytearray) -> dict[str, Any]:
-    """Return the JSON object in `body`; raise InvalidRequest if there is none, or one of too many values."""
+    """Return the JSON object in `body`.
+
+    Raises InvalidRequest if the body is not a JSON object, or if it holds more than MOST_VALUES values.
+    """
     if len(body) > MOST_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise InvalidRequest(f"the request body holds more than {MOST_VALUES} values")
     constants: list[str] = []

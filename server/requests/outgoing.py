@@ -1,4 +1,4 @@
-"""A request on its way out to its engine: addressed, bounded, kept apart from other tenants', and written as JSON."""
+"""Prepares a request for its engine: rewrites, bounds and serialises it, and isolates its tenant's prefix cache."""
 
 import hashlib
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ from server.engines.streams import EventStream
 
 
 class ParsedRequest(Protocol):
-    """What the requests of all generating endpoints can do, once they are parsed."""
+    """The interface of parsed requests, common to all generating endpoints."""
 
     fields: dict[str, Any]
     model: str
@@ -20,7 +20,7 @@ class ParsedRequest(Protocol):
 
     @property
     def has_video(self) -> bool:
-        """Whether any part is a video."""
+        """Whether at least one part is a video."""
 
     def address_to(self, target: Target) -> None:
         """Rewrite the fields for the engine."""
@@ -29,10 +29,10 @@ class ParsedRequest(Protocol):
         """Return the request as JSON, in pieces."""
 
     def forget_content(self) -> None:
-        """Let go of the content, which may hold megabytes; what was read from it stays."""
+        """Release the content, which may hold megabytes. The values read from it remain."""
 
     def reader(self, savings: Savings | None) -> EventStream:
-        """Return what reads the engine's stream."""
+        """Return the parser for the engine's stream."""
 
 
 def outgoing(
@@ -43,10 +43,10 @@ def outgoing(
     length_fields: Sequence[str],
     max_output_tokens: int | None,
 ) -> list[bytes | memoryview]:
-    """Return the request as its engine gets it, as JSON in pieces; its content is let go.
+    """Return the request for the engine, as JSON in pieces, and release its content.
 
-    `length_fields` are the names by which a request of this kind bounds its answer.
-    Raises InvalidRequest for what JSON can't carry.
+    `length_fields` are the fields in which this kind of request bounds the length of its answer.
+    Raises InvalidRequest for a value that JSON can't represent.
     """
     request.address_to(target)
     bound_length(request.fields, length_fields, max_output_tokens)
@@ -57,15 +57,16 @@ def outgoing(
 
 
 def bound_length(fields: dict[str, Any], length_fields: Sequence[str], max_output_tokens: int | None) -> None:
-    """Set the operator's bound on the answer's length in a request that names none."""
+    """Set the operator's bound on the answer's length, if the request has no bound of its own."""
     if max_output_tokens is not None and length_fields and all(fields.get(name) is None for name in length_fields):
         fields[length_fields[0]] = max_output_tokens
 
 
 def isolate(fields: dict[str, Any], tenant: str) -> None:
-    """Salt the engine's prefix cache with the tenant: the speed of an answer then tells nothing about other tenants.
+    """Salt the engine's prefix cache with the tenant, so that cache hits reveal nothing about other tenants' requests.
 
-    The salt needs no secret: a tenant can't choose the salt that reaches the engine, only refine its own.
+    The salt needs no secret. A tenant can't choose the salt that reaches the engine: its own `cache_salt` is hashed
+    together with its name.
     """
     if tenant:
         refined = f"{tenant}\0{fields.get('cache_salt') or ''}"

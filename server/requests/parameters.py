@@ -1,4 +1,4 @@
-"""What a client may set in a request, and how large it may be: engines take most of it on trust."""
+"""Checks which fields a client may set, and how large their values may be. Engines check few of these bounds."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,13 +7,13 @@ from typing import Any, Final
 from server.errors import ForbiddenField, InvalidRequest
 
 OPERATOR_FIELDS: Final = (
-    # how media and prompts are made, which the models' aliases decide
+    # how media and prompts are processed: the model's alias decides this
     *("mm_processor_kwargs", "media_io_kwargs", "chat_template", "prompt_embeds"),
-    # where an engine gets caches from, and what its extensions do: other hosts, other people's prompts
+    # from where an engine loads caches, and what its extensions do: could reach other hosts and other tenants' prompts
     *("kv_transfer_params", "ec_transfer_params", "vllm_xargs"),
-    # whose turn it is, and under which name
+    # the order of requests, and their ids at the engine
     *("priority", "request_id", "session_id"),
-    # what an engine would keep, and hand to whoever asks
+    # responses that an engine would store, and return to any client
     *("previous_response_id", "previous_input_messages", "background"),
 )
 
@@ -51,20 +51,20 @@ LENGTHS: Final = ("max_tokens", "max_completion_tokens", "max_output_tokens", "m
 
 @dataclass(frozen=True)
 class Bounds:
-    """The bounds that operators set."""
+    """The bounds that the operator sets."""
 
     max_choices: int
-    """Of one request."""
+    """The largest number of choices (`n`, `best_of`) in one request."""
     max_output_tokens: int | None
-    """Of one choice; None leaves it to the engine."""
+    """The largest number of output tokens for one choice. None leaves the bound to the engine."""
     chat_template_kwargs: frozenset[str]
-    """The switches of the chat template that a request may set."""
+    """The keys of `chat_template_kwargs` that a request may set."""
 
 
 def check_parameters(fields: Mapping[str, Any], bounds: Bounds) -> None:
-    """Raise ForbiddenField for what only the operator may set, InvalidRequest for what is too much.
+    """Raise ForbiddenField for a field that only the operator may set, and InvalidRequest for a value beyond a bound.
 
-    Types are left to the engine, which knows them; a value of the wrong type doesn't get around a bound.
+    Types are not checked here, because the engine checks them. A value of the wrong type does not get around a bound.
     """
     for name in OPERATOR_FIELDS:
         if fields.get(name) is not None:
@@ -110,7 +110,7 @@ def _check_number(value: object, name: str, least: int, most: int | None) -> Non
     if isinstance(value, bool) or value is None:
         return
     if not isinstance(value, int | float) or value < least:
-        raise InvalidRequest(f"{name} must be a number from {least} on", param=name)
+        raise InvalidRequest(f"{name} must be a number of at least {least}", param=name)
     if most is not None and value > most:
         raise InvalidRequest(f"{name} must be at most {most}", param=name)
 
@@ -128,7 +128,10 @@ def _check_grammar(structured: object) -> None:
 
 
 def _check_size(value: object, name: str, most_characters: int) -> None:
-    """Walk a value level by level; each container counts as two characters, each other value as at least one."""
+    """Raise InvalidRequest if `value` has more than `most_characters` characters or more than DEEPEST levels.
+
+    The value is walked level by level. A container counts as two characters, any other value as at least one.
+    """
     size, level = 0, [value]
     for _ in range(DEEPEST):
         below: list[object] = []

@@ -1,4 +1,4 @@
-"""Parsers of completion and response requests: the fields that the gateway reads, and the images in responses."""
+"""Parses the requests of `/v1/completions` and `/v1/responses`, and finds the images in the latter."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ MOST_PROMPTS = 64
 
 @dataclass
 class ParsedText:
-    """A request without videos as parsed, and what was read from it."""
+    """A parsed request without videos: all its fields, and the values that the gateway has read from them."""
 
     fields: dict[str, Any] = field(repr=False)
     model: str
@@ -31,51 +31,54 @@ class ParsedText:
     has_video: bool = False
 
     def address_to(self, target: Target) -> None:
-        """Rewrite for the engine: its name for the model."""
+        """Rewrite the fields for the engine: its name for the model."""
         self.fields["model"] = target.engine_model
 
     def serialise(self) -> list[bytes | memoryview]:
-        """Return the request as JSON; raise InvalidRequest for what JSON can't carry."""
+        """Return the request as JSON; raise InvalidRequest for a value that JSON can't represent."""
         return [dump_json(self.fields)]
 
     def forget_content(self) -> None:
-        """Let go of the content."""
+        """Release the content."""
         self.fields.clear()
 
 
 class ParsedCompletion(ParsedText):
-    """A request for a completion."""
+    """A parsed request to `/v1/completions`."""
 
     def address_to(self, target: Target) -> None:
-        """Rewrite for the engine: its name for the model, and the usage in any case."""
+        """Rewrite the fields for the engine: its name for the model, and `include_usage` in streams."""
         super().address_to(target)
         if self.stream:
             ask_for_usage(self.fields, usage_wanted=self.usage_wanted)
 
     def reader(self, savings: Savings | None) -> EventStream:
-        """Return what reads the engine's stream."""
+        """Return the parser for the engine's stream."""
         return ChatStream(savings=savings, usage_wanted=self.usage_wanted)
 
 
 @dataclass
 class ParsedResponse(ParsedText):
-    """A request for a response."""
+    """A parsed request to `/v1/responses`."""
 
     media: list[MediaPart] = field(default_factory=list)
 
     def address_to(self, target: Target) -> None:
-        """Rewrite for the engine: its name for the model, and nothing to be kept there, where no key would guard it."""
+        """Rewrite the fields for the engine: its name for the model, and `store` off.
+
+        A response stored at the engine would not be protected by the tenant's key.
+        """
         super().address_to(target)
         self.fields["store"] = False
 
     def reader(self, savings: Savings | None) -> EventStream:
-        """Return what reads the engine's stream; without videos there are no savings."""
+        """Return the parser for the engine's stream. `savings` is unused, because there are no videos."""
         del savings
         return ResponseStream()
 
 
 def parse_completion_request(body: bytes | bytearray) -> ParsedCompletion:
-    """Return the completion request in `body`; raise InvalidRequest or ForbiddenField."""
+    """Return the completion request in `body`; raise InvalidRequest if it is malformed."""
     fields = parse_json_object(body)
     _refuse_retention(fields)
     prompt = fields.get("prompt")
@@ -87,7 +90,10 @@ def parse_completion_request(body: bytes | bytearray) -> ParsedCompletion:
 
 
 def parse_response_request(body: bytes | bytearray) -> ParsedResponse:
-    """Return the request for a response in `body`, with its images; raise InvalidRequest or ForbiddenField."""
+    """Return the request for a response in `body`, with its images.
+
+    Raises InvalidRequest if the request is malformed, and ForbiddenField for other media and for tools of the engine.
+    """
     fields = parse_json_object(body)
     _refuse_retention(fields)
     given = fields.get("input")
@@ -103,11 +109,11 @@ def parse_response_request(body: bytes | bytearray) -> ParsedResponse:
 
 def _refuse_retention(fields: dict[str, Any]) -> None:
     if fields.get("aot") is not None:
-        raise InvalidRequest("aot has no effect here: videos are taken at /v1/chat/completions", param="aot")
+        raise InvalidRequest("aot has no effect here: send videos to /v1/chat/completions", param="aot")
 
 
 def _objects(value: object, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield every object in `value` with its place, whatever it stands in: engines read parts without a type too."""
+    """Yield every object in `value` with its path, at any depth, because engines also read parts without a `type`."""
     waiting = [(where, value)]
     while waiting:
         where, item = waiting.pop()
@@ -119,7 +125,7 @@ def _objects(value: object, where: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _images(part: dict[str, Any], where: str) -> Iterator[MediaPart]:
-    """Yield the image that an object holds; raise ForbiddenField if it holds other media."""
+    """Yield the image in an object, if it has one; raise ForbiddenField if the object holds another medium."""
     kind = part.get("type")
     if isinstance(kind, str) and ("video" in kind or "audio" in kind or "file" in kind or kind.endswith("_embeds")):
         _send_to_chat(where)
@@ -137,6 +143,6 @@ def _images(part: dict[str, Any], where: str) -> Iterator[MediaPart]:
 
 def _send_to_chat(where: str) -> NoReturn:
     raise ForbiddenField(
-        "of media, only images by image_url are taken here; send videos and others to /v1/chat/completions",
+        "image_url is the only media field accepted here; send videos and other media to /v1/chat/completions",
         param=where[:200],
     )

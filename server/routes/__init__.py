@@ -1,1 +1,1 @@
-"""The gateway's endpoints: parse, limit, forward, answer; no rules."""
+"""The endpoints: each parses, limits, forwards and answers a request. The rules are in the other packages."""

@@ -1,4 +1,4 @@
-"""The answer to a client, sent in pieces."""
+"""Sends the answer to the client, in pieces."""
 
 import json
 from typing import Any
@@ -12,41 +12,41 @@ from server.errors import EngineFailed
 
 
 class Answer:
-    """An answer on its way out: whole, or a stream."""
+    """The answer to one request, whole or as a stream."""
 
     def __init__(self, send: Send) -> None:
-        """Send nothing yet."""
+        """Start with nothing sent."""
         self._send = send
         self._headers: dict[str, str] = {}
         self.stream: EventStream | None = None
-        """What reads the engine's stream, once the stream to the client has begun."""
+        """The parser of the engine's stream. None until the stream to the client has begun."""
 
     def address(self, exchange: Exchange, headers: dict[str, str]) -> None:
-        """Settle the headers."""
+        """Set the headers: content type, `headers` and the savings."""
         savings = {} if exchange.savings is None else exchange.savings.as_headers()
         self._headers = {"content-type": exchange.content_type, **headers, **savings}
 
     async def start(self, stream: EventStream | None = None) -> None:
-        """Send status and headers."""
+        """Send the status 200 and the headers."""
         self.stream = stream
         headers = [(name.encode(), value.encode("latin-1")) for name, value in self._headers.items()]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
 
     async def piece(self, body: bytes) -> None:
-        """Send a piece of the body, not the last."""
+        """Send a piece of the body that is not the last one."""
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def finish(self, body: bytes) -> None:
-        """Send the last piece, or all there is."""
+        """Send the last piece of a stream, or the whole answer."""
         if self.stream is None:
             await self.start()
         await self._send({"type": "http.response.body", "body": body})
 
 
 def with_savings(body: bytes, savings: Savings | None) -> bytes:
-    """Return the engine's answer with `usage.video_tokens`, as it came if there are no savings to tell of.
+    """Return the engine's answer with the savings in `usage.video_tokens`, or unchanged if there are no savings.
 
-    Raises EngineFailed if it is no JSON object.
+    Raises EngineFailed if the answer is not a JSON object.
     """
     if savings is None:
         return body

@@ -1,4 +1,4 @@
-"""Bodies of the generating endpoints, as the OpenAPI document has them. Requests are read by the parsers instead."""
+"""The bodies of the generating endpoints, for the OpenAPI document only. Requests are read by the parsers."""
 
 from typing import Annotated, Any, Literal
 
@@ -8,16 +8,16 @@ from server.requests.parameters import OPERATOR_FIELDS
 
 
 class Retention(BaseModel):
-    """What a request may ask of the token reduction."""
+    """The options for the reduction of video tokens."""
 
     model_config = ConfigDict(extra="forbid")
 
     retention: Annotated[float | None, Field(gt=0, le=1)] = None
-    """The share of video tokens to keep, inside the bounds of the model."""
+    """The share of video tokens to keep, within the bounds of the model."""
 
 
 class MediaURL(BaseModel):
-    """A place that media are taken from."""
+    """The URL of a medium."""
 
     url: str
 
@@ -32,7 +32,7 @@ class VideoPart(BaseModel):
 
 
 class ChatMessage(BaseModel):
-    """A message of the conversation. What engines take beside what is described here passes through."""
+    """A message of the conversation. Fields that are not described here pass through to the engine."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -41,7 +41,7 @@ class ChatMessage(BaseModel):
 
 
 class ChatCompletionRequest(BaseModel):
-    """OpenAI's request. Fields that are not described here pass through to the engine."""
+    """OpenAI's chat completion request. Fields that are not described here pass through to the engine."""
 
     model_config = ConfigDict(
         extra="allow",
@@ -56,7 +56,7 @@ class ChatCompletionRequest(BaseModel):
 
 
 class CompletionRequest(BaseModel):
-    """OpenAI's request of the older endpoint. Fields that are not described here pass through to the engine."""
+    """OpenAI's completion request. Fields that are not described here pass through to the engine."""
 
     model_config = ChatCompletionRequest.model_config
 
@@ -67,7 +67,7 @@ class CompletionRequest(BaseModel):
 
 
 class ResponseRequest(BaseModel):
-    """OpenAI's request of the newer endpoint, without videos. What is not described here passes through."""
+    """OpenAI's response request, without videos. Fields that are not described here pass through to the engine."""
 
     model_config = ChatCompletionRequest.model_config
 
@@ -77,7 +77,7 @@ class ResponseRequest(BaseModel):
 
 
 class VideoTokens(BaseModel):
-    """What the reduction saved on the request's videos together, as the engine counts."""
+    """The video tokens before and after the reduction, summed over the request's videos, as the engine counts them."""
 
     before: Annotated[int, Field(ge=1)]
     after: Annotated[int, Field(ge=0)]
@@ -85,7 +85,7 @@ class VideoTokens(BaseModel):
 
 
 class Usage(BaseModel):
-    """The engine's counts; `video_tokens` where it reported them."""
+    """The token counts from the engine. `video_tokens` is present if the engine reported them."""
 
     model_config = ConfigDict(extra="allow", json_schema_extra={"required": []})
 
@@ -93,7 +93,7 @@ class Usage(BaseModel):
 
 
 class ChatCompletion(BaseModel):
-    """The engine's answer, with what was saved in its usage."""
+    """The engine's answer, with the saved video tokens in its usage."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -102,7 +102,7 @@ class ChatCompletion(BaseModel):
 
 
 class Passed(BaseModel):
-    """The engine's answer, as it came."""
+    """The engine's answer, unchanged."""
 
     model_config = ConfigDict(extra="allow")
 

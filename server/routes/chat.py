@@ -1,4 +1,4 @@
-"""`POST /v1/chat/completions`: the one that takes videos."""
+"""`POST /v1/chat/completions`: the endpoint that accepts videos."""
 
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
@@ -16,7 +16,7 @@ from server.routes.generation import Generation, Passage
 
 @dataclass(frozen=True)
 class ChatCompletions(Generation[ParsedChat]):
-    """The endpoint."""
+    """The endpoint for chat completions."""
 
     path = "/v1/chat/completions"
     length_fields = ("max_completion_tokens", "max_tokens")
@@ -29,13 +29,13 @@ class ChatCompletions(Generation[ParsedChat]):
         return parse_chat_request(body)
 
     def taken_in(self, passage: Passage[ParsedChat]) -> AbstractAsyncContextManager[Taken]:
-        """Take in the request's media."""
+        """Take in the request's videos, images and audio clips."""
         return self.intake.taken(
             passage.request.media, tenant=passage.caller.tenant, record=passage.record, buffer=passage.buffer
         )
 
     def engine_headers(self, target: Target, taken: Taken) -> Mapping[str, str]:
-        """Tell llm-d's router of the longest video."""
+        """Return headers that describe the longest video to llm-d's router, if they are enabled."""
         if not self.llm_d_headers or taken.longest_video is None:
             return {}
         return video_headers(taken.longest_video, retention=target.retention)
@@ -54,5 +54,5 @@ class ChatCompletions(Generation[ParsedChat]):
 
 
 def create_chat_completion(body: ChatCompletionRequest) -> ChatCompletion:
-    """Describe the endpoint."""
+    """Give the endpoint its schema in the OpenAPI document; never called."""
     raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What endpoints ask FastAPI for: who sent the request, and its record."""
+"""FastAPI dependencies of the endpoints: the caller of a request, and its record."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""`/v1/files`: videos that are sent once and used in many requests."""
+"""`/v1/files`: videos that a client uploads once and uses in many requests."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -19,7 +19,7 @@ from server.routes.dependencies import TheCaller, TheRecord
 PATH = "/v1/files"
 PURPOSE = "video"
 MAX_PAGE = 10_000
-SHORTEST_SECONDS, LONGEST_SECONDS = 3600, 30 * 24 * 3600  # until a file expires, as with OpenAI
+SHORTEST_SECONDS, LONGEST_SECONDS = 3600, 30 * 24 * 3600  # until a file expires; OpenAI's bounds
 MAX_FILENAME_CHARACTERS = 255
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _RULES = {
@@ -34,7 +34,7 @@ def _without_default(schema: dict[str, Any]) -> None:
 
 
 class UploadFields(BaseModel):
-    """The fields of an upload's form, besides the file."""
+    """The form fields of an upload, besides the file."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -53,7 +53,7 @@ class UploadFields(BaseModel):
 
     @classmethod
     def read(cls, fields: dict[str, str]) -> "UploadFields":
-        """Return the fields of a form; raise InvalidRequest if one is wrong."""
+        """Return the validated fields of a form; raise InvalidRequest if one is unknown, missing or wrong."""
         try:
             read = cls.model_validate(fields)
         except ValidationError as exc:
@@ -61,7 +61,7 @@ class UploadFields(BaseModel):
             name = str(error["loc"][0])
             if error["type"] == "extra_forbidden":
                 known = ", ".join(("file", "purpose", _ANCHOR, _SECONDS))
-                raise InvalidRequest(f"{name[:80]!r} is no field of an upload; it has {known}") from exc
+                raise InvalidRequest(f"{name[:80]!r} is not a field of an upload; the fields are {known}") from exc
             raise _wrong(name, fields.get(name, "")) from exc
         if (read.anchor is None) != (read.seconds is None):
             raise _wrong(_ANCHOR if read.anchor is None else _SECONDS, "")
@@ -84,7 +84,7 @@ def _form_schema() -> dict[str, Any]:
 
 
 class DeletedFile(BaseModel):
-    """A file that is no more."""
+    """The confirmation that a file has been deleted."""
 
     id: str
     object: Literal["file"] = "file"
@@ -92,7 +92,7 @@ class DeletedFile(BaseModel):
 
 
 class WholeFile(FileResponse):
-    """A file from its begin to its end, whatever part of it the request asks for."""
+    """A response with the whole file. Range headers of the request are ignored."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
@@ -102,14 +102,14 @@ class WholeFile(FileResponse):
 
 @dataclass(frozen=True)
 class Files:
-    """The endpoints over a store; without one there are no files."""
+    """The endpoints over a file store. Without a store, every endpoint answers 404."""
 
     store: FileStore | None
     body_seconds: float
 
     @property
     def router(self) -> APIRouter:
-        """The routes."""
+        """The routes of the endpoints."""
         router = APIRouter(prefix=PATH)
         router.add_api_route(
             "",
@@ -133,7 +133,7 @@ class Files:
         return router
 
     async def create_file(self, request: Request, caller: TheCaller, record: TheRecord) -> FileObject:
-        """Keep a video for later requests."""
+        """Upload a video for later requests."""
         files = self._files()
         size_bytes = declared_length(request.headers)
         async with files.incoming(tenant=caller.tenant, size_bytes=size_bytes) as incoming:
@@ -162,14 +162,14 @@ class Files:
         order: Order = "desc",
         purpose: str | None = None,
     ) -> FilePage:
-        """List the files by age."""
+        """List the tenant's files by age, by default the newest first."""
         files = self._files()
         if purpose not in (None, PURPOSE):
             return FilePage(data=[], first_id=None, last_id=None, has_more=False)
         return await files.page(tenant=caller.tenant, after=after, limit=limit, order=order)
 
     async def retrieve_file(self, file_id: str, caller: TheCaller) -> FileObject:
-        """Describe a file."""
+        """Return the description of a file."""
         return await self._files().get(file_id, tenant=caller.tenant)
 
     async def delete_file(self, file_id: str, caller: TheCaller) -> DeletedFile:
@@ -191,6 +191,6 @@ class Files:
 
 
 def _clean(filename: str) -> str:
-    """Return the last part of a file's name, without what can't be printed."""
+    """Return the last component of a file name, without unprintable characters."""
     last = filename.replace("\\", "/").rpartition("/")[2]
     return "".join(character for character in last if character.isprintable())[:MAX_FILENAME_CHARACTERS] or "video"

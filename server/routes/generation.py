@@ -1,4 +1,4 @@
-"""What the generating endpoints have in common: a request goes in, to an engine, and its answer or stream out again."""
+"""The common part of the generating endpoints: parses a request, forwards it to an engine, and returns the answer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -34,7 +34,10 @@ R = TypeVar("R", bound=ParsedRequest)
 
 @dataclass(frozen=True)
 class Passage(Generic[R]):
-    """One request on its way through: what it says, who asks, what answers it, and the room that it takes."""
+    """One request on its way through the gateway, with all that belongs to it.
+
+    That is its target at the engines, its caller, its allowance, its record and its buffer.
+    """
 
     request: R
     target: Target
@@ -46,12 +49,18 @@ class Passage(Generic[R]):
 
 @dataclass(frozen=True)
 class Generation(ABC, Generic[R]):
-    """An endpoint as an ASGI application: it watches for the client's leaving from the body's end to the answer's."""
+    """A generating endpoint, as an ASGI application.
+
+    From the end of the request's body to the end of the answer it watches whether the client disconnects.
+    """
 
     path: ClassVar[str]
-    """The endpoint's path, here and at the engines."""
+    """The endpoint's path, at the gateway and at the engines."""
     length_fields: ClassVar[tuple[str, ...]] = ()
-    """Where a request says how long its answer may be, if it is as long as the context otherwise."""
+    """The fields in which a request bounds the length of its answer.
+
+    Empty if the engine has a small default of its own, so that the operator's bound need not be set.
+    """
 
     entrance: Entrance
     body_limits: BodyLimits
@@ -62,15 +71,15 @@ class Generation(ABC, Generic[R]):
 
     @abstractmethod
     def parse(self, body: bytes | bytearray) -> R:
-        """Return the request in `body`; raise InvalidRequest."""
+        """Return the request in `body`; raise InvalidRequest if it is malformed."""
 
     def taken_in(self, passage: Passage[R]) -> AbstractAsyncContextManager[Taken]:
-        """Take in what the engine needs besides the request, until the block ends."""
+        """Return a context manager that takes in the request's media and keeps them until its block ends."""
         del passage
         return nullcontext(NOTHING)
 
     def engine_headers(self, target: Target, taken: Taken) -> Mapping[str, str]:
-        """Return what the engine's router is told besides the request."""
+        """Return additional headers for the engine, or for a router in front of it."""
         del target, taken
         return {}
 
@@ -111,7 +120,10 @@ class Generation(ABC, Generic[R]):
         return request, alias.target(request.asked)
 
     async def _serve(self, passage: Passage[R], answer: Answer) -> bytes:
-        """Do everything but send the last piece, which is returned. A video's copies are let go as early as can be."""
+        """Serve the request, and return the last piece of the answer instead of sending it.
+
+        All copies of a video are released as early as possible.
+        """
         request, target, record = passage.request, passage.target, passage.record
         async with self.taken_in(passage) as taken:
             await passage.allowance.take_video(taken.video_seconds)
@@ -172,7 +184,7 @@ class Generation(ABC, Generic[R]):
         return b""
 
     def _observe_gaps(self, num_tokens: int, seconds: float, model: str) -> None:
-        """Observe chunks that arrived together, `seconds` after the ones before: they share the gap."""
+        """Observe the gaps of `num_tokens` chunks that arrived together: they share `seconds` equally."""
         gaps = self.metrics.inter_token_latency.labels(model)
         for _ in range(num_tokens):
             gaps.observe(seconds / num_tokens)

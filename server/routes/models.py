@@ -10,7 +10,7 @@ from server.routes.dependencies import TheCaller, TheRecord
 
 
 def models_router(catalogue: Catalogue) -> APIRouter:
-    """Return the routes over `catalogue`."""
+    """Return the routes that list and describe the models in `catalogue`."""
     router = APIRouter(prefix="/v1/models")
 
     @router.get("", responses=refusals())

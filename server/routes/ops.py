@@ -1,4 +1,4 @@
-"""`GET /health/live`, `/health/ready`, `/metrics` and `/openapi.json`, for whoever runs the gateway or builds on it."""
+"""`GET /health/live`, `/health/ready`, `/metrics` and `/openapi.json`: the endpoints for operators and developers."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +16,7 @@ RETRY_AFTER_SECONDS = 2
 
 
 class Status(BaseModel):
-    """The state of the gateway in a word or two."""
+    """The state of the gateway, in one to three words."""
 
     status: str
 
@@ -24,7 +24,7 @@ class Status(BaseModel):
 def ops_router(
     *, drain: Drain, pool: EnginePool, registry: CollectorRegistry, document: Callable[[], dict[str, Any]]
 ) -> APIRouter:
-    """Return the routes over the gateway's state, and the one for its OpenAPI document."""
+    """Return the routes for health checks, metrics and the OpenAPI document."""
     router = APIRouter()
 
     @router.get("/health/live")

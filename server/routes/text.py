@@ -1,4 +1,4 @@
-"""`POST /v1/completions` and `POST /v1/responses`: passed through, but for the images of responses."""
+"""`POST /v1/completions` and `POST /v1/responses`: passed through, except for images, which are checked."""
 
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from server.routes.generation import Generation, Passage
 
 @dataclass(frozen=True)
 class Completions(Generation[ParsedCompletion]):
-    """The older endpoint: a prompt, no chat."""
+    """The endpoint for completions of a text prompt."""
 
     path = "/v1/completions"
 
@@ -34,7 +34,7 @@ class Completions(Generation[ParsedCompletion]):
 
 @dataclass(frozen=True)
 class Responses(Generation[ParsedResponse]):
-    """The newer endpoint, without what engines would keep between requests."""
+    """The endpoint for responses, without the features for which engines would store responses."""
 
     path = "/v1/responses"
     length_fields = ("max_output_tokens",)
@@ -46,7 +46,7 @@ class Responses(Generation[ParsedResponse]):
         return parse_response_request(body)
 
     def taken_in(self, passage: Passage[ParsedResponse]) -> AbstractAsyncContextManager[Taken]:
-        """Take in the request's images."""
+        """Take in the images of the request."""
         return self.intake.taken(
             passage.request.media, tenant=passage.caller.tenant, record=passage.record, buffer=passage.buffer
         )
@@ -54,15 +54,15 @@ class Responses(Generation[ParsedResponse]):
     @property
     def route(self) -> RawRoute:
         """The route to the endpoint."""
-        summary = "Answer a conversation without videos, keeping nothing, whole or as a stream"
+        summary = "Answer a conversation without videos, whole or as a stream; nothing is stored"
         return RawRoute(self.path, self, create_response, summary=summary, kinds=BY_ENGINES, headers={})
 
 
 def create_completion(body: CompletionRequest) -> Passed:
-    """Describe the endpoint."""
+    """Give the endpoint its schema in the OpenAPI document; never called."""
     raise NotImplementedError
 
 
 def create_response(body: ResponseRequest) -> Passed:
-    """Describe the endpoint."""
+    """Give the endpoint its schema in the OpenAPI document; never called."""
     raise NotImplementedError

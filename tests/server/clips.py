@@ -1,4 +1,4 @@
-"""Media made for the tests."""
+"""Generates the media for the tests."""
 
 import base64
 import contextlib
@@ -24,7 +24,7 @@ def clip(
     pix_fmt: str = "yuv420p",
     options: tuple[tuple[str, str], ...] = (),
 ) -> bytes:
-    """A small moving gradient."""
+    """A small video with a moving edge."""
     width, height = size
     buffer = io.BytesIO()
     with av.open(buffer, "w", format=container, options=dict(options)) as output, as_scheduled_before():
@@ -40,7 +40,7 @@ def clip(
 
 @functools.cache
 def growing(container: str, codec: str, *sizes: tuple[int, int], pix_fmt: str = "yuv420p", each: int = 4) -> bytes:
-    """Grey frames whose size changes in the middle of the stream; the container's header knows the first one."""
+    """A grey video whose frame size changes within the stream. The container's header knows only the first size."""
     buffer, rate = io.BytesIO(), Fraction(1, 6)
     with av.open(buffer, "w", format=container) as output, as_scheduled_before():
         stream = output.add_stream(codec, rate=6)
@@ -64,7 +64,7 @@ def growing(container: str, codec: str, *sizes: tuple[int, int], pix_fmt: str = 
 
 @contextlib.contextmanager
 def as_scheduled_before():
-    """Undo what SVT-AV1 does to the thread that calls it where it may: it makes it, and its children, real-time."""
+    """Restore the thread's scheduling policy: SVT-AV1 makes the calling thread and its children real-time if it may."""
     policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         yield
@@ -82,7 +82,7 @@ def picture(width: int = 16, height: int = 16, kind: str = "PNG") -> bytes:
 
 @functools.cache
 def sound(seconds: float = 0.5, rate: int = 8000) -> bytes:
-    """Silence."""
+    """A WAV file with silence."""
     buffer = io.BytesIO()
     with wave.open(buffer, "wb") as output:
         output.setnchannels(1)

@@ -1,7 +1,7 @@
-"""A small HTTP server that speaks vLLM's wire format and does as it is told: slow, failing, dying in a stream.
+"""A small HTTP server that speaks vLLM's wire format and misbehaves on demand: slow, failing, dying in a stream.
 
-As a process of its own, `python -m tests.server.engine_double PORT`, it is told over HTTP: `POST /double` sets
-attributes and holds answers back, `GET /double` says how many requests it had and has.
+In a process of its own (`python -m tests.server.engine_double PORT`), it is controlled over HTTP. `POST /double` sets
+attributes and holds answers back. `GET /double` returns how many requests it has received and how many are running.
 """
 
 import asyncio
@@ -50,7 +50,7 @@ def chunk(**fields: Any) -> bytes:
 
 
 def delta(text: str, *, finish: str | None = None) -> bytes:
-    """Return an event with a piece of text."""
+    """Return one event with a piece of text."""
     choice = {"index": 0, "delta": {"content": text}, "logprobs": None, "finish_reason": finish}
     return chunk(choices=[choice])
 
@@ -71,7 +71,7 @@ TEXT_COMPLETION = {
 
 
 def text_chunk(text: str) -> bytes:
-    """Return an event of a completion's stream."""
+    """Return one event of a completion's stream as vLLM writes it."""
     fields = {**TEXT_COMPLETION, "choices": [{"index": 0, "text": text}], "usage": None}
     return b"data: " + json.dumps(fields).encode() + b"\n\n"
 
@@ -115,7 +115,7 @@ RESPONSE_STREAM = [
 
 @dataclass
 class EngineDouble:
-    """The double. Tests set what it does and read what it was sent."""
+    """The engine double. Tests set its behaviour, and read the requests that it received."""
 
     models: list[str] = field(default_factory=lambda: ["llava"])
     profile: Any = None

@@ -1,4 +1,4 @@
-"""The gateway set up for tests, and what tests send it."""
+"""Test fixtures: the gateway in several set-ups, and the requests that tests send to it."""
 
 import asyncio
 import contextlib
@@ -24,14 +24,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 async def until(condition):
-    """Wait for what happens in the gateway or in the double, at most ten seconds."""
+    """Wait until `condition()` is true, at most ten seconds."""
     async with asyncio.timeout(10):
-        while not condition():  # noqa: ASYNC110 - it lies in other objects, in part in other threads
+        while not condition():  # noqa: ASYNC110 - other objects change it, some of them in other threads
             await asyncio.sleep(0.01)
 
 
 async def until_true(asked):
-    """Wait for what has to be asked for, at most ten seconds."""
+    """Wait until `await asked()` is true, at most ten seconds."""
     async with asyncio.timeout(10):
         while not await asked():  # noqa: ASYNC110 - the answer comes from another process or over HTTP
             await asyncio.sleep(0.02)
@@ -61,7 +61,7 @@ def client_of(app: FastAPI) -> httpx.AsyncClient:
 
 @contextlib.asynccontextmanager
 async def served(settings: Settings, registry: CollectorRegistry | None = None, http: str = "auto"):
-    """The gateway under uvicorn in a thread; gives its base URL."""
+    """The gateway under uvicorn, in a thread. Yields its base URL."""
     port = free_port()
     app = create_app(settings, registry=registry or CollectorRegistry())
     config = uvicorn.Config(app, "127.0.0.1", port, http=http, log_config=None, ws="none", lifespan="on")
@@ -85,7 +85,7 @@ def children(pid: int) -> list[int]:
 
 
 class Process:
-    """A server in a process of its own, listening on `port` when the block begins and gone after it."""
+    """A server in a process of its own. It listens on `port` when the block begins, and is killed when it ends."""
 
     def __init__(self, *arguments, port=None, environment=None):
         self.port = port or free_port()
@@ -122,7 +122,7 @@ class Process:
 
 
 class GatewayProcess(Process):
-    """`python -m server`, as an operator runs it."""
+    """`python -m server`, as operators run it."""
 
     def __init__(self, *engine_urls, environment=None, **settings):
         settings = {"PORT": "{port}", "ENGINES": ",".join(engine_urls), "ENGINE_HEALTH_SECONDS": "0.2", **settings}
@@ -144,7 +144,7 @@ class GatewayProcess(Process):
 
 
 class EngineProcess(Process):
-    """The engine's double in a process of its own."""
+    """The engine double in a process of its own."""
 
     def __init__(self, port=None):
         super().__init__("tests.server.engine_double", "{port}", port=port, environment={"PATH": os.environ["PATH"]})
@@ -173,7 +173,7 @@ def error_of(answer: httpx.Response):
 
 
 def ask(**fields):
-    """A chat request in text."""
+    """A chat request with text only."""
     return {"model": "llava", "messages": [{"role": "user", "content": "What happens?"}], **fields}
 
 

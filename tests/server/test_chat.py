@@ -71,6 +71,6 @@ async def test_an_engine_that_does_not_report_a_videos_tokens_is_named_in_the_lo
         engine.headers = dict(reported)
         await client.post(CHAT, json=ask_about(VIDEO))
         engine.headers = {}
-        await client.post(CHAT, json=ask())  # about text there is nothing to report
+        await client.post(CHAT, json=ask())  # a request without video has nothing to report
         assert len(said()) == 2
     assert said()[0].engine == "engine-0"

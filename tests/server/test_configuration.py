@@ -36,7 +36,10 @@ def test_a_file_gives_its_aliases(tmp_path):
             f"tenants: {{acme: {{keys: [{{sha256: {HASH}, expires: 2030-01-01 12:00:00}}]}}}}",
             "tenants.acme.keys.0.expires: input should have timezone info",
         ),
-        (f"tenants: {{a: {{keys: [{{sha256: {HASH}}}, {{sha256: {HASH}}}]}}}}", "no key may stand there twice"),
+        (
+            f"tenants: {{a: {{keys: [{{sha256: {HASH}}}, {{sha256: {HASH}}}]}}}}",
+            "the same key must not be listed twice",
+        ),
         (
             f"models: {{m: {{engine_model: m}}}}\ntenants: {{a: {{keys: [{{sha256: {HASH}}}], models: [gpt-9]}}}}",
             "tenants.a.models: must be among the models of the file, got 'gpt-9'",

@@ -21,7 +21,7 @@ def subclasses(kind):
 
 
 def errors():
-    """One error of each kind, and of each status that engines refuse with."""
+    """One error of each class, and one for each status of engines' errors."""
     more = {
         MethodNotAllowed: {"allowed": "GET"},
         RateLimited: {"retry_after_seconds": 3},

@@ -1,4 +1,4 @@
-"""Bodies that no client should send: whatever they hold, the answer is the engine's or a 4xx in OpenAI's shape."""
+"""Fuzzing with malformed bodies: the answer is always either the engine's or a 4xx with OpenAI's error object."""
 
 import asyncio
 import json
@@ -53,7 +53,7 @@ def array(items):
 
 
 def an_object(pairs):
-    """JSON of pairs, in which a key may stand twice."""
+    """A JSON object of key-value pairs, in which a key may occur twice."""
     return "{" + ",".join(f'"{name}":{value}' for name, value in pairs) + "}"
 
 
@@ -116,7 +116,7 @@ def assert_is_a_refusal(status, body):
 
 
 def outcome(body):
-    """What becomes of a body before the engine sees any of it."""
+    """The processing of a body before it is sent to the engine."""
     try:
         chat = parse_chat_request(body)
         chat.address_to(Alias("llava", "engine-llava").target(chat.asked))
@@ -156,11 +156,11 @@ def test_whatever_is_parsed_goes_on_clean_or_is_refused(body):
     assert set(fields) & set(OPERATOR_FIELDS) <= {"mm_processor_kwargs"}
     assert set(fields.get("mm_processor_kwargs") or ()) <= {"aot_retention"}
     assert isinstance(fields["messages"], list)
-    assert sent == json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()  # no key stands twice
+    assert sent == json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()  # no key occurs twice
 
 
 async def sent_to(client, path, content_type, bodies, *examples, num):
-    """Send `num` bodies and the examples; return the statuses."""
+    """Send `num` random bodies and the examples; return the statuses of the answers."""
     statuses = []
     loop = asyncio.get_running_loop()
 

@@ -1,4 +1,4 @@
-"""docs/gateway.md says what the code does."""
+"""docs/gateway.md matches the code."""
 
 import asyncio
 import json
@@ -39,7 +39,7 @@ TEXT = (ROOT / "docs" / "gateway.md").read_text(encoding="utf-8")
 
 
 def rows(heading: str) -> list[list[str]]:
-    """The cells of the table under a heading."""
+    """The rows of the table under a heading, each a list of cells."""
     section = TEXT.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     lines = [line for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
@@ -97,7 +97,7 @@ def test_the_error_table_names_the_headers():
 
 
 def blocks(language: str) -> list[str]:
-    """The examples in a language."""
+    """The code examples in a language."""
     return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
@@ -111,7 +111,7 @@ def test_the_example_configuration_is_one(tmp_path):
 
 @pytest.fixture
 async def run_example(engine, tmp_path):
-    """Runs a command against a gateway with the example configuration, beside a clip; returns what it printed."""
+    """Runs a command against a gateway with the example configuration, next to a clip; returns its output."""
     key = new_key()
     (tmp_path / "clip.mp4").write_bytes(clip())
     (tmp_path / "files").mkdir()

@@ -1,4 +1,4 @@
-"""What lmms-eval's OpenAI model (`openai`, 0.7.3) sends, with the SDK as it makes it; not lmms-eval itself."""
+"""The requests of lmms-eval's OpenAI model (`openai`, 0.7.3), sent with the same SDK calls but without lmms-eval."""
 
 import openai
 import pytest
@@ -12,7 +12,7 @@ FRAMES = [data_url(picture(16, 16 + number), "image/png") for number in range(11
 
 
 def sampled(*parts, **fields):
-    """A request of its; what a task leaves open has these values."""
+    """A request as lmms-eval makes it, with its default values."""
     content = [*parts, {"type": "text", "text": "What happens?"}]
     return {
         "messages": [{"role": "user", "content": content}],
@@ -66,5 +66,5 @@ async def test_what_failed_is_repeated_by_its_own_loop_alone_and_a_limit_is_know
         await completions.create(**sampled(*map(frame, FRAMES)))
     assert len(engine.requests) == 1
     engine.error = (429, b'{"error":{"message":"full","code":429}}', "application/json")
-    with pytest.raises(openai.RateLimitError, match="429"):  # it looks for the number
+    with pytest.raises(openai.RateLimitError, match="429"):  # lmms-eval looks for the number in the text
         await completions.create(**sampled())

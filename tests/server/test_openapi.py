@@ -1,4 +1,4 @@
-"""The OpenAPI document is valid and says what the gateway does."""
+"""The OpenAPI document is valid and matches the gateway's behaviour."""
 
 import asyncio
 import re
@@ -18,7 +18,7 @@ from tests.server.clips import clip
 from tests.server.harness import CHAT, gateway, served
 
 KEY = new_key()
-EXAMPLES = 10  # for each operation, of what the document allows and of what it does not
+EXAMPLES = 10  # per operation, of valid and of invalid requests
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ async def test_every_status_that_an_error_has_is_in_the_document(engine):
     possible = [v for kind, v in VERDICTS.items() if kind is not ClientGone]
     for verdict in (*possible, *ENGINE_VERDICTS.values(), INTERNAL):
         if verdict.status == 405:
-            continue  # of other methods than the document names
+            continue  # an answer to methods that the document does not name
         response = described[str(verdict.status)]
         assert ("retry-after" in response["headers"]) or verdict.retry_after_seconds is None
         assert ("x-should-retry" in response["headers"]) or not verdict.retry_is_waste
@@ -84,7 +84,7 @@ async def test_keys_are_asked_for_in_the_document_where_they_are_asked_for(engin
 
 
 class Bearer:
-    """The key for an endpoint."""
+    """An authentication provider for schemathesis, which sends each endpoint its own key."""
 
     def get(self, case, context):
         return "scraper" if case.operation.path == "/metrics" else KEY
@@ -94,13 +94,13 @@ class Bearer:
 
 
 def checked(operation, mode, fill):
-    """Send what the document allows, or what it does not, and hold every answer to the document."""
+    """Send requests that the document allows or forbids, and check every answer against the document."""
     is_chat = operation.path == CHAT
     excluded = []
     if is_chat or operation.method == "post":
-        excluded.append(positive_data_acceptance)  # a random model is unknown, a random file no video
+        excluded.append(positive_data_acceptance)  # random models are unknown, random files are not videos
     if is_chat:
-        excluded.append(negative_data_rejection)  # of messages, it is the engine that looks inside
+        excluded.append(negative_data_rejection)  # the engine, not the gateway, validates messages
 
     @given(case=operation.as_strategy(generation_mode=mode))
     @settings(
@@ -144,7 +144,7 @@ async def test_answers_to_whatever_is_sent_are_as_the_document_says(engine, tmp_
             upload = await client.post("/v1/files", files={"file": ("clip.mp4", clip())}, data={"purpose": "video"})
 
         def fill(case):
-            """Put in what there is, so that some requests get through."""
+            """Insert existing names into the case, so that some requests succeed."""
             if "model" in case.path_parameters:
                 case.path_parameters["model"] = "llava"
             if "file_id" in case.path_parameters and case.method == "GET":

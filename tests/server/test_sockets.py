@@ -202,7 +202,7 @@ async def test_a_taken_port_is_an_error_code(engine):
 async def test_the_gateway_uses_one_process_and_leaves_none_behind(engine):
     async with GatewayProcess(engine.url) as gateway, httpx.AsyncClient() as client:
         assert (await client.post(gateway.url + CHAT, json=ask_about(VIDEO))).status_code == 200
-        (worker,) = gateway.children()  # the probe's
+        (worker,) = gateway.children()  # the probe's worker
         gateway.drain()
         await gateway.ended()
         with pytest.raises(ProcessLookupError):

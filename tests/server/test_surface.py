@@ -1,4 +1,4 @@
-"""What the gateway serves, and that nothing else of an engine can be reached through it."""
+"""The gateway serves its own routes, and no other route of an engine can be reached through it."""
 
 import asyncio
 import json
@@ -62,7 +62,7 @@ async def url(engine, request):
 
 
 async def raw(url, head, body=b"{}"):
-    """The status and the error that a request gets whose first line no client library would send."""
+    """The status and the error for a raw request line that no client library would send."""
     host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     lines = [head, "host: gateway", "connection: close", f"content-length: {len(body)}", "", ""]

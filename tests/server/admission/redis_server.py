@@ -1,4 +1,4 @@
-"""A Redis of the tests' own: on a free port of the loopback address, with nothing written to disk."""
+"""A Redis server for the tests, on a free loopback port. It writes nothing to disk."""
 
 import shutil
 import socket
@@ -13,7 +13,7 @@ NEEDED = "redis-server is not installed (Debian: apt-get install redis-server): 
 
 
 class RedisServer:
-    """The server, to be stopped and started again on the same port."""
+    """A Redis server that can be stopped, and started again on the same port."""
 
     def __init__(self, directory):
         self._program = shutil.which("redis-server")

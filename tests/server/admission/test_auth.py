@@ -1,4 +1,4 @@
-"""API keys, over the ASGI app and, for what an operator sees, in processes."""
+"""API keys: over the ASGI app, and in processes where the operator's view is tested."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Many large requests at once take no more memory than the operator gives them."""
+"""Many large requests at once take no more memory than the operator allows."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ def large(**fields):
 def refused(answer):
     assert answer.status_code == 429
     assert error_of(answer)["code"] == "rate_limit_exceeded"
-    assert "holds too much" in error_of(answer)["message"]
+    assert "memory for requests is full" in error_of(answer)["message"]
     assert int(answer.headers["retry-after"]) >= 1
     return True
 

@@ -97,4 +97,4 @@ async def test_the_gate_learns_how_long_requests_take():
     for _ in range(30):
         async with gate.engine_slot():
             pass
-    assert gate._slot_seconds < 0.05  # it had started from a second
+    assert gate._slot_seconds < 0.05  # the average starts at one second

@@ -1,4 +1,4 @@
-"""Limits of tenants, counted in the process and, where a Redis can be started, shared by gateways."""
+"""The tenants' limits, counted in the process and, if a Redis can be started, shared between gateways."""
 
 import asyncio
 import json
@@ -36,13 +36,16 @@ def redis(tmp_path_factory):
 
 @pytest.fixture(params=["memory", "redis"])
 def backend(request):
-    """What AOT_GATEWAY_LIMITS_BACKEND is set to."""
+    """The value of AOT_GATEWAY_LIMITS_BACKEND."""
     return "memory" if request.param == "memory" else request.getfixturevalue("redis").url
 
 
 @pytest.fixture(autouse=True)
 async def _no_new_period_within_a_test():
-    """Counts in memory begin a new period with each minute of the clock; what was counted before then weighs less."""
+    """Wait for the next minute if little of this one is left.
+
+    Counts in memory begin a new period with each minute of the clock, and then weigh less. A test must not see that.
+    """
     left = 60 - time.time() % 60
     if left < 4:
         await asyncio.sleep(left + 0.1)
@@ -50,7 +53,7 @@ async def _no_new_period_within_a_test():
 
 @pytest.fixture
 def config(tmp_path):
-    """Writes a file with acme's limits; its names are the test's own, as a Redis outlasts the test."""
+    """Writes a file with acme's limits. The tenants' names are unique to the test, because the Redis outlives it."""
     name = time.time_ns()
 
     def write(acme):
@@ -214,7 +217,7 @@ async def test_without_its_redis_a_gateway_counts_by_itself_and_says_so_until_it
             assert up() == 0
             server.start()
             await asyncio.sleep(0.3)
-            assert await status() == 200  # the new server knows of nothing
+            assert await status() == 200  # the new server has no counts
             assert up() == 1
     finally:
         server.stop()
@@ -256,7 +259,7 @@ windows = st.builds(
 
 
 def later(window, seconds):
-    """The window after a while in which nothing was counted."""
+    """The window after some time in which nothing was counted."""
     if seconds <= window.previous_seconds:
         left = window.previous_seconds - seconds
         return Window(window.previous, left, window.current, window.current_seconds - seconds, 60)

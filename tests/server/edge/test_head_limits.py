@@ -1,4 +1,4 @@
-"""What comes before a request's body, from people whom nobody has asked for a key yet."""
+"""The limits on everything that a client sends before its request's body, and so before its key is checked."""
 
 import asyncio
 
@@ -19,7 +19,7 @@ async def gateway(engine):
 
 
 async def sent(gateway, first, again, *, pause=0.0, most=1000):
-    """Send until the connection is closed; return what came back and how many bytes were taken."""
+    """Send until the gateway closes the connection; return its answer, and how many bytes it accepted."""
     reader, writer = await asyncio.open_connection("127.0.0.1", gateway.port)
     taken = 0
 
@@ -62,7 +62,7 @@ async def test_what_is_no_body_is_not_kept_without_end(gateway):
     for first, again in ENDLESS:
         answer, taken = await sent(gateway, first, again, most=200_000_000 // len(again))
         assert b" 200 " not in answer
-        assert taken < 50_000_000, first  # sockets buffer megabytes
+        assert taken < 50_000_000, first  # not exact, because sockets buffer megabytes
     async with httpx.AsyncClient() as client:
         assert (await client.post(gateway.url + CHAT, json=ask())).status_code == 200
 

@@ -46,7 +46,7 @@ def test_after_the_delay_one_request_is_let_through_at_a_time(opened, clock):
     trial = opened.begin()
     assert trial
     assert not opened.admits
-    opened.end(trial=trial)  # its client left: nobody knows
+    opened.end(trial=trial)  # the client left, so the outcome is unknown
     assert opened.admits
 
 

@@ -15,7 +15,7 @@ async def test_a_request_goes_to_the_other_engine_if_one_cant_be_reached():
         EngineDouble().serving() as second,
         gateway(engines=(first.url, second.url), engine_health_seconds=60) as client,
     ):
-        # the first stops listening after the health check that found it up
+        # the first engine stops listening after a health check has found it up
         await stop(first)
         answer = await client.post(CHAT, json=ask())
         assert answer.status_code == 200
@@ -28,7 +28,7 @@ async def test_a_request_goes_to_the_other_engine_if_one_cant_be_reached():
 
 async def stop(double: EngineDouble) -> None:
     await double.runner.cleanup()
-    await asyncio.sleep(0.1)  # until idle connections have heard of it
+    await asyncio.sleep(0.1)  # until the gateway's idle connections are closed
 
 
 async def test_an_engine_that_took_the_request_is_not_retried_elsewhere():
@@ -73,7 +73,7 @@ async def test_requests_go_to_the_engine_that_serves_the_model():
 async def test_without_a_reachable_engine_requests_are_refused_and_may_be_retried(engine):
     async with gateway(engine, engine_health_seconds=60) as client:
         await stop(engine)
-        for _ in range(2):  # found out by the first, known to the second
+        for _ in range(2):  # the first request finds out, the second one knows
             answer = await client.post(CHAT, json=ask())
             assert answer.status_code == 503
             assert error_of(answer)["code"] == "engine_unavailable"
@@ -142,7 +142,7 @@ async def test_a_request_takes_no_longer_than_the_limits_on_headers_and_on_silen
     engine.delay_seconds = 0.6
     async with gateway(engine, engine_headers_seconds=0.2, engine_read_seconds=5) as client:
         assert (await client.post(CHAT, json=ask(stream=True))).status_code == 504
-        assert (await client.post(CHAT, json=ask())).status_code == 200  # its headers come with its end
+        assert (await client.post(CHAT, json=ask())).status_code == 200  # the headers come when the answer is complete
 
 
 async def test_a_model_that_no_engine_serves_any_more_is_not_sent_to_one(engine, tmp_path):
@@ -180,7 +180,7 @@ async def test_a_silent_engine_does_not_delay_what_is_known_of_the_others(engine
         gateway(engines=(silent.url, engine.url), engine_health_seconds=0.05) as client,
     ):
         silent.health_hold = asyncio.Event()
-        await asyncio.sleep(0.2)  # until its check hangs
+        await asyncio.sleep(0.2)  # until the health check hangs
         engine.healthy = False
         async with asyncio.timeout(1):  # a check may hang for three
             await until(lambda: not value(client, "engine_up", engine="engine-1"))

@@ -1,4 +1,4 @@
-"""The gateway's process in front of several engines' processes, some of which die, hang or come back."""
+"""A gateway process in front of several engine processes, some of which die, hang or come back."""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ async def test_one_video_stays_on_one_engine_until_that_one_has_its_share(client
 
         for number in range(10):
             await post(ask_about(video(number)))
-        assert sum([(await engine.told())["requests"] > 0 for engine in engines]) > 1  # not so once in 20,000 runs
+        assert sum([(await engine.told())["requests"] > 0 for engine in engines]) > 1  # by chance false once in 20,000
         assert await gateway.metric("affinity_total", outcome="hit") == 20
 
         for _ in range(3):
@@ -123,11 +123,11 @@ async def test_an_engine_that_never_answers_times_out_and_is_left_alone_until_a_
             timeouts += 1
             assert answer.json()["error"]["code"] == "engine_timeout"
             assert answer.headers["x-should-retry"] == "false"
-        assert timeouts >= FAILURES_TO_OPEN  # more if this machine was so slow that a trial came in between
+        assert timeouts >= FAILURES_TO_OPEN  # more on a slow machine, where trials come in between
         assert answer.status_code == 503
         assert int(answer.headers["retry-after"]) >= 1
         assert (await engine.told())["requests"] == timeouts
-        assert await gateway.metric("engine_up") == 1  # its health checks pass
+        assert await gateway.metric("engine_up") == 1  # the health checks still pass
         assert await gateway.metric("engine_breaker_open", engine="engine-0") == 1
 
         await engine.tell(delay_seconds=0)
@@ -153,7 +153,7 @@ async def test_a_slow_engine_is_passed_over_for_text_and_nothing_is_lost(client)
         await slow.tell(holding=True)
         asking = [asyncio.create_task(client.post(gateway.url + CHAT, json=ask())) for _ in range(40)]
         await until_true(lambda: _is(_count(slow, fast), 40))
-        assert (await slow.told())["requests"] <= 2  # half of those in flight, which it never answers
+        assert (await slow.told())["requests"] <= 2  # half of the four in flight: it holds all it gets
         await slow.tell(holding=False)
         assert {answer.status_code for answer in await asyncio.gather(*asking)} == {200}
 
@@ -177,7 +177,7 @@ async def test_no_stream_is_cut_when_the_gateway_is_told_to_end_under_load(clien
                         status = answer.status_code
                         async for piece in answer.aiter_raw():
                             got += piece
-                except httpx.TransportError as exc:  # with nothing begun, the gateway has ended meanwhile
+                except httpx.TransportError as exc:  # allowed only before an answer began: the gateway has ended
                     if status is not None or not told.is_set():
                         cut.append((status, got, repr(exc)))
                 if status is None or status == 503:

@@ -70,7 +70,7 @@ def test_keys_spread_over_the_engines():
     counts = {engine.url: 0 for engine in pool(4)}
     for key in KEYS:
         counts[choose(pool(4), key)[0].url] += 1
-    assert min(counts.values()) > 45  # 75 on average, with a standard deviation of 7.5
+    assert min(counts.values()) > 45  # the mean is 75, the standard deviation 7.5
 
 
 def test_another_process_makes_the_same_choices():

@@ -11,7 +11,7 @@ async def host():
 
 @pytest.fixture
 def internet(host):
-    """A network on which `media.example` is the host."""
+    """A network on which the name `media.example` leads to `host`."""
     internet = Internet()
     internet.route(PUBLIC, 80, host)
     internet.route(PUBLIC, 443, host)

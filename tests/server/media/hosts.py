@@ -1,4 +1,4 @@
-"""Media hosts on loopback, and a network on which they are public: its names and addresses lead nowhere else."""
+"""Media hosts on loopback, and a network on which they have public addresses. The network reaches nothing else."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ PUBLIC = "9.9.9.9"
 
 
 class Names(AbstractResolver):
-    """Answers with what it was told; to a name with several answers, with one after the other."""
+    """A resolver with fixed answers. If a name has a tuple of answers, each look-up gets the next one."""
 
     def __init__(self):
         self.answers = {"media.example": [PUBLIC]}
@@ -34,7 +34,7 @@ class Names(AbstractResolver):
 
 
 class Internet:
-    """Stands below the rule about addresses: notes what would be dialled, and connects to nothing but loopback."""
+    """The network below the rule about addresses. It records each address dialled, and connects to loopback only."""
 
     def __init__(self):
         self.names = Names()
@@ -43,7 +43,7 @@ class Internet:
         self.network = Network(self.names, self._new_socket)
 
     def route(self, address, port, host):
-        """Let connections to a public address end at a `MediaHost`."""
+        """Route connections to a public address to `host`."""
         self.routes[address, port] = host
 
     def _new_socket(self, info):
@@ -65,7 +65,7 @@ class _Rerouted(socket.socket):
 
 
 class MediaHost:
-    """A host with media, on loopback."""
+    """A media host on loopback."""
 
     def __init__(self):
         self.files = {

@@ -1,4 +1,4 @@
-"""A gateway under uvicorn with everything around it, in a thread: what an attacker sees, and what attacks leave."""
+"""A gateway under uvicorn in a thread, with an engine and media hosts, to attack and then to check for leaks."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ from tests.server.media.hosts import PUBLIC, Internet
 
 
 class EvilHost:
-    """Answers each connection as the path of its first request says: with bytes, or as a coroutine does."""
+    """A malicious media host. The path of a request selects the answer: fixed bytes, or a coroutine that writes it."""
 
     def __init__(self):
         self.answers = {}
@@ -58,7 +58,7 @@ def response(body: bytes, *headers: str, status: str = "200 OK") -> bytes:
 
 
 class Site:
-    """Runs until its block ends; from any thread."""
+    """The gateway and its surroundings, running until the block ends. It may be used from any thread."""
 
     def __init__(self, directory: Path, **settings):
         self.temporary, self.store = directory / "temporary", directory / "store"
@@ -81,7 +81,7 @@ class Site:
         assert self.started.wait(20)
         self.baseline = None
         self.still_serves()
-        time.sleep(0.5)  # the connection of the first health check closes
+        time.sleep(0.5)  # until the connection of the first health check is closed
         self.baseline = self.footprint()
         return self
 
@@ -119,7 +119,7 @@ class Site:
         return httpx.post(self.url + CHAT, json=request, timeout=20, headers={"connection": "close"})
 
     def footprint(self):
-        """What the process holds: tasks of the gateway's, descriptors besides its workers' sockets, and files."""
+        """The resources in use: the gateway's tasks, file descriptors except the workers' sockets, temporary files."""
         tasks = [task.get_coro() for task in asyncio.all_tasks(self.loop)]
         code = [coroutine.cr_code for coroutine in tasks if hasattr(coroutine, "cr_code")]
         workers = children(os.getpid())
@@ -133,7 +133,7 @@ class Site:
         }
 
     def still_serves(self):
-        """Check that a video nobody has seen before is answered, and that nothing but what was there before is left."""
+        """Check that a request about a new video is answered, and that no more resources are in use than before."""
         self.served += 1
         self.host.answers["/clip.mp4"] = response(clip() + b"\0\0\0\x0cfree" + self.served.to_bytes(4, "big"))
         answer = self.ask("http://media.example/clip.mp4")

@@ -1,4 +1,4 @@
-"""Attacks through media on a gateway that runs: each ends in a clear error, and leaves nothing behind."""
+"""Attacks through media on a running gateway: each ends in a clear error and leaves nothing behind."""
 
 import asyncio
 import base64
@@ -31,7 +31,7 @@ def running(tmp_path_factory):
 
 @pytest.fixture
 def site(running):
-    """The gateway, which must serve and hold nothing more when an attack is over."""
+    """A gateway that, after each attack, must still serve requests and hold no more resources than before."""
     running.internet.names.answers = {"media.example": [PUBLIC]}
     running.internet.names.asked.clear()
     running.internet.dialled.clear()
@@ -41,7 +41,7 @@ def site(running):
 
 
 def refused(site, request):
-    """Send a request that must be refused; return its code."""
+    """Send a request that must be refused; return the error's code."""
     answer = site.post(ask_about(request) if isinstance(request, str) else request)
     assert answer.status_code == 400, answer.text
     error = answer.json()["error"]
@@ -341,7 +341,7 @@ def test_a_store_is_filled_by_nothing_that_is_refused_and_never_beyond_its_bytes
     for answer in (drip, endless, reset, response(clip(), "content-length: 99999"), response(b"x" * 1000)):
         refused_at = storing.ask(served(storing, answer))
         assert refused_at.status_code == 400
-    assert len(os.listdir(storing.store)) == 1  # what was served at the start
+    assert len(os.listdir(storing.store)) == 1  # the video from the start of the test
     for frames in range(10, 20):
         padding = (500_000).to_bytes(4, "big") + b"free" + b"\0" * 499_992
         assert storing.ask(data_url(clip(frames=frames) + padding)).status_code == 200

@@ -1,4 +1,4 @@
-# ruff: noqa: RUF001 - look-alikes are what is tested
+# ruff: noqa: RUF001 - the tests need look-alike characters
 import contextlib
 import os
 import re
@@ -184,7 +184,7 @@ async def test_a_url_that_two_parsers_could_read_in_two_ways_is_not_dialled(fetc
 
 @pytest.mark.parametrize("path", ["/a%0d%0ax-evil:%20yes", "/a\u2028b", "/a\x85b", "/a%0D%0A%0D%0AGET%20/b%20HTTP/1.1"])
 async def test_nothing_in_a_path_becomes_a_line_of_its_own(fetcher, host, path):
-    assert await refused(fetcher, f"http://media.example{path}") == "media_fetch_failed"  # there is no such file
+    assert await refused(fetcher, f"http://media.example{path}") == "media_fetch_failed"  # the host has no such file
     assert [asked.encode() for asked in host.asked] == [unquote_to_bytes(path.encode())]
 
 
@@ -271,7 +271,7 @@ async def test_denied_hosts_and_all_below_them_are_not_fetched_from(internet):
     async with make_fetcher(internet.network, deny=("media.example", PUBLIC), allow=("media.example",)) as fetcher:
         for name in ("media.example", "media.example.", "MEDIA.example", "a.b.media.example", PUBLIC):
             assert await refused(fetcher, f"http://{name}/clip.mp4") == "media_host_not_allowed"
-        assert await refused(fetcher, "http://notmedia.example/clip.mp4") == "media_fetch_failed"  # there is none
+        assert await refused(fetcher, "http://notmedia.example/clip.mp4") == "media_fetch_failed"  # no such host
     assert internet.dialled == []
 
 

@@ -1,4 +1,4 @@
-"""Damaged files and made-up messages: whatever comes, the outcome is facts or a refusal."""
+"""Fuzzing with damaged files and made-up messages: the outcome is always either facts or a refusal."""
 
 import asyncio
 import json
@@ -55,7 +55,7 @@ def overwrite(data, chance):
 
 
 def lie(data, chance):
-    """Write an extreme number into a header, or into the size of one."""
+    """Write an extreme number into a header or into its size field."""
     present = [box for box in BOXES if box in data]
     if not present:
         return overwrite(data, chance)
@@ -86,7 +86,7 @@ def damaged(seed, chance):
 
 @pytest.mark.parametrize("name", SEEDS)
 async def test_a_damaged_file_has_facts_or_is_refused(name):
-    chance = random.Random(name)  # the same files every time
+    chance = random.Random(name)  # a fixed seed: the same files every time
     kind = KINDS.get(name, "video")
     demuxer = identify(SEEDS[name][:512], kind).demuxer
     prober = Prober(limits=LIMITS, seconds=3, num_workers=2)
@@ -149,7 +149,7 @@ NOISE += [
 
 @st.composite
 def media_parts(draw):
-    """A part with a medium, or nearly so."""
+    """A part with a medium, or one that is nearly valid."""
     key = draw(st.sampled_from([*KEYS]))
     value = draw(st.sampled_from(URLS * 3 + VALUES))
     inner = value if draw(st.integers(0, 3)) == 0 else {KEYS[key]: value, **draw(st.sampled_from(NOISE))}

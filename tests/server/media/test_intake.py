@@ -21,7 +21,7 @@ def fetching(internet, **settings):
 
 
 def padded(size_bytes):
-    """A clip with so many bytes more that are nothing."""
+    """A clip, made longer by a number of meaningless bytes."""
     return clip() + size_bytes.to_bytes(4, "big") + b"free" + b"\0" * (size_bytes - 8)
 
 
@@ -45,7 +45,7 @@ def files_dir(tmp_path):
 
 
 async def upload(client, content):
-    """Return the id of a video that was uploaded."""
+    """Upload a video; return its id."""
     answer = await client.post("/v1/files", files={"file": ("clip.mp4", content)}, data={"purpose": "video"})
     assert answer.status_code == 200, answer.text
     return answer.json()["id"]
@@ -362,7 +362,7 @@ async def test_gateways_agree_on_a_videos_name_only_if_they_share_a_secret(engin
 
 @pytest.fixture
 def all_taken(monkeypatch):
-    """What gateways took in with each request."""
+    """The summaries of the media that gateways took in, one per request."""
     taken, all_taken = Intake.taken, []
 
     @contextlib.asynccontextmanager
@@ -395,7 +395,7 @@ async def test_a_video_that_was_seen_before_is_not_probed_again(engine, internet
     async with gateway(engine, **fetching(internet)) as client:
         for url in (data_url(clip()), f"{URL}/clip.mp4", data_url(clip())):
             assert (await client.post(CHAT, json=ask_about(url))).status_code == 200
-        for _ in range(2):  # what was refused is looked at again
+        for _ in range(2):  # a refusal is not cached: the video is probed again
             await refusal(client, data_url(clip()[:-300]))
         assert client.registry.get_sample_value("aot_gateway_probes_total") == 3
 
@@ -406,7 +406,7 @@ async def test_requests_for_one_url_at_one_time_share_a_download(engine, interne
         asking = [asyncio.create_task(client.post(CHAT, json=ask_about(f"{URL}/clip.mp4"))) for _ in range(5)]
         await until(lambda: client.registry.get_sample_value("aot_gateway_inflight_requests") == 5)
         await asyncio.sleep(0.05)
-        asking[0].cancel()  # the first to ask may leave without harm to the others
+        asking[0].cancel()  # the first request may leave without harm to the others
         host.gate.set()
         answers = await asyncio.gather(*asking[1:])
     assert [answer.status_code for answer in answers] == [200] * 4

@@ -1,4 +1,4 @@
-"""The headers from which llm-d's router estimates what a video costs."""
+"""The headers from which llm-d's router estimates the cost of a video."""
 
 import base64
 

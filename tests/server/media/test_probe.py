@@ -152,8 +152,8 @@ EIGHT_K = clip("mp4", "libx264", frames=1, size=(7680, 4320))
         (EIGHT_K, "7680 x 4320 pixels, at most 8294400"),
         (lies.patched(EIGHT_K, b"tkhd", 76, ">II", 64 << 16, 48 << 16), "7680 x 4320 pixels, at most 8294400"),
         (lies.patched(EIGHT_K, b"avc1", 24, ">HH", 64, 48), "7680 x 4320 pixels, at most 8294400"),
-        (clip("mov", "png", pix_fmt="rgb24"), "is in png; taken are h264, "),
-        (clip("matroska", "ffv1"), "is in ffv1; taken are h264, "),
+        (clip("mov", "png", pix_fmt="rgb24"), "is in png; supported codecs are h264, "),
+        (clip("matroska", "ffv1"), "is in ffv1; supported codecs are h264, "),
         (clip("mp4", "libx264")[:-300], "truncated"),
     ],
 )
@@ -254,7 +254,7 @@ async def test_an_image_that_would_be_huge_or_is_none_is_refused(prober, data, s
 
 
 def text_bomb():
-    """A PNG whose comment unpacks to 64 MiB."""
+    """A PNG whose compressed comment unpacks to 64 MiB."""
     comment = b"zTXt" + b"Comment\0\0" + zlib.compress(b"a" * 2**26)
     chunk = struct.pack(">I", len(comment) - 4) + comment + struct.pack(">I", zlib.crc32(comment))
     return picture()[:33] + chunk + picture()[33:]
@@ -264,7 +264,7 @@ async def test_an_image_with_a_comment_that_unpacks_to_megabytes_is_refused_or_l
     try:
         facts = await probe(prober, text_bomb(), kind="image")
     except ProbeError as exc:
-        assert "truncated or broken" in str(exc)  # noqa: PT017 - either is fine
+        assert "truncated or broken" in str(exc)  # noqa: PT017 - either outcome is fine
     else:
         assert facts.width == 16
     assert len(prober.process_ids) == 1

@@ -7,7 +7,7 @@ from server.media.share import Shared
 
 
 class Thing:
-    """What is shared; counts how often it was opened and closed, and opens when it is let."""
+    """A shared resource that counts how often it was opened and closed. It opens only when the test lets it."""
 
     def __init__(self):
         self.opened = self.closed = self.given_up = 0

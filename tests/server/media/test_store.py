@@ -31,7 +31,7 @@ async def test_the_store_makes_room_by_dropping_what_was_used_longest_ago(tmp_pa
     store = MediaStore(tmp_path, max_bytes=250, max_age_seconds=1000)
     for age, letter in enumerate((b"a", b"b")):
         os.utime(await keep(store, letter * 100), (time.time() - 10 + age,) * 2)
-    await keep(store, b"a" * 100)  # used again: now younger than b
+    await keep(store, b"a" * 100)  # used again, so b is now the oldest
     await keep(store, b"c" * 100)
     assert content(tmp_path) == [b"a", b"c"]
 
@@ -91,4 +91,4 @@ async def test_a_request_that_leaves_while_its_file_is_written_leaves_nothing_ha
     assert all(path.stat().st_size == 200_000 for path in tmp_path.iterdir())
     await asyncio.sleep(0.02)
     await store.sweep()
-    assert list(tmp_path.iterdir()) == []  # nobody holds any of them
+    assert list(tmp_path.iterdir()) == []  # no request holds any of the files

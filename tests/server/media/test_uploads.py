@@ -1,4 +1,4 @@
-"""The files API: over the ASGI app, over sockets with the SDK, and the store by itself."""
+"""The files API: over the ASGI app, over sockets with the SDK, and on the store itself."""
 
 import asyncio
 import io
@@ -268,7 +268,7 @@ async def test_files_of_other_purposes_there_are_none(engine, directory):
 
 
 async def test_a_tenants_files_have_a_limit_together_and_deleting_makes_room(engine, config, directory):
-    size = len(clip()) + 700  # with the form around it
+    size = len(clip()) + 700  # including the form around the file
     async with gateway(engine, config=config, files_dir=directory, files_tenant_bytes=2 * size) as client:
         first = await upload(client, headers=bearer(ACME))
         assert (await upload(client, headers=bearer(ACME))).status_code == 200

@@ -76,7 +76,7 @@ CLOSED = {
 
 
 def samples(registry):
-    """The values of all series, by metric and labels; of histograms how often something was observed."""
+    """The values of all series, by metric and labels. For histograms, the number of observations."""
     return {
         (sample.name.removeprefix("aot_gateway_").removesuffix("_count"), tuple(sorted(sample.labels.items()))): (
             sample.value
@@ -88,7 +88,7 @@ def samples(registry):
 
 
 class Watched:
-    """Tells which metrics have moved."""
+    """Finds the metrics that have changed."""
 
     def __init__(self, client):
         self.client = client
@@ -103,7 +103,7 @@ class Watched:
 
 @pytest.fixture
 async def watched(engine, tmp_path):
-    """A gateway with two engines and two tenants, whose limits are in a Redis that is not there."""
+    """A gateway with two engines and two tenants, whose limits are in a Redis that does not run."""
     keys = {name: new_key() for name in ("acme", "globex")}
     tenants = {name: {"keys": [{"sha256": digest_of(key.encode())}]} for name, key in keys.items()}
     models = {"fast": {"engine_model": "llava", "max_retention": 0.5}}

@@ -118,7 +118,7 @@ async def test_a_process_exports_over_otlp_and_waits_for_no_collector_that_is_go
     async with GatewayProcess(engine.url, environment=otel) as gateway, httpx.AsyncClient() as client:
         await client.post(gateway.url + CHAT, json=ask())
         names = set()
-        while "chat llava" not in names:  # spans travel in batches as they end
+        while "chat llava" not in names:  # spans are exported in batches when they end
             (exported,) = (await asyncio.wait_for(received.get(), 10)).resource_spans
             names |= {span.name for scope in exported.scope_spans for span in scope.spans}
         assert names == {"chat llava", "parse", "queue", "connect", "engine"}

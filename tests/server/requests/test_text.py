@@ -1,4 +1,4 @@
-"""`/v1/completions` and `/v1/responses`, passed through."""
+"""`/v1/completions` and `/v1/responses` pass through."""
 
 import asyncio
 import hashlib
