@@ -1,13 +1,14 @@
-"""How a request's videos are handed to the engine: which frames are sampled, and how large they are."""
+"""How a request's videos are handed to the engine: which frames are sampled, and at which size."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from server.aliases import Sampling
-from server.engines.budget import handed_size
-from server.engines.profile import FRAMES_FORMAT, UniformSampling, VideoRules
+from server.engines.profile import FRAMES_FORMAT, SmartResize, UniformSampling, VideoRules
 from server.errors import SamplingRefused
+from server.media.wanted import Wanted
 
 
 @dataclass(frozen=True)
@@ -17,38 +18,54 @@ class Handover:
     rules: VideoRules
     sampling: Sampling
     full_size: bool
-    """Whether frames are handed over as large as they are, whatever the model makes of them."""
+    """Whether frames keep their size, whatever the model's processor makes of them."""
 
     @property
     def most_frames(self) -> int:
-        """The most frames that a video may have: the alias's bound or the model's own, within what was profiled."""
+        """The most frames of a video: the alias's bound or the model's own, and never more than were profiled."""
         own = self.rules.sampling
         default = own.num_frames if isinstance(own, UniformSampling) else own.max_frames
         return min(self.sampling.max_frames or default, self.rules.max_frames)
 
     @property
-    def fingerprint(self) -> str:
-        """What decides, besides a video's content, which bytes an engine gets."""
-        told: dict[str, Any] = {
-            "format": FRAMES_FORMAT,
-            "sampling": self.rules.sampling.model_dump(),
-            "size": None if self.full_size else self.rules.size.model_dump(),
-            "most": self.most_frames,
-            "asked": asdict(self.sampling),
-        }
-        return json.dumps(told, sort_keys=True)
+    def likely_bytes(self) -> int:
+        """The bytes that the frames of a large video take."""
+        size, pixels = self.rules.size, 4096 * 2304
+        if isinstance(size, SmartResize):
+            pixels = size.max_pixels // (self.most_frames if size.over == "video" else 1)
+        elif not self.full_size:
+            pixels = size.height * size.width
+        return self.most_frames * pixels * 3
 
-    def size_of(self, *, frames: int, height: int, width: int) -> tuple[int, int]:
-        """Return the (height, width) at which frames are handed over."""
-        if self.full_size:
-            return height, width
-        return handed_size(self.rules, frames=frames, height=height, width=width)
+    def wanted(self, *, max_bytes: int) -> Wanted:
+        """Return what the reader is asked for; the frames of a video take at most `max_bytes`."""
+        told = self.rules.sampling.model_dump()
+        bound = "num_frames" if told["rule"] == "uniform" else "max_frames"
+        if self.sampling.frames is None:
+            told[bound] = min(told[bound], self.most_frames) if self.sampling.fps is None else self.most_frames
+        return Wanted(
+            sampling=told,
+            size=None if self.full_size else self.rules.size.model_dump(),
+            max_bytes=max_bytes,
+            start=self.sampling.start_seconds or 0.0,
+            end=self.sampling.end_seconds,
+            num_frames=self.sampling.frames,
+            fps=self.sampling.fps,
+        )
+
+    def name_of(self, digest: str) -> str:
+        """Return the name, 64 hexadecimal digits, of the frames of the video with this SHA-256.
+
+        All that decides which bytes the engine gets is in it.
+        """
+        told: dict[str, Any] = {"video": digest, "format": FRAMES_FORMAT, **asdict(self.wanted(max_bytes=0))}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def handover(rules: VideoRules | None, sampling: Sampling, *, full_size: bool) -> Handover | None:
-    """Return how videos are handed over, None if they are handed over as they are.
+    """Return how videos are handed over; None if the engine gets the videos themselves.
 
-    Raises SamplingRefused for frames that can't be asked of these engines.
+    Raises SamplingRefused if the request asks for frames that these engines can't be given.
     """
     if rules is None:
         for name, value in (

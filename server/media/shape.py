@@ -1,24 +1,41 @@
-"""What a video is to a model: how many frames, and how large."""
+"""What a video is to a model: how many frames, how large, and how many tokens they become."""
 
+import math
 from dataclasses import dataclass
 
-from server.engines import budget
-from server.engines.profile import VideoRules
+from server.engines.profile import GridTokens, VideoRules
+from server.media.frames_file import FramesHeader
+from server.media.sizes import model_size
 
 
 @dataclass(frozen=True)
 class VideoShape:
-    """A video as it is handed over: frames, and their size in pixels."""
+    """Frames as they are handed over, and their size in pixels."""
 
     frames: int
     height: int
     width: int
-    duration_seconds: float
+
+    @classmethod
+    def of(cls, header: FramesHeader) -> "VideoShape":
+        """Return the shape of the frames in a file."""
+        return cls(header.frames, header.height, header.width)
 
     def tokens_before(self, rules: VideoRules) -> int:
-        """Return its tokens before the reduction."""
-        return budget.tokens_before(rules, frames=self.frames, height=self.height, width=self.width)
+        """Return the number of tokens before the reduction."""
+        units, per_unit = self._grid(rules)
+        return units * per_unit + rules.tokens.extra
 
     def tokens_after(self, rules: VideoRules, retention: float) -> int:
-        """Return the tokens that are left at a retention."""
-        return budget.tokens_after(rules, retention, frames=self.frames, height=self.height, width=self.width)
+        """Return the number of tokens that are left: that share of all, rounded, and at least one a unit of frames."""
+        units, per_unit = self._grid(rules)
+        return max(units, round(retention * units * per_unit)) + rules.tokens.extra
+
+    def _grid(self, rules: VideoRules) -> tuple[int, int]:
+        """Return the units of frames that tokens are made of, and the tokens of a unit."""
+        tokens = rules.tokens
+        units = math.ceil(self.frames / tokens.frames_per_unit)
+        if not isinstance(tokens, GridTokens):
+            return units, tokens.per_unit
+        height, width = model_size(rules.size.model_dump(), (self.height, self.width), num_frames=self.frames)
+        return units, (height // tokens.cell) * (width // tokens.cell)

@@ -31,7 +31,11 @@ class ChatCompletions(Generation[ParsedChat]):
     def taken_in(self, passage: Passage[ParsedChat]) -> AbstractAsyncContextManager[Taken]:
         """Take in the request's videos, images and audio clips."""
         return self.intake.taken(
-            passage.request.media, tenant=passage.caller.tenant, record=passage.record, buffer=passage.buffer
+            passage.request.media,
+            target=passage.target,
+            tenant=passage.caller.tenant,
+            record=passage.record,
+            buffer=passage.buffer,
         )
 
     def engine_headers(self, target: Target, taken: Taken) -> Mapping[str, str]:

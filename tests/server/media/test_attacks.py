@@ -24,7 +24,7 @@ MAX_BYTES = 2**20
 
 @pytest.fixture(scope="module")
 def running(tmp_path_factory):
-    limits = {"media_fetch_seconds": FETCH_SECONDS, "media_max_bytes": MAX_BYTES, "media_probe_seconds": 3}
+    limits = {"media_fetch_seconds": FETCH_SECONDS, "media_max_bytes": MAX_BYTES, "media_read_seconds": 3}
     with Site(tmp_path_factory.mktemp("site"), **limits) as site:
         yield site
 
