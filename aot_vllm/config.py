@@ -1,4 +1,4 @@
-"""Settings of the reduction: parsed once into a frozen object, checked there, passed on as an argument."""
+"""Settings of the reduction: parsed and checked once, in a frozen object that is passed as an argument."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ Emit = Literal["both", "compact"]
 def check_integer(name: str, value: object, *, minimum: int | None = None) -> int:
     """Return `value` as an int.
 
-    Raises `SettingError` for anything but an integer (a bool is none) of at least `minimum`.
+    Raises `SettingError` for a value below `minimum` and for any type but an integer. A bool is not an integer here.
     """
     range_text = "an integer" if minimum is None else f"an integer of at least {minimum}"
     if isinstance(value, bool) or not isinstance(value, Integral) or (minimum is not None and value < minimum):
@@ -28,9 +28,9 @@ def check_integer(name: str, value: object, *, minimum: int | None = None) -> in
 def check_real(
     name: str, value: object, *, low: float = 0.0, high: float = math.inf, low_included: bool = True
 ) -> float:
-    """Return `value` as a float.
+    """Return `value` as a float in [`low`, `high`], or in (`low`, `high`] without `low_included`.
 
-    Raises `SettingError` for bools, strings, None, NaN, infinities and numbers outside `low` to `high` (included).
+    Raises `SettingError` for bools, strings, None, NaN, infinities and numbers outside the range.
     """
     if high < math.inf:
         range_text = f"in {'[' if low_included else '('}{low:g}, {high:g}]"
@@ -44,15 +44,16 @@ def check_real(
 
 
 def check_retention(value: object) -> float:
-    """Return the fraction of video tokens to keep, in (0, 1]; raises `SettingError` otherwise."""
+    """Return `value`, the fraction of video tokens to keep; raises `SettingError` unless it is in (0, 1]."""
     return check_real("retention", value, high=1.0, low_included=False)
 
 
 def quantise_retention(value: object, *, step: float = 0.01) -> float:
     """Return `value` rounded to a multiple of `step`, at least one step.
 
-    For retentions that arrive with a request: a hundred distinct values let budgets, layouts and multimodal caches be
-    found again, a continuum would not. A server-wide retention is used exactly as given.
+    This is for retentions that arrive with a request. Budgets, layouts and multimodal inputs are cached by retention.
+    With a hundred distinct values these caches hit; with a continuum they would not. The server-wide retention is used
+    exactly as given. Raises `SettingError` for a retention outside (0, 1].
     """
     steps_per_unit = round(1 / check_real("step", step, high=1.0, low_included=False))
     return max(1, round(check_retention(value) * steps_per_unit)) / steps_per_unit
@@ -62,68 +63,76 @@ def quantise_retention(value: object, *, step: float = 0.01) -> float:
 class AOTConfig:
     """Every setting of the method.
 
-    The defaults are those of the released code but for what measurements spoke against: `anchors`, `mass`,
-    `nearest_weight`, `emit` and `kappa`, by the answers that are left (docs/accuracy.md), and `iterations`, by time;
-    and `local_layer`, for towers of other depths. `AOTConfig.paper()` is the released behaviour without exception.
+    `AOTConfig.paper()` is the released code, setting by setting. The defaults differ from it in seven settings.
+    Accuracy measurements chose `anchors`, `mass`, `nearest_weight`, `emit` and `kappa` (docs/accuracy.md). Time
+    measurements chose `iterations`. `local_layer` follows the depth of the vision tower.
     """
 
     anchors: Anchors = "diverse"
-    """Which tokens of a frame become anchors: `diverse` takes those farthest from each other and from what the frame
-    before keeps, `attention`, as released, those that receive most attention in two layers of the vision tower."""
+    """How a frame chooses its anchors. `diverse` chooses tokens far from each other and from the tokens that the
+    previous frame keeps. `attention`, as released, chooses the tokens that receive most attention in two layers of the
+    vision tower."""
 
     global_ratio: float = 0.5
-    """Share of a frame's anchors chosen by global score, in [0, 1]; the rest are local, window by window. `window`, the
-    two layers and this are of use to `attention` alone."""
+    """Share of a frame's anchors chosen by global score, in [0, 1]. The rest are chosen by local score, window by
+    window. Only `attention` uses this setting, `window` and the two layers."""
 
     window: int = 9
-    """Side of a local window in cells. 9 cuts the 27x27 grid of SigLIP-so400m into nine; a side that it
-    does not divide is cut evenly, so the 14x14 cells that LLaVA-OneVision pools to become four windows of 7x7."""
+    """Side of a local window in cells. A window of 9 cuts the 27x27 grid of SigLIP-so400m into nine. A side that
+    `window` does not divide is cut evenly: the 14x14 pooled grid of LLaVA-OneVision becomes four windows of 7x7."""
 
     epsilon: float = 0.1
     """Entropic regularisation: the kernel is exp(-cost / epsilon)."""
 
     iterations: int = 20
-    """Most Sinkhorn iterations per solve. The paper allows 100, but its stopping rule ends after 2 to 9, and on a GPU,
-    where ending early would cost a synchronisation, each further iteration is a dozen launches for nothing."""
+    """Most Sinkhorn iterations per solve. The paper allows 100, but its stopping rule ends after 2 to 9. A GPU runs all
+    of them, because ending early would cost a synchronisation. Each further iteration then costs a dozen launches and
+    changes nothing."""
 
     tolerance: float = 1e-2
-    """A solve has converged when its row scaling moved by less than this on average."""
+    """A solve has converged when an iteration moves its row scaling by less than this on average."""
 
     spatial_weight: float = 0.5
-    """Weight of the distance on the unit square in the cost inside a frame (released code; the paper has none)."""
+    """Weight of the spatial distance in the cost within a frame. Distances are measured on the unit square. The term is
+    in the released code, not in the paper."""
 
     mass: float = 0.2
-    """Mass that a frame's other tokens carry to its anchors, all of them together; an anchor's own is 1. 1 as released,
-    for grids of 729 cells: where a frame has few anchors they take in more than they can. With as much as there are
-    other tokens each carries all of itself; at 0, with `nearest_weight` at 0, nothing moves."""
+    """Total mass that the other tokens of a frame carry to its anchors. Each anchor has a mass of 1 of its own. The
+    released code uses 1, on grids of 729 cells. On smaller grids a frame has few anchors, and a mass of 1 changes each
+    of them too much. With a mass equal to the number of other tokens, each carries all of itself. With a mass of 0 and
+    a `nearest_weight` of 0, nothing is merged within a frame."""
 
     nearest_weight: float = 0.0
-    """Share, in [0, 1], of the plain mean over each anchor's nearest tokens. 0.1 in the released code; the paper has
-    none."""
+    """Share, in [0, 1], of the plain mean of an anchor and its nearest tokens in the merged anchor. The released code
+    uses 0.1. The paper has no such term."""
 
     temporal_sigma: float = 1.5
-    """Frames after which the cost across frames has left its discount: 1 - exp(-dt^2 / (2 sigma^2))."""
+    """Width in frames of the temporal discount. Costs between frames that are dt apart are multiplied by
+    1 - exp(-dt^2 / (2 sigma^2)), which is close to 1 beyond a few sigma."""
 
     clips: int = 8
-    """Clips a video is cut into, each with one key frame; never more than frames. Of use where `kappa` is below 1."""
+    """Number of clips that a video is cut into, each with one key frame. A video never has more clips than frames. The
+    setting has an effect only if `kappa` is below 1."""
 
     kappa: float = 1.0
-    """Share, in [0, 1], of a later frame's anchors that are kept; the key frame absorbs the others. At 1 the video is
-    one clip whose frames have equally many tokens, and nothing moves between them. The released code has 0.3."""
+    """Share, in [0, 1], of a later frame's anchors that are kept. The key frame absorbs the others. At 1 the video is
+    one clip whose frames have equally many tokens, and nothing is merged across frames. The released code uses 0.3."""
 
     emit: Emit = "compact"
-    """`both` emits a key frame's anchors before absorbing, and after it at the end of the clip, as released; `compact`
-    emits them after absorbing alone, in the key frame's place."""
+    """How often the anchors of a key frame are emitted. `both`, as released, emits them twice: as they were in the key
+    frame's place, and after absorbing at the end of the clip. `compact` emits them once: after absorbing, in the key
+    frame's place."""
 
     local_layer: int | None = None
-    """Executed encoder layer whose attention gives the local score: shallow layers look at neighbourhoods. None is the
-    layer as deep, relative to the tower, as the released code's layer 5 of 26."""
+    """Encoder layer whose attention gives the local score, counted among the layers that are executed. Shallow layers
+    attend to neighbourhoods. None chooses the layer at the same relative depth as layer 5 of 26 in the released
+    code."""
 
     global_layer: int = -2
-    """Executed encoder layer whose attention gives the global score; negative counts from the last executed."""
+    """Encoder layer whose attention gives the global score. Negative values count from the last executed layer."""
 
     def __post_init__(self) -> None:
-        """Check every value; numbers are stored as plain int and float, so that equal settings have one digest."""
+        """Check every value. Numbers are stored as plain int and float, so that equal settings have equal digests."""
         checked = {
             "global_ratio": check_real("global_ratio", self.global_ratio, high=1.0),
             "window": check_integer("window", self.window, minimum=1),
@@ -161,7 +170,7 @@ class AOTConfig:
 
     @classmethod
     def from_mapping(cls, mapping: object) -> Self:
-        """Return the settings in `mapping`, defaults for the rest; raises `SettingError` for keys it does not know."""
+        """Return the settings in `mapping`, with defaults for all others; raises `SettingError` for an unknown name."""
         if not isinstance(mapping, Mapping):
             raise SettingError(f"AOT settings must be a mapping of names to values, got {mapping!r}")
         allowed = [field.name for field in fields(cls)]
@@ -171,9 +180,9 @@ class AOTConfig:
         return cls(**mapping)
 
     def settings(self) -> dict[str, Any]:
-        """Return all settings by name, as plain values that JSON can carry."""
+        """Return all settings by name, as values that JSON can represent."""
         return asdict(self)
 
     def digest(self) -> str:
-        """Return 16 hexadecimal digits that change when any setting does: a part of cache keys."""
+        """Return 16 hexadecimal digits that identify these settings, for use in cache keys."""
         return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]

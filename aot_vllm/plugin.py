@@ -1,18 +1,18 @@
 """The `vllm.general_plugins` entry point.
 
-vLLM only logs a plugin that fails to *import*, and would then serve unreduced; an exception out of `register()` stops
-it. So nothing is imported here before `register()` runs.
+If a plugin fails to *import*, vLLM logs it and serves without it, so videos would stay unreduced. If `register()`
+raises, vLLM stops. So this module imports nothing before `register()` runs.
 """
 
 
 def register() -> None:
-    """Make AOT's model classes known to this process and watch for `--video-pruning-rate`.
+    """Register AOT's model classes in this process, and activate AOT in engines that set `--video-pruning-rate`.
 
-    Runs in every vLLM process (API server, engine core, workers, the model inspector), possibly more than once.
-    Nothing in-tree is overridden: until an engine is configured with a pruning rate, vLLM behaves as without it.
+    Runs in every vLLM process (API server, engine core, workers, the model inspector), possibly more than once. No
+    in-tree model is replaced. Without a pruning rate, vLLM behaves as if the plugin were not installed.
 
     Raises:
-        UnsupportedError: vLLM lacks a function the plugin builds on.
+        UnsupportedError: vLLM lacks a function that the plugin needs.
     """
     from aot_vllm.adapters.activation import activate
     from aot_vllm.adapters.compat import after_engine_config

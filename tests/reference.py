@@ -1,14 +1,14 @@
-"""The method once more, slowly: float64, plain loops over plain lists, written from the formulas.
+"""A slow reference implementation of the method: float64, plain loops over plain lists, written from the formulas.
 
-The package never imports it and it never imports the package. `settings` is a mapping with the names of `AOTConfig`.
-Frames, tokens and vectors are nested lists; a grid position is row * cols + col.
+Neither this module nor the package imports the other. `settings` is a mapping with the names of `AOTConfig`. Frames,
+tokens and vectors are nested lists. A grid position is row * cols + col.
 """
 
 import math
 
 
 def budget(frames, positions, retention, settings):
-    """Counts of the reduced video, handing out the remainder token by token."""
+    """Return the counts of the reduced video. The remainder is handed out token by token."""
     total = max(frames, min(frames * positions, round(retention * frames * positions)))
     clips = 1 if settings["kappa"] == 1 else min(settings["clips"], frames)
     lengths = [0] * clips
@@ -85,13 +85,13 @@ def _evenly(tokens, places):
 
 
 def window_of(cell, side, window):
-    """Which of a side's evenly cut windows a cell lies in."""
+    """Return the index of the window that a cell of a side lies in. The side is cut evenly."""
     number = math.ceil(side / window)
     return max(index for index in range(number) if cell >= math.floor(index * side / number))
 
 
 def select_anchors(local, glob, rows, cols, count, global_ratio, window):
-    """Anchors of one frame, ascending."""
+    """Return the anchors of one frame, ascending."""
     windows = {}
     for cell in range(rows * cols):
         row, col = divmod(cell, cols)
@@ -108,7 +108,7 @@ def select_anchors(local, glob, rows, cols, count, global_ratio, window):
 
 
 def select_diverse_anchors(frame, count, before=(), compared=None):
-    """Anchors of one frame in the order of their choice: far from each other and from the tokens `before`."""
+    """Return the anchors of one frame in the order of their choice, each far from the others and from `before`."""
     cells = range(len(frame))
     apart = [[math.dist(frame[i][:compared], frame[j][:compared]) for j in cells] for i in cells]
     already = [min((math.dist(x[:compared], y[:compared]) for y in before), default=math.inf) for x in frame]
@@ -123,7 +123,7 @@ def select_diverse_anchors(frame, count, before=(), compared=None):
 
 
 def select_diverse_anchors_of_video(frames, count, keep, compared=None):
-    """The same of each frame; before a frame is what the one before it keeps."""
+    """Return the diverse anchors of each frame. Its `before` is the tokens that the previous frame keeps."""
     chosen, before = [], []
     for frame, kept in zip(frames, keep, strict=True):
         chosen.append(select_diverse_anchors(frame, count, before, compared))
@@ -132,13 +132,13 @@ def select_diverse_anchors_of_video(frames, count, keep, compared=None):
 
 
 def cosine(x, y):
-    """Cosine similarity; 0 for a zero vector."""
+    """Return the cosine similarity, 0 for a zero vector."""
     length = max(math.hypot(*x), 1e-12) * max(math.hypot(*y), 1e-12)
     return sum(a * b for a, b in zip(x, y, strict=True)) / length
 
 
 def sinkhorn(costs, epsilon, iterations, tolerance):
-    """Plans of several problems that stop together, and the iterations they took; uniform masses."""
+    """Return the plans of several problems that stop together, and the iterations taken. Marginals are uniform."""
     kernels = [[[math.exp(-entry / epsilon) for entry in row] for row in cost] for cost in costs]
     rs = [[1.0] * len(kernel) for kernel in kernels]
     cs = [[1.0] * len(kernel[0]) for kernel in kernels]
@@ -176,7 +176,7 @@ def _absorb(anchor, weights, tokens):
 
 
 def merge_within_frames(features, anchors, rows, cols, settings, compared=None):
-    """Merged anchors of every frame, and the iterations taken; all frames stop together."""
+    """Return the merged anchors of every frame, and the iterations taken. All frames stop together."""
     sources = [[p for p in range(rows * cols) if p not in chosen] for chosen in anchors]
     if not sources[0] or settings["mass"] == settings["nearest_weight"] == 0:
         return [[frame[p] for p in chosen] for frame, chosen in zip(features, anchors, strict=True)], None
@@ -211,7 +211,7 @@ def merge_within_frames(features, anchors, rows, cols, settings, compared=None):
 
 
 def merge_across_frames(tokens, clip_lengths, keep_per_frame, originals_per_clip, settings, compared=None, ranks=None):
-    """Surviving (token, frame, slot) in output order, and the iterations of each solve."""
+    """Return the surviving (token, frame, slot) in output order, and the iterations of each solve."""
     survivors, taken, first = [], [], 0
     for length, originals in zip(clip_lengths, originals_per_clip, strict=True):
         key = tokens[first]
@@ -256,7 +256,7 @@ def merge_across_frames(tokens, clip_lengths, keep_per_frame, originals_per_clip
 
 
 def reduce_video(features, local, glob, rows, cols, retention, settings, compared=None):
-    """Surviving (token, frame, position) in output order; tokens are compared by their first `compared` entries."""
+    """Return the surviving (token, frame, position) in output order. Plans use `tokens[:compared]` alone."""
     counts = budget(len(features), rows * cols, retention, settings)
     if counts["identity"]:
         return [(token, t, p) for t, frame in enumerate(features) for p, token in enumerate(frame)]

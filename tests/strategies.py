@@ -1,4 +1,4 @@
-"""What hypothesis draws: sizes, settings and seeded tensors. Examples are the same on every run."""
+"""Hypothesis strategies for sizes, settings and seeded tensors. Every run draws the same examples."""
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -31,17 +31,17 @@ configs = st.builds(
 
 
 def grids(frames: int, side: int) -> st.SearchStrategy[VideoGrid]:
-    """Videos up to this long, with frames up to this large and seldom square."""
+    """Grids of at most `frames` frames, whose rows and columns are at most `side`."""
     return st.builds(VideoGrid, st.integers(1, frames), st.integers(1, side), st.integers(1, side))
 
 
 def noise(seed: int, *shape: int) -> torch.Tensor:
-    """A float32 tensor of standard normal noise."""
+    """Return standard normal noise in float32."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def video(seed: int, grid: VideoGrid, width: int = 12) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Features (T, P, width) that change slowly, a local and a global score (T, P)."""
+    """Return features (T, P, width) that change slowly, and local and global scores (T, P)."""
     scene, change = noise(seed, 1, grid.positions, width), noise(seed + 1, grid.frames, grid.positions, width)
     features = scene + 0.4 * change.cumsum(0)
     local_scores, global_scores = noise(seed + 2, 2, grid.frames, grid.positions).exp()

@@ -1,1 +1,1 @@
-"""The only place that knows vLLM: which models, where their attention is read, and what was saved."""
+"""The only package that knows vLLM: the models, the attention in their towers, and the telemetry."""

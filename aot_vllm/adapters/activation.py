@@ -1,4 +1,4 @@
-"""The one decision at start: does `--video-pruning-rate` mean AOT here, vLLM's own pruning, or nothing at all."""
+"""The decision at start: whether `--video-pruning-rate` activates AOT, vLLM's own pruning, or nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from aot_vllm.adapters.settings import PPM, PluginSettings, Reduction
 from aot_vllm.errors import UnsupportedError
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ParallelConfig, VllmConfig
 
 logger = init_logger("vllm.aot")
 
@@ -23,13 +23,13 @@ WORKER_EXTENSION = "aot_vllm.adapters.telemetry.WorkerExtension"
 
 
 def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
-    """Turn AOT on in a new engine configuration if a rate asks for it; change nothing if none does.
+    """Activate AOT in a new engine configuration that has a pruning rate. Without a rate, change nothing.
 
-    `video_pruning_rate`: the fraction of video tokens to drop, in [0, 1); None or 0 is off.
+    `video_pruning_rate`: the fraction of video tokens to drop, in [0, 1). None and 0 mean off.
 
     Raises:
         SettingError: a setting under `"aot"` is unknown or out of range.
-        UnsupportedError: the rate would be ignored, `"aot"` settings would be, or this vLLM was not tested.
+        UnsupportedError: the rate or the `"aot"` settings would be ignored, or this vLLM was not tested.
     """
     settings = PluginSettings.from_additional_config(vllm_config.additional_config)
     given = isinstance(vllm_config.additional_config, Mapping) and "aot" in vllm_config.additional_config
@@ -49,19 +49,30 @@ def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
     reduction = Reduction(retention=round((1 - video_pruning_rate) * PPM) / PPM, method=settings.method)
     reduction.attach(model_config.hf_config)
     model_config.hf_config.architectures = [reduced_architecture(supported[0])]
-    if not vllm_config.parallel_config.worker_extension_cls:
-        vllm_config.parallel_config.worker_extension_cls = WORKER_EXTENSION
-    else:
-        logger.warning(
-            "AOT: --worker-extension-cls is taken by %s, so aot_engine_reduction_seconds and its kin stay at 0.",
-            vllm_config.parallel_config.worker_extension_cls,
-        )
+    _extend_workers(vllm_config.parallel_config)
     logger.info(
         "AOT is active on %s: retention %g, settings %s.",
         supported[0],
         reduction.retention,
         json.dumps(settings.method.settings()),
     )
+    _warn_without_endpoint()
+
+
+def _extend_workers(parallel_config: ParallelConfig) -> None:
+    """Give the workers AOT's extension, or warn if they have another extension already."""
+    if parallel_config.worker_extension_cls:
+        logger.warning(
+            "AOT: --worker-extension-cls is taken by %s, so aot_engine_reductions, aot_engine_reduction_seconds and "
+            "aot_engine_unconverged_solves stay at 0.",
+            parallel_config.worker_extension_cls,
+        )
+    else:
+        parallel_config.worker_extension_cls = WORKER_EXTENSION
+
+
+def _warn_without_endpoint() -> None:
+    """Warn if this server will not load AOT's endpoint plugin."""
     if "aot" not in (envs.VLLM_PLUGINS or ()):
         logger.warning(
             "AOT: VLLM_PLUGINS does not name aot, so responses carry no x-aot-* headers and /metrics no aot_engine_*; "
@@ -72,6 +83,7 @@ def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
 def _leave_to_stock(
     vllm_config: VllmConfig, rate: float, architectures: list[str], *, settings: PluginSettings, given: bool
 ) -> None:
+    """Leave the rate to vLLM's own pruning with a warning; raise if it or the `"aot"` settings would be ignored."""
     name = ", ".join(architectures) or vllm_config.model_config.model
     methods = compat.stock_pruning_methods(vllm_config.model_config)
     if not methods:
@@ -90,6 +102,7 @@ def _leave_to_stock(
 
 
 def _require_tested_version(settings: PluginSettings) -> None:
+    """Raise `UnsupportedError` on a vLLM release that was not tested, unless the settings allow it."""
     version = compat.vllm_version()
     if ".".join(version.split(".")[:2]) in TESTED_VLLM_RELEASES:
         return

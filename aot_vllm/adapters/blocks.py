@@ -1,4 +1,4 @@
-"""A vision tower's work on a long video, a block of frames at a time, in no more memory than was profiled."""
+"""A vision tower's work on a long video, in blocks of frames that need no more memory than was profiled."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from torch import Tensor
 
 
 def frames_at_once(frames: int, *, profiled: float, waiting_share: float) -> int:
-    """Return how many of a video's frames the tower may look at, at least one.
+    """Return how many frames of a video the tower may process at a time, at least one.
 
-    `profiled`: the frames that memory was profiled with; of a longer video fewer, for the features of all its frames
-    wait for the reduction meanwhile. `waiting_share`: what a frame's features take of what the tower needs for it.
+    `profiled`: the number of frames that memory was profiled with. A longer video gets smaller blocks, because the
+    features of all its frames wait for the reduction in the same memory. `waiting_share`: the memory of a frame's
+    features, as a fraction of the memory that the tower needs for the frame.
     """
     if frames > profiled:
         profiled -= waiting_share * frames
@@ -19,9 +20,9 @@ def frames_at_once(frames: int, *, profiled: float, waiting_share: float) -> int
 
 
 def in_blocks(tower: Callable[[Tensor], Tensor], blocks: Sequence[Tensor], *, frames: int) -> Tensor:
-    """Return the features of all `frames`, (frames, ...), of which `tower` makes those of one block after the other.
+    """Return the features of all `frames`, (frames, ...), computed by `tower` block by block.
 
-    A block's features go to their place at once: joined at the end, all would be there twice.
+    The features of a block are copied to their place at once. A join at the end would need memory for all twice.
     """
     if len(blocks) == 1:
         return tower(blocks[0])
@@ -33,6 +34,6 @@ def in_blocks(tower: Callable[[Tensor], Tensor], blocks: Sequence[Tensor], *, fr
             features = made.new_empty(frames, *made.shape[1:])
         start, end = end, end + len(made)
         features[start:end] = made
-        del made  # or it would be there while the tower makes the next
+        del made  # frees its memory before the tower computes the next block
     assert features is not None, "a video has frames"  # noqa: S101
     return features

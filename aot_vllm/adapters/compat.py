@@ -1,7 +1,7 @@
-"""Every touch of a vLLM symbol that isn't a documented plugin interface: one named, idempotent function each.
+"""Every use of a vLLM symbol that is not a documented plugin interface. Each is one named, idempotent function.
 
-Each docstring says what breaks without it, in which versions it holds, and when it can go. A symbol that is missing
-raises `UnsupportedError`: an engine that was asked to reduce must not start unreduced.
+Each docstring says what breaks without the function, which versions need it, and when it can be deleted. A missing
+symbol raises `UnsupportedError`: an engine that was asked to reduce videos must not start without the reduction.
 """
 
 from __future__ import annotations
@@ -27,18 +27,21 @@ def vllm_version() -> str:
 
 
 def after_engine_config(activate: Callable[[VllmConfig, float | None], None]) -> None:
-    """Call `activate(vllm_config, video_pruning_rate)` on each engine configuration before anything is started from it.
+    """Call `activate(vllm_config, video_pruning_rate)` on each engine configuration, before an engine starts from it.
 
-    Without it a model that knows no pruning ignores `--video-pruning-rate` in silence: vLLM 0.32 checks the method only
-    on models that list some (`config/model.py`, the check after `MultiModalConfig(...)`), and a plugin gets no say
-    between the arguments and the engine. Holds for 0.32; can go when an engine-config hook exists for plugins.
+    Without this function, a model that does not support pruning would silently ignore `--video-pruning-rate`. vLLM
+    checks the pruning method only for models that list some (`config/model.py`, after `MultiModalConfig(...)`), and
+    plugins have no hook between the arguments and the engine. Needed for 0.32. Delete it once plugins have such a hook.
+
+    Raises:
+        UnsupportedError: vLLM has no `EngineArgs.create_engine_config`.
     """
     from vllm.engine.arg_utils import EngineArgs
 
     original = getattr(EngineArgs, "create_engine_config", None)
     if original is None:
         raise UnsupportedError(
-            f"vLLM {vllm_version()} has no EngineArgs.create_engine_config, on which aot-vllm builds; "
+            f"vLLM {vllm_version()} has no EngineArgs.create_engine_config, which aot-vllm needs; "
             "install vllm 0.32.*, or uninstall aot-vllm to serve without it"
         )
     if getattr(original, _MARK, False):
@@ -55,10 +58,14 @@ def after_engine_config(activate: Callable[[VllmConfig, float | None], None]) ->
 
 
 def stock_pruning_methods(model_config: ModelConfig) -> tuple[str, ...]:
-    """Return the pruning methods vLLM itself has for a model, empty if it would ignore the rate.
+    """Return the names of vLLM's own pruning methods for a model, empty if vLLM would ignore the rate.
 
-    Without it AOT couldn't tell a model that stock pruning serves from one that drops the rate in silence. The answer
-    sits in the private `ModelConfig._model_info`, 0.32; can go when `ModelConfig` has a public property for it.
+    Without this function, AOT could not tell a model with stock pruning from a model that silently ignores the rate.
+    Needed for 0.32, which holds the names in the private `ModelConfig._model_info`. Delete it once there is a public
+    property.
+
+    Raises:
+        UnsupportedError: vLLM has no `ModelConfig._model_info.supported_video_pruning_methods`.
     """
     try:
         return tuple(model_config._model_info.supported_video_pruning_methods)
@@ -70,18 +77,21 @@ def stock_pruning_methods(model_config: ModelConfig) -> tuple[str, ...]:
 
 
 def observe_rendered_chats(state: Any, observe: Callable[[Sequence[Any]], None]) -> None:
-    """Call `observe(engine_inputs)` whenever the server has turned a chat request into engine inputs.
+    """Call `observe(engine_inputs)` each time the server has rendered a chat request into engine inputs.
 
-    Without it the number of video tokens before the reduction, which vLLM knows nowhere, can't be told for a request:
-    item hashes and placeholders of a chat are only seen together in `OnlineRenderer.render_chat`. 0.32; can go when
-    endpoint plugins are handed the rendered prompt.
+    Without this function, the savings of a request would be unknown. They are recorded by item hash, and only
+    `OnlineRenderer.render_chat` knows the hashes of a chat request. Needed for 0.32. Delete it once endpoint plugins
+    receive the rendered prompt.
+
+    Raises:
+        UnsupportedError: vLLM has no `state.online_renderer.render_chat`.
     """
     renderer = getattr(state, "online_renderer", None)
     original: Callable[..., Awaitable[Any]] | None = getattr(renderer, "render_chat", None)
     if renderer is None or original is None:
         raise UnsupportedError(
-            f"vLLM {vllm_version()} has no state.online_renderer.render_chat, from which aot-vllm reads what a request "
-            "saved; install vllm 0.32.*, or drop aot from VLLM_PLUGINS to serve without it"
+            f"vLLM {vllm_version()} has no state.online_renderer.render_chat, from which aot-vllm reads the savings "
+            "of a request; install vllm 0.32.*, or drop aot from VLLM_PLUGINS to serve without it"
         )
     if getattr(original, _MARK, False):
         return
@@ -100,21 +110,35 @@ def observe_rendered_chats(state: Any, observe: Callable[[Sequence[Any]], None])
 def is_first_api_server(vllm_config: VllmConfig) -> bool:
     """Return whether this process is the only API server of its engine, or the first of several.
 
-    Without it each of several API servers (`--api-server-count`) would count what the workers did, and metrics are
-    summed. The rank sits in the private `ParallelConfig._api_process_rank`, 0.32; can go when it is public.
+    Without this function, each of several API servers (`--api-server-count`) would count the same reductions of the
+    workers, and the sum over servers would be too high. Needed for 0.32, which holds the rank in the private
+    `ParallelConfig._api_process_rank`. Delete it once the rank is public.
+
+    Raises:
+        UnsupportedError: vLLM has no `ParallelConfig._api_process_rank`.
     """
-    return int(getattr(vllm_config.parallel_config, "_api_process_rank", 0)) <= 0
+    try:
+        return int(vllm_config.parallel_config._api_process_rank) <= 0
+    except AttributeError as exc:
+        raise UnsupportedError(
+            f"vLLM {vllm_version()} does not say which API server this is (ParallelConfig._api_process_rank); "
+            "install vllm 0.32.*, or drop aot from VLLM_PLUGINS to serve without it"
+        ) from exc
 
 
 def let_cpu_runner_recompute_positions() -> None:
-    """Make Model Runner V1 on a CPU run its hook for pruning models, as it does on a GPU.
+    """Make Model Runner V1 on a CPU call its hook for pruning models, as it does on a GPU.
 
-    Without it the coordinates behind a video's embeddings stay there, and the first video ends the engine:
-    `CPUModelRunner.load_model` doesn't set `is_multimodal_pruning_enabled`, which `GPUModelRunner.load_model` does.
-    0.32; can go when it is set there. Called by models that are reduced, so nothing changes where none is.
+    Without this function, nothing removes the coordinates behind a video's embeddings, and the first video ends the
+    engine. `GPUModelRunner.load_model` sets `is_multimodal_pruning_enabled`; `CPUModelRunner.load_model` does not.
+    Needed for 0.32. Delete it once the CPU runner sets the flag. Only reduced models call it, so no other model is
+    affected.
+
+    Raises:
+        UnsupportedError: vLLM has no `CPUModelRunner`.
     """
     runner = sys.modules.get("vllm.v1.worker.cpu_model_runner")
-    if runner is None:  # a GPU, or Model Runner V2, which has no such flag
+    if runner is None:  # on a GPU, or with Model Runner V2, which does not need the flag
         return
     try:
         cpu_runner = runner.CPUModelRunner
@@ -125,17 +149,20 @@ def let_cpu_runner_recompute_positions() -> None:
         ) from exc
     flag = "is_multimodal_pruning_enabled"
     if not isinstance(vars(cpu_runner).get(flag), property):
-        # the runner's own value, set to False before the model is there, is of no interest
+        # ignores writes: the runner sets its own value to False before it loads the model
         model_has_it = property(lambda self: getattr(getattr(self, "model", None), flag, False), lambda *_: None)
         setattr(cpu_runner, flag, model_has_it)
 
 
 def let_proposer_know_reduced_models() -> None:
-    """Make Model Runner V1 take a reduced model for the in-tree one it is made of, where another model drafts for it.
+    """Make speculative decoding in Model Runner V1 treat a reduced model as the in-tree model it derives from.
 
-    Without it an engine with speculative decoding ends at start: `SpecDecodeBaseProposer.load_model` finds out which
-    field of the configuration holds the image token by the name of the model's class. 0.32; can go when it asks the
-    model. Model Runner V2 doesn't ask at all.
+    Without this function, an engine with speculative decoding fails at start. `SpecDecodeBaseProposer.load_model` looks
+    up the field of the configuration that holds the image token, by the name of the target model's class. Needed for
+    0.32. Delete it once the proposer asks the model. Model Runner V2 does not need it.
+
+    Raises:
+        UnsupportedError: vLLM has no `SpecDecodeBaseProposer.get_model_name`.
     """
     module = sys.modules.get("vllm.v1.spec_decode.llm_base_proposer")
     if module is None:
@@ -143,8 +170,8 @@ def let_proposer_know_reduced_models() -> None:
     original = getattr(getattr(module, "SpecDecodeBaseProposer", None), "get_model_name", None)
     if original is None:
         raise UnsupportedError(
-            f"vLLM {vllm_version()} has no SpecDecodeBaseProposer.get_model_name, by which it tells models apart that "
-            "others draft for; install vllm 0.32.*"
+            f"vLLM {vllm_version()} has no SpecDecodeBaseProposer.get_model_name, which aot-vllm needs for "
+            "speculative decoding with a reduced model; install vllm 0.32.*"
         )
     if getattr(original, _MARK, False):
         return

@@ -1,8 +1,8 @@
-"""The `vllm.endpoint_plugins` entry point: savings in response headers, counters on `/metrics`.
+"""The `vllm.endpoint_plugins` entry point: savings in response headers, and counters on `/metrics`.
 
-Headers leave before the first byte of a body, so streams carry them too. A request's videos are known once its prompt
-is rendered, in a task of the handler's own: the middleware puts an object into a context variable, and the renderer's
-observer, which inherits the context, fills it.
+Headers are sent before the first byte of a body, so streams carry them too. The videos of a request are known once its
+prompt is rendered, which happens in a task of the handler. So the middleware puts a mutable object into a context
+variable. The task inherits the context, and the observer of the renderer fills the object.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = init_logger("vllm.aot")
 CHAT_PATH = "/v1/chat/completions"
 METRICS_PATH = "/metrics"
 STATISTICS_TIMEOUT_SECONDS = 2.0
-"""A busy engine answers between two steps; a scrape that waits longer shows what the last one showed."""
+"""A busy engine answers between two steps. After this time a scrape shows the values of the previous scrape."""
 
 
 @dataclass
@@ -43,7 +43,7 @@ _current: ContextVar[_Request | None] = ContextVar("aot_request", default=None)
 
 
 def note_rendered(engine_inputs: Sequence[Any]) -> None:
-    """Write the videos of rendered engine inputs into the request that is being served, and count them."""
+    """Add the videos of rendered engine inputs to the request that is being served, and to the counters."""
     request = _current.get()
     if request is None:
         return
@@ -55,7 +55,7 @@ def note_rendered(engine_inputs: Sequence[Any]) -> None:
 
 
 class SavingsMiddleware:
-    """Pure ASGI: adds `x-aot-video-*` to chat completions with videos, and refreshes counters before a scrape."""
+    """Pure ASGI: adds `x-aot-video-*` headers to chat completions with videos, and updates counters before a scrape."""
 
     def __init__(self, app: ASGIApp, *, endpoint: AOTEndpoint) -> None:
         """Wrap `app`."""
@@ -93,25 +93,25 @@ class SavingsMiddleware:
 
 
 class AOTEndpoint:
-    """What vLLM's API server loads when `VLLM_PLUGINS` names `aot`."""
+    """The endpoint plugin that vLLM's API server loads when `VLLM_PLUGINS` names `aot`."""
 
     name = "aot"
     required_tasks = ("generate",)
 
     def __init__(self) -> None:
-        """No engine yet."""
+        """Start without an engine; `init_state` gives it."""
         self._engine: EngineClient | None = None
         self._worker_totals = WorkerTotals()
         self._refreshing = asyncio.Lock()
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the middleware; there are no routes of our own."""
+        """Add the middleware. AOT adds no routes."""
         app.add_middleware(SavingsMiddleware, endpoint=self)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Watch chats being rendered, and ask this server's workers for statistics if AOT's extension is theirs.
+        """Observe rendered chats. If the workers have AOT's extension, ask them for statistics at each scrape.
 
-        Of several API servers only the first asks: all of them would count the same reductions.
+        Only the first of several API servers asks, because each would count the same reductions.
         """
         observe_rendered_chats(state, note_rendered)
         if engine_client is None:
@@ -121,14 +121,14 @@ class AOTEndpoint:
             self._engine = engine_client
 
     async def refresh_counters(self) -> None:
-        """Bring the counters of what workers did up to date, or leave them if the engine doesn't answer in time."""
+        """Update the counters with the workers' statistics, or leave them if the engine does not answer in time."""
         if self._engine is None or self._refreshing.locked():
             return
         async with self._refreshing:
             try:
                 async with asyncio.timeout(STATISTICS_TIMEOUT_SECONDS):
                     statistics = await self._engine.collective_rpc("aot_reduction_statistics")
-            except Exception as exc:  # a scrape must answer also when the engine is dead
+            except Exception as exc:  # a scrape must be answered even if the engine is dead
                 logger.warning_once("AOT: the engine did not report its reductions: %s", type(exc).__name__)
                 return
-            self._worker_totals.count(statistics[0])  # tensor-parallel ranks do the same work
+            self._worker_totals.count(statistics[0])  # all tensor-parallel ranks count the same reductions

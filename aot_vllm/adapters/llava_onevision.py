@@ -1,9 +1,9 @@
-"""LLaVA-OneVision: SigLIP on a square grid, pooled to half its side, one newline token after each video."""
+"""LLaVA-OneVision: SigLIP on a square grid, pooled to half its side, with one newline token after each video."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import torch
@@ -20,85 +20,71 @@ from vllm.model_executor.models.llava_onevision import (
 )
 from vllm.model_executor.models.siglip import SiglipVisionModel
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.inputs import MultiModalKwargsItem, MultiModalKwargsItems
-from vllm.multimodal.parse import ModalityDataItems, MultiModalDataItems, VideoProcessorItems
-from vllm.multimodal.processing import PromptReplacement, PromptUpdate
+from vllm.multimodal.inputs import MultiModalKwargsItem
+from vllm.multimodal.parse import ModalityDataItems, VideoProcessorItems
 from vllm.utils.tensor_schema import TensorShape
 
 from aot_vllm.adapters.blocks import frames_at_once, in_blocks
-from aot_vllm.adapters.processing import RETENTION, ReducedVideoProcessor, without_retention
+from aot_vllm.adapters.processing import RETENTION, ReducedVideoProcessor, WithoutRetention
 from aot_vllm.adapters.scores import AttentionScores, scoring_modules
 from aot_vllm.adapters.settings import Reduction, from_ppm
 from aot_vllm.adapters.telemetry import METER
-from aot_vllm.core.budget import budget
+from aot_vllm.core.budget import Budget
 from aot_vllm.core.grid import VideoGrid
-from aot_vllm.core.reduce import reduce_video
+from aot_vllm.core.reduce import needs_scores, reduce_video
 from aot_vllm.errors import UnsupportedError
 
 TOWER_FRAMES = _MAX_FRAMES_PER_VIDEO
-"""Most frames the vision tower sees at a time: as many as vLLM profiles the model's memory with."""
+"""Most frames that the vision tower processes at a time. vLLM profiles the model's memory with as many."""
+
+
+def token_grid(config: Any, *, frames: int) -> VideoGrid:
+    """Return the grid of tokens of a video before the reduction: the encoder's patches pooled to half their side."""
+    vision = config.vision_config
+    side = math.ceil(vision.image_size // vision.patch_size / 2)
+    return VideoGrid(frames=frames, rows=side, cols=side)
 
 
 class ReducedVideoPixels(LlavaOnevisionVideoPixelInputs):
-    """Video pixels, and the retention of each video in millionths."""
+    """Pixels of videos, with the retention of each video in millionths."""
 
     retention: Annotated[Tensor, TensorShape("bn")]
 
 
-class AOTLlavaOnevisionProcessingInfo(LlavaOnevisionProcessingInfo):
-    """Sizes of LLaVA-OneVision's inputs; budgets stay those of unreduced videos, for a request may ask for all."""
-
-    def get_hf_processor(self, **kwargs: object) -> Any:
-        """Return the Hugging Face processor, which knows nothing of a retention."""
-        return super().get_hf_processor(**without_retention(kwargs))
+class AOTLlavaOnevisionProcessingInfo(WithoutRetention, LlavaOnevisionProcessingInfo):
+    """Sizes of LLaVA-OneVision's inputs. They are those of unreduced videos, because a request may keep every token."""
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Mapping[str, int]) -> Mapping[str, int]:
-        """Return the most tokens an item can have: a video's at retention 1."""
+        """Return the most tokens that an item can have. For a video, these are its tokens at retention 1."""
         image = self.get_image_size_with_most_features()
         return {
             "image": self.get_num_image_tokens(image_width=image.width, image_height=image.height),
             "video": self.get_max_video_tokens(seq_len, mm_counts),
         }
 
-    def pooled_side(self) -> int:
-        """Return the side of the square grid of tokens the language model sees of a frame."""
-        return math.isqrt(self._get_num_frame_tokens(image_width=0, image_height=0))
-
 
 class AOTLlavaOnevisionProcessor(ReducedVideoProcessor, LlavaOnevisionMultiModalProcessor):
     """LLaVA-OneVision's processor with shortened videos."""
 
-    extra_video_tokens = 1  # image_newline, one for a video
+    extra_video_tokens = 1  # image_newline, one for each video
 
     def video_grid(
         self, videos: ModalityDataItems[Any, Any], item_idx: int, processed: MultiModalKwargsItem | None
     ) -> VideoGrid | None:
-        """Return frames x pooled side x pooled side, None for a video known by its uuid alone."""
-        if not isinstance(videos, VideoProcessorItems) or videos.get(item_idx) is None:
+        """Return frames x pooled side x pooled side, None for a video that is given by its uuid alone.
+
+        Raises:
+            ValueError: the video is given as embeddings, which have no known grid.
+        """
+        if not isinstance(videos, VideoProcessorItems):
+            raise ValueError("LLaVA-OneVision takes videos as frames")
+        if videos.get(item_idx) is None:
             return None
-        side = self.info.pooled_side()
-        return VideoGrid(frames=videos.get_num_frames(item_idx), rows=side, cols=side)
+        return token_grid(self.info.get_hf_config(), frames=videos.get_num_frames(item_idx))
 
-    def _get_prompt_updates(
-        self,
-        mm_items: MultiModalDataItems,
-        hf_processor_mm_kwargs: Mapping[str, object],
-        out_mm_kwargs: MultiModalKwargsItems,
-    ) -> Sequence[PromptUpdate]:
-        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)
-        video_token = self.info.get_hf_config().video_token_index
-
-        def replacement(item_idx: int) -> list[int]:
-            grid = self.video_grid(mm_items["video"], item_idx, out_mm_kwargs["video"][item_idx])
-            if grid is None:
-                raise ValueError("LLaVA-OneVision takes videos as frames")
-            retention = self.carried_retention(out_mm_kwargs, item_idx)
-            return [video_token] * self.kept_video_tokens(grid, retention)
-
-        return [
-            *(update for update in updates if update.modality != "video"),
-            PromptReplacement(modality="video", target=[video_token], replacement=replacement),
-        ]
+    def video_placeholder(self, counts: Budget, processed: MultiModalKwargsItem) -> list[int]:
+        """Return one token for each that the video keeps, and one for the newline."""
+        return [self.info.get_hf_config().video_token_index] * (counts.total + self.extra_video_tokens)
 
 
 @MULTIMODAL_REGISTRY.register_processor(
@@ -110,17 +96,17 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
     """LLaVA-OneVision that reduces each video between its vision tower and its language model."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        """Build the model and hook the two layers that score, where anchors are chosen by attention.
+        """Build the model. If anchors are chosen by attention, hook the two scoring layers.
 
         Raises:
-            UnsupportedError: the vision tower isn't SigLIP.
-            SettingError: a scoring layer that the tower does not have.
+            UnsupportedError: the vision tower is not SigLIP.
+            SettingError: the tower does not have a scoring layer that the settings name.
         """
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         if not isinstance(self.vision_tower, SiglipVisionModel):
             raise UnsupportedError(
-                "AOT reads its scores from a SigLIP vision tower, this checkpoint has "
-                f"{type(self.vision_tower).__name__}; serve it without --video-pruning-rate"
+                f"the vision tower must be a SiglipVisionModel, got {type(self.vision_tower).__name__}; "
+                "serve this checkpoint without --video-pruning-rate"
             )
         self.method = Reduction.of(self.config).method
         layers = self.vision_tower.vision_model.encoder.layers
@@ -150,27 +136,27 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
 
     def _embed_video(self, pixels: Tensor, *, retention: float) -> Tensor:
         """Return the rows of one video, (kept + 1, hidden), from (frames, 3, height, width)."""
-        grid = self._grid(len(pixels))
-        if budget(grid, retention=retention, config=self.method).identity:
-            tokens = self._tower(pixels).flatten(0, 1)
-        else:
+        grid = token_grid(self.config, frames=len(pixels))
+        local_scores = global_scores = None
+        if needs_scores(grid, retention=retention, config=self.method):
             with self.scores.recording() as recorded:
                 features = self._tower(pixels)
-            local_scores, global_scores = (None if scores is None else self._pool(scores) for scores in recorded())
-            with METER.timing(features.device):
-                reduced = reduce_video(
-                    features, local_scores, global_scores, grid=grid, retention=retention, config=self.method
-                )
-            METER.add_unconverged(reduced.unconverged)
-            tokens = reduced.tokens
-        return torch.cat((tokens, self.image_newline[None]))
+            local_scores, global_scores = map(self._pool, recorded())
+        else:
+            features = self._tower(pixels)
+        with METER.timing(features.device):
+            reduced = reduce_video(
+                features, local_scores, global_scores, grid=grid, retention=retention, config=self.method
+            )
+        METER.add(reduced)
+        return torch.cat((reduced.tokens, self.image_newline[None]))
 
     def _tower(self, pixels: Tensor) -> Tensor:
-        """Return pooled features (frames, side * side, hidden), a block of frames at a time."""
+        """Return pooled features (frames, side * side, hidden), computed in blocks of frames."""
         vision = self.config.vision_config
         patches = (vision.image_size // vision.patch_size) ** 2
         activations = patches * (2 * vision.intermediate_size + vision.hidden_size)
-        features = self._grid(1).positions * self.config.text_config.hidden_size
+        features = token_grid(self.config, frames=1).positions * self.config.text_config.hidden_size
         at_once = frames_at_once(len(pixels), profiled=TOWER_FRAMES, waiting_share=features / activations)
 
         def tower(block: Tensor) -> Tensor:
@@ -178,11 +164,6 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
 
         return in_blocks(tower, pixels.split(at_once), frames=len(pixels))
 
-    def _grid(self, frames: int) -> VideoGrid:
-        """Return the grid of tokens of a video, whose frames are pooled."""
-        side = math.ceil(self.config.vision_config.image_size // self.config.vision_config.patch_size / 2)
-        return VideoGrid(frames=frames, rows=side, cols=side)
-
     def _pool(self, scores: Tensor) -> Tensor:
-        """Return scores (frames, tokens of the encoder) on the pooled grid, as the model pools its features."""
+        """Return scores (frames, patches) on the pooled grid, pooled as the model pools its features."""
         return self.apply_pooling(scores[..., None]).squeeze(-1)

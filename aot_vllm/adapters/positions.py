@@ -1,9 +1,9 @@
-"""Multidimensional rotary positions (M-RoPE) of a reduced prompt: those its tokens have in the unreduced one.
+"""Multidimensional rotary positions (M-RoPE) of a reduced prompt. Every token has its position in the unreduced prompt.
 
-A token's position is (time, row, column). Of a reduced video only the rows and columns of the tokens it keeps depend on
-pixels. Everything else - where text stands, the time of each kept token, where the answer starts - follows from sizes,
-so it is exact from the moment a prompt arrives, whatever of it is computed, cached or taken up again later. Rows and
-columns travel with the embeddings, and are filled in when these reach the language model.
+The position of a token is (time, row, column). In a reduced video, only the rows and columns of kept tokens depend on
+pixels. All other positions follow from sizes: those of text, the time of each kept token, the start of the answer. So
+they are exact when a prompt arrives, and stay exact under chunked prefill, prefix caching and preemption. Rows and
+columns travel with the embeddings and are filled in when the embeddings reach the language model.
 
 Dimensions: N tokens of a prompt, K kept tokens, W columns of an embedding, D digits.
 """
@@ -18,35 +18,35 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-BASE, DIGITS = 256, 3
-"""A coordinate travels as digits in columns of an embedding: up to 256 every type an embedding has is exact."""
+BASE, DIGITS = 256, 3  # bfloat16 holds every integer up to 256
+"""A coordinate travels as digits in columns of an embedding. Every type of embedding holds them exactly."""
 
 
 @dataclass(frozen=True)
 class VisionRun:
-    """Placeholder tokens that follow each other in a prompt, of an image, of a video or of one frame of it."""
+    """Consecutive placeholder tokens in a prompt: those of an image, of a video, or of one frame of a video."""
 
     offset: int
-    """Where the first one is in the prompt."""
+    """Index of the first token in the prompt."""
     times: Sequence[int]
-    """The time of each frame, counted from the first, ascending."""
+    """The time of each frame, counted from the first frame, ascending."""
     rows: int
     cols: int
     kept: Sequence[int]
-    """How many tokens each frame has in the prompt; rows * cols each where nothing was dropped."""
+    """Number of tokens of each frame in the prompt: rows * cols each if nothing was dropped."""
 
     @property
     def tokens(self) -> int:
-        """Tokens in the prompt."""
+        """Number of tokens in the prompt."""
         return sum(self.kept)
 
     @property
     def extent(self) -> int:
-        """How far the text after the run is from its start: beyond the largest coordinate."""
+        """Distance from the start of the run to the text after it: one more than the largest coordinate."""
         return max(self.times[-1] + 1, self.rows, self.cols)
 
     def coordinates(self) -> NDArray[np.int64]:
-        """Return (3, tokens), counted from the start; rows and columns are 0 where it takes pixels to know them."""
+        """Return (3, tokens), counted from the start. Rows and columns are 0 if they depend on pixels."""
         coordinates = np.zeros((3, self.tokens), dtype=np.int64)
         coordinates[0] = np.repeat(np.asarray(self.times, dtype=np.int64), self.kept)
         if self.tokens == len(self.times) * self.rows * self.cols:
@@ -56,10 +56,10 @@ class VisionRun:
 
 
 def prompt_positions(num_tokens: int, runs: Iterable[VisionRun]) -> tuple[Tensor, int]:
-    """Return the positions (3, N) of a prompt, and what to add to an index behind it to get the position there.
+    """Return the positions (3, N) of a prompt and their delta. An index after the prompt plus delta is its position.
 
-    `runs` in the order of the prompt. Kept tokens of a reduced video have their time, and the row and column of its
-    first cell until `settle`.
+    `runs` are in the order of the prompt. Kept tokens of a reduced video have their own time. Until `settle`, they have
+    the row and the column of the first cell.
     """
     positions = np.empty((3, num_tokens), dtype=np.int64)
     token = position = 0
@@ -78,11 +78,11 @@ def prompt_positions(num_tokens: int, runs: Iterable[VisionRun]) -> tuple[Tensor
 def settle(
     positions: Tensor, token_ids: Tensor, coordinates: Tensor, *, video_token_id: int, num_computed_tokens: int
 ) -> Tensor:
-    """Return positions (3, N) with the rows and columns of the K video tokens next to be computed filled in.
+    """Return positions (3, N) with the rows and columns of the next K video tokens filled in.
 
-    `coordinates` (K, 3) are those tokens' times, rows and columns, counted from the start of their run. Tokens that are
-    settled already may be settled again: a token's time never changes, and it tells where its run starts. Nothing waits
-    for the device.
+    `coordinates` (K, 3) are the times, rows and columns of these tokens, counted from the start of their run. The start
+    of a run follows from the position and the time of a token. Both never change, so tokens may be settled again. The
+    host does not wait for the device.
     """
     tail = positions[:, num_computed_tokens:]
     is_video = token_ids[num_computed_tokens:] == video_token_id
@@ -97,21 +97,21 @@ def settle(
 
 
 def position_delta(positions: Tensor) -> int:
-    """Return what to add to an index behind a prompt, from its positions (3, N); its last token is text.
+    """Return the delta of a prompt from its positions (3, N). The last token must be text.
 
-    Every chat template ends in text. After a prompt that ends in a reduced video, an answer would start behind the last
-    kept token.
+    Every chat template ends in text. If a prompt ended in a reduced video, its answer would start after the last kept
+    token instead of after the whole video.
     """
     return max(positions[:, -1].tolist()) + 1 - positions.shape[1]
 
 
 def with_coordinates(embeddings: Tensor, coordinates: Tensor) -> Tensor:
-    """Return embeddings (K, W) with their coordinates (K, 3) behind them, as digits in further columns."""
+    """Return embeddings (K, W) followed by their coordinates (K, 3), as digits in further columns."""
     digits_K3D = torch.stack([coordinates // BASE**digit % BASE for digit in range(DIGITS)], dim=2)
     return torch.cat((embeddings, digits_K3D.flatten(1).to(embeddings.dtype)), dim=1)
 
 
 def coordinates_of(embeddings: Tensor, *, width: int) -> Tensor:
-    """Return the coordinates (K, 3) behind the first `width` columns, which `with_coordinates` put there."""
+    """Return the coordinates (K, 3) that `with_coordinates` put after the first `width` columns."""
     digits_K3D = embeddings[:, width:].long().unflatten(1, (3, DIGITS))
     return sum(digits_K3D[:, :, digit] * BASE**digit for digit in range(DIGITS))

@@ -1,7 +1,7 @@
-"""The half of the reduction that runs in the API server: how long a video's placeholder is, and under which hash.
+"""The half of the reduction that runs in the API server: the length of a video's placeholder, and its hash.
 
-A request names its retention in `mm_processor_kwargs`; it goes on to the worker as a field of the video item, so the
-length laid out here and the rows made there follow from the same number.
+A request may name its retention in `mm_processor_kwargs`. The retention travels to the worker as a field of the video
+item. So the placeholder laid out here and the rows made in the worker follow from the same number.
 """
 
 from __future__ import annotations
@@ -16,29 +16,42 @@ from transformers import BatchFeature
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItem, MultiModalKwargsItems
 from vllm.multimodal.parse import ModalityDataItems, MultiModalDataItems
-from vllm.multimodal.processing import BaseMultiModalProcessor, PromptUpdate
+from vllm.multimodal.processing import BaseMultiModalProcessor, PromptReplacement, PromptUpdate
 from vllm.multimodal.processing.inputs import ProcessorInputs
 
 from aot_vllm.adapters.settings import Reduction, from_ppm, to_ppm
 from aot_vllm.adapters.telemetry import LEDGER, VideoSavings
 from aot_vllm.config import quantise_retention
-from aot_vllm.core.budget import budget
+from aot_vllm.core.budget import Budget, budget
 from aot_vllm.core.grid import VideoGrid
 
 RETENTION = "aot_retention"
-"""Key of `mm_processor_kwargs` a request may name its retention under, and name of the field that carries it."""
+"""Name of the retention in a request's `mm_processor_kwargs`, and of the field that carries it to the worker."""
 
 
 def without_retention(kwargs: Mapping[str, object]) -> dict[str, object]:
-    """Return processor keyword arguments without ours, which a Hugging Face processor doesn't know."""
+    """Return processor keyword arguments without the retention, which no Hugging Face processor accepts."""
     return {name: value for name, value in kwargs.items() if name != RETENTION}
 
 
-class ReducedVideoProcessor(BaseMultiModalProcessor[Any]):
-    """Mixed in before a model's own processor, it shortens videos and leaves every other modality as it was.
+def carried_retention(item: MultiModalKwargsItem) -> float:
+    """Return the retention that travels with a processed video."""
+    return from_ppm(int(item[RETENTION].data))
 
-    A model's subclass says how large a video's grid is (`video_grid`), how many tokens its placeholder has besides the
-    grid's (`extra_video_tokens`), and builds the placeholder in `_get_prompt_updates` from `kept_video_tokens`.
+
+class WithoutRetention:
+    """A mix-in before a model's processing info: it hides the retention from the Hugging Face processor."""
+
+    def get_hf_processor(self, **kwargs: object) -> Any:
+        """Return the Hugging Face processor for these arguments without the retention."""
+        return super().get_hf_processor(**without_retention(kwargs))  # type: ignore[misc]
+
+
+class ReducedVideoProcessor(BaseMultiModalProcessor[Any]):
+    """A mix-in before a model's own processor: it shortens videos and leaves every other modality unchanged.
+
+    A subclass for a model gives the grid of a video (`video_grid`), its placeholder (`video_placeholder`), and the
+    number of placeholder tokens beyond the grid (`extra_video_tokens`).
     """
 
     extra_video_tokens = 0
@@ -47,17 +60,21 @@ class ReducedVideoProcessor(BaseMultiModalProcessor[Any]):
     def video_grid(
         self, videos: ModalityDataItems[Any, Any], item_idx: int, processed: MultiModalKwargsItem | None
     ) -> VideoGrid | None:
-        """Return the grid of tokens of one video before the reduction, None where its size can't be told.
+        """Return the grid of tokens of one video before the reduction, None if its size is unknown here.
 
-        `processed` is the video as it goes to the worker, None where the worker has it already.
+        `processed` is the video as it goes to the worker, None if the worker has it already.
         """
 
+    @abstractmethod
+    def video_placeholder(self, counts: Budget, processed: MultiModalKwargsItem) -> Any:
+        """Return the placeholder of a video with these token counts, as vLLM's prompt updates take it."""
+
     def reduction(self) -> Reduction:
-        """Return what this engine was started with."""
+        """Return the retention and the settings that this engine was started with."""
         return Reduction.of(self.info.get_hf_config())
 
     def retention_of(self, kwargs: Mapping[str, object]) -> float:
-        """Return the retention a request asks for, rounded to hundredths, or the engine's.
+        """Return the retention that a request names, rounded to hundredths, or the engine's if it names none.
 
         Raises:
             SettingError: not a number in (0, 1].
@@ -65,11 +82,6 @@ class ReducedVideoProcessor(BaseMultiModalProcessor[Any]):
         if kwargs.get(RETENTION) is None:
             return self.reduction().retention
         return quantise_retention(kwargs[RETENTION])
-
-    def kept_video_tokens(self, grid: VideoGrid, retention: float) -> int:
-        """Return the placeholder length of a video after the reduction."""
-        kept = budget(grid, retention=retention, config=self.reduction().method)
-        return kept.total + self.extra_video_tokens
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
         data = super()._apply_hf_processor_main(mm_items, without_retention(hf_kwargs))
@@ -106,39 +118,48 @@ class ReducedVideoProcessor(BaseMultiModalProcessor[Any]):
             ]
         return hashes
 
-    def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
-        """Process a prompt as the model's processor does, and write down what each of its videos saves.
-
-        Counted are the tokens that stand for the video's content. Timestamps and markers, which some models put between
-        frames, are text and in neither count; vLLM's `prompt_tokens_details` has them among its video tokens.
-        """
-        rendered = super().apply(inputs, timing_ctx)
-        if videos := inputs.mm_data_items.get("video"):
-            retention = self.retention_of(inputs.hf_processor_mm_kwargs)
-            for item_idx, (mm_hash, placeholder, processed) in enumerate(
-                zip(
-                    rendered["mm_hashes"]["video"],
-                    rendered["mm_placeholders"]["video"],
-                    rendered["mm_kwargs"]["video"],
-                    strict=True,
-                )
-            ):
-                if grid := self.video_grid(videos, item_idx, processed):
-                    before = grid.tokens + self.extra_video_tokens
-                    LEDGER.write(mm_hash, VideoSavings(before, placeholder.get_num_embeds(), retention))
-                elif known := LEDGER.read(mm_hash):
-                    LEDGER.write(mm_hash, known)  # written down when its size was here; now the latest again
-        return rendered
-
-    @staticmethod
-    def carried_retention(out_mm_kwargs: MultiModalKwargsItems, item_idx: int) -> float:
-        """Return the retention that travels with a processed video item."""
-        return from_ppm(int(out_mm_kwargs["video"][item_idx][RETENTION].data))
-
     def _get_prompt_updates(
         self,
         mm_items: MultiModalDataItems,
         hf_processor_mm_kwargs: Mapping[str, object],
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
-        return super()._get_prompt_updates(mm_items, without_retention(hf_processor_mm_kwargs), out_mm_kwargs)
+        def replacement(item_idx: int) -> Any:
+            processed = out_mm_kwargs["video"][item_idx]
+            grid = self.video_grid(mm_items["video"], item_idx, processed)
+            assert grid is not None, "the size of a processed video is known"  # noqa: S101
+            retention = carried_retention(processed)
+            return self.video_placeholder(budget(grid, retention=retention, config=self.reduction().method), processed)
+
+        updates = super()._get_prompt_updates(mm_items, without_retention(hf_processor_mm_kwargs), out_mm_kwargs)
+        return [
+            PromptReplacement(modality="video", target=update.target, replacement=replacement)
+            if update.modality == "video"
+            else update
+            for update in updates
+        ]
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: Any) -> Any:
+        """Process a prompt as the model's processor does, and record the savings of each video in the ledger.
+
+        The savings count tokens that stand for the content of a video. Some models put timestamps and markers between
+        frames. These are text and are not counted, though vLLM's `prompt_tokens_details` counts them as video tokens.
+        """
+        rendered = super().apply(inputs, timing_ctx)
+        if videos := inputs.mm_data_items.get("video"):
+            self._record_savings(videos, rendered, self.retention_of(inputs.hf_processor_mm_kwargs))
+        return rendered
+
+    def _record_savings(self, videos: ModalityDataItems[Any, Any], rendered: Any, retention: float) -> None:
+        items = zip(
+            rendered["mm_hashes"]["video"],
+            rendered["mm_placeholders"]["video"],
+            rendered["mm_kwargs"]["video"],
+            strict=True,
+        )
+        for item_idx, (mm_hash, placeholder, processed) in enumerate(items):
+            if grid := self.video_grid(videos, item_idx, processed):
+                before = grid.tokens + self.extra_video_tokens
+                LEDGER.write(mm_hash, VideoSavings(before, placeholder.get_num_embeds(), retention))
+            elif known := LEDGER.read(mm_hash):
+                LEDGER.write(mm_hash, known)  # an old entry becomes the latest

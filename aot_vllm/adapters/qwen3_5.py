@@ -1,4 +1,4 @@
-"""Qwen3.5, dense and with experts: videos as in Qwen3-VL but for deepstack, before linear and full attention mixed."""
+"""Qwen3.5, dense and with experts: videos as in Qwen3-VL without deepstack, and linear beside full attention."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from vllm.model_executor.models.qwen3_5 import (
 from vllm.model_executor.models.qwen3_vl import Qwen3VLDummyInputsBuilder
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from aot_vllm.adapters.processing import WithoutRetention
 from aot_vllm.adapters.qwen3_vl import AOTQwen3VLProcessor, ReducedFramedQwenVL
-from aot_vllm.adapters.qwen_vl import WithoutRetention
 
 
 class AOTQwen3_5ProcessingInfo(WithoutRetention, Qwen3_5ProcessingInfo):  # noqa: N801
-    """Sizes of Qwen3.5's inputs; budgets stay those of unreduced videos, for a request may ask for all."""
+    """Sizes of Qwen3.5's inputs. They are those of unreduced videos, because a request may keep every token."""
 
 
 class AOTQwen3_5MoeProcessingInfo(WithoutRetention, Qwen3_5MoeProcessingInfo):  # noqa: N801
-    """Sizes of Qwen3.5's inputs, read from the configuration of its variant with experts."""
+    """Sizes of Qwen3.5's inputs, from the configuration of the variant with experts."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(

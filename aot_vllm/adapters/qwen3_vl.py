@@ -1,4 +1,4 @@
-"""Qwen3-VL: each frame of a video has a run of tokens of its own, between its timestamp and markers, and deepstack."""
+"""Qwen3-VL: one run of tokens per frame, between a timestamp and markers, and embeddings with deepstack."""
 
 from __future__ import annotations
 
@@ -16,24 +16,26 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem
 
 from aot_vllm.adapters.positions import VisionRun
-from aot_vllm.adapters.qwen_vl import ReducedQwenProcessor, ReducedQwenVL, WithoutRetention
+from aot_vllm.adapters.processing import WithoutRetention
+from aot_vllm.adapters.qwen_processor import ReducedQwenProcessor
+from aot_vllm.adapters.qwen_vl import ReducedQwenVL
 from aot_vllm.core.budget import Budget
 from aot_vllm.core.grid import VideoGrid
 
 
 class AOTQwen3VLProcessingInfo(WithoutRetention, Qwen3VLProcessingInfo):
-    """Sizes of Qwen3-VL's inputs; budgets stay those of unreduced videos, for a request may ask for all."""
+    """Sizes of Qwen3-VL's inputs. They are those of unreduced videos, because a request may keep every token."""
 
 
 class AOTQwen3VLProcessor(ReducedQwenProcessor, Qwen3VLMultiModalProcessor):
     """Qwen3-VL's processor with shortened videos."""
 
-    def video_placeholder(self, counts: Budget, item: MultiModalKwargsItem) -> Any:
-        """Return every frame's timestamp, markers and kept tokens, as the model lays out whole frames."""
+    def video_placeholder(self, counts: Budget, processed: MultiModalKwargsItem) -> Any:
+        """Return the timestamp, markers and kept tokens of every frame, in the model's own layout."""
         config = self.info.get_hf_config()
         return self.get_video_repl(
             tokens_per_frame=list(counts.per_frame),
-            timestamps=item["timestamps"].data,
+            timestamps=processed["timestamps"].data,
             tokenizer=self.info.get_tokenizer(),
             vision_start_token_id=config.vision_start_token_id,
             vision_end_token_id=config.vision_end_token_id,
@@ -43,25 +45,25 @@ class AOTQwen3VLProcessor(ReducedQwenProcessor, Qwen3VLMultiModalProcessor):
 
 
 class ReducedFramedQwenVL(ReducedQwenVL):
-    """Mixed in before a model of Qwen3-VL's kind: every layer attends to a whole frame, and text sets frames apart."""
+    """A mix-in before a model like Qwen3-VL: every layer attends to a whole frame, and text separates the frames."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "model") -> None:
-        """Build the model and hook the two layers that score.
+        """Build the model and set up the reduction.
 
         Raises:
-            SettingError: a scoring layer that the tower does not have.
+            SettingError: the tower does not have a scoring layer that the settings name.
         """
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self.score_by()
+        self.set_up_reduction()
 
     def frame_times(self, frames: int, seconds_per_frame: float) -> Sequence[int]:
-        """Return 0 for every frame: each is a run of its own, and time is told by the timestamps between them."""
+        """Return 0 for every frame. Each frame is its own run, and the timestamps between the runs tell the time."""
         return [0] * frames
 
     def video_runs(
         self, feature: MultiModalFeatureSpec, grid: VideoGrid, kept_per_frame: Sequence[int]
     ) -> Iterable[VisionRun]:
-        """Yield one run for each frame, found where its first token is."""
+        """Yield one run for each frame, at the offset of its first token."""
         place = feature.mm_position
         is_video = place.is_embed
         offsets = range(place.length) if is_video is None else is_video.nonzero().flatten().tolist()

@@ -1,4 +1,4 @@
-"""Qwen3-VL with a mixture of experts: the same towers, videos and deepstack as Qwen3-VL."""
+"""Qwen3-VL with a mixture of experts: its tower, videos and deepstack are those of Qwen3-VL."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from vllm.model_executor.models.qwen3_vl import Qwen3VLDummyInputsBuilder
 from vllm.model_executor.models.qwen3_vl_moe import Qwen3VLMoeForConditionalGeneration, Qwen3VLMoeProcessingInfo
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from aot_vllm.adapters.processing import WithoutRetention
 from aot_vllm.adapters.qwen3_vl import AOTQwen3VLProcessor, ReducedFramedQwenVL
-from aot_vllm.adapters.qwen_vl import WithoutRetention
 
 
 class AOTQwen3VLMoeProcessingInfo(WithoutRetention, Qwen3VLMoeProcessingInfo):
-    """Sizes of Qwen3-VL's inputs, read from the configuration of its variant with experts."""
+    """Sizes of Qwen3-VL's inputs, from the configuration of the variant with experts."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(

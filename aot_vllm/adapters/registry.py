@@ -1,7 +1,7 @@
-"""Which architectures AOT serves, and the vLLM releases it was tested with. Strings only: nothing is imported."""
+"""The architectures that AOT serves, and the vLLM releases it was tested with. Strings only: nothing is imported."""
 
 TESTED_VLLM_RELEASES = ("0.32",)
-"""Release lines whose internals the adapters were tested against, as `major.minor`."""
+"""Releases of vLLM that the adapters were tested with, as `major.minor`."""
 
 ARCHITECTURES = {
     "LlavaOnevisionForConditionalGeneration": "aot_vllm.adapters.llava_onevision:AOTLlavaOnevision",
@@ -11,16 +11,16 @@ ARCHITECTURES = {
     "Qwen3_5ForConditionalGeneration": "aot_vllm.adapters.qwen3_5:AOTQwen3_5",
     "Qwen3_5MoeForConditionalGeneration": "aot_vllm.adapters.qwen3_5:AOTQwen3_5Moe",
 }
-"""In-tree architecture -> the class that serves it with AOT."""
+"""The class that serves each in-tree architecture with AOT."""
 
 
 def reduced_architecture(architecture: str) -> str:
-    """Return the name under which AOT's class for an in-tree `architecture` is registered."""
+    """Return the name of AOT's class for an in-tree `architecture` in vLLM's model registry."""
     return f"AOT{architecture}"
 
 
 def register_models() -> None:
-    """Register AOT's classes beside vLLM's own, under names of their own, so that nothing in-tree is replaced."""
+    """Register AOT's classes under names of their own, so that no in-tree model is replaced."""
     from vllm.model_executor.models import ModelRegistry
 
     known = ModelRegistry.get_supported_archs()

@@ -1,7 +1,7 @@
-"""Attention received by each token, read out of two layers of a vision tower while it runs its own fast attention.
+"""Attention received by each token, from two layers of a vision tower that runs its own fast attention.
 
-Fast kernels return no attention maps. For the two scoring layers alone, softmax(Q K^T) is computed again from the
-queries and keys the layer hands to its attention module, a few frames at a time, and summed away at once.
+Fast kernels return no attention maps. So hooks take the queries and keys of the two scoring layers and compute
+softmax(Q K^T) again, a few frames at a time. The maps are summed at once and never stored.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ from aot_vllm.config import AOTConfig
 from aot_vllm.errors import SettingError
 
 MAP_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
-"""Most memory for attention maps at a time; a SigLIP-so400m frame takes 34 MB (16 heads, 729 x 729, float32). On a CPU
-maps that stay near its caches take less than half the time; a GPU would rather be launched less often."""
+"""Most memory for attention maps at a time. A frame of SigLIP-so400m takes 34 MB (16 heads, 729 x 729, float32). On a
+CPU, maps that nearly fit the caches take less than half the time. On a GPU, larger blocks mean fewer launches."""
 
 QUERIES_OF_MAPS = 2
-"""Nor do maps, with the copies they are made from, take more memory than so many tensors of queries: a layer's MLP, for
-which memory was profiled, needs more than its attention by 2.5 (SigLIP-so400m, Qwen3-VL) or 3 (Qwen2.5-VL) of them."""
+"""Second bound on that memory, in multiples of the layer's queries; it includes the copies that maps are made from.
+Memory was profiled with the MLP of the layer. The MLP needs more than the attention, by 2.5 (SigLIP-so400m, Qwen3-VL)
+or 3 (Qwen2.5-VL) times the memory of the queries."""
 
 PAPER_LOCAL_DEPTH = 5 / 26
-"""The released code scores locally in layer 5 of the 26 that LLaVA-OneVision executes."""
+"""Relative depth of the local scoring layer in the released code: layer 5 of the 26 that LLaVA-OneVision executes."""
 
 
 def scoring_layers(config: AOTConfig, *, num_layers: int, whole_frame: Sequence[int] | None = None) -> tuple[int, int]:
     """Return the indices of the local and the global scoring layer in a tower that executes `num_layers`.
 
-    A `local_layer` of None is the layer as deep, relative to the tower, as the released code's. In a tower where only
-    some layers attend to the `whole_frame`, the nearest of these (of two, the deeper): attention inside a window says
-    nothing about which of a frame's tokens matter.
+    A `local_layer` of None chooses the layer at the same relative depth as in the released code.
+
+    `whole_frame`: the layers that attend to a whole frame, by default all. Attention within a window does not tell
+    which tokens of a frame matter. So each scoring layer is moved to the nearest of these layers, the deeper of two.
 
     Raises:
-        SettingError: a layer named in the settings does not exist.
+        SettingError: the tower does not have a layer that the settings name.
     """
     local = config.local_layer
     if local is None:
@@ -45,7 +47,7 @@ def scoring_layers(config: AOTConfig, *, num_layers: int, whole_frame: Sequence[
     for name, layer in (("local_layer", local), ("global_layer", global_)):
         if not -num_layers <= layer < num_layers:
             raise SettingError(
-                f"{name} must be in [{-num_layers}, {num_layers - 1}], for this vision tower executes {num_layers} "
+                f"{name} must be in [{-num_layers}, {num_layers - 1}], because this vision tower executes {num_layers} "
                 f"layers, got {layer}"
             )
     local, global_ = local % num_layers, global_ % num_layers
@@ -55,21 +57,21 @@ def scoring_layers(config: AOTConfig, *, num_layers: int, whole_frame: Sequence[
 
 
 def _nearest(layers: Sequence[int], layer: int) -> int:
-    """Return the one of `layers` that is nearest to `layer`, the deeper one of two."""
+    """Return the nearest of `layers` to `layer`, the deeper of two at the same distance."""
     return min(layers, key=lambda candidate: (abs(candidate - layer), -candidate))
 
 
 def attention_received(query: Tensor, key: Tensor, *, num_heads: int, scale: float) -> Tensor:
-    """Return the attention each token receives, summed over queries and heads: (frames, tokens), float32.
+    """Return the attention that each token receives, summed over queries and heads: (frames, tokens), float32.
 
-    `query`, `key`: (frames, tokens, num_heads * head_size), as they enter the attention module. Attention is within a
-    frame. At most `MAP_BYTES` of maps exist at a time, and `QUERIES_OF_MAPS`, but never less than the map of one query.
+    `query`, `key`: (frames, tokens, num_heads * head_size), as they enter the attention module. Tokens attend within
+    their frame. `MAP_BYTES` and `QUERIES_OF_MAPS` bound the memory of maps, down to the map of a single query.
     """
     frames, tokens, _ = query.shape
     map_bytes = min(MAP_BYTES.get(query.device.type, MAP_BYTES["cuda"]), QUERIES_OF_MAPS * query.nbytes)
-    # logits of half precision are there together with their copy in float32, which becomes the map
+    # half-precision logits exist together with their float32 copy, which becomes the map
     query_bytes = num_heads * tokens * (4 if query.dtype == torch.float32 else 4 + query.itemsize)
-    copies_bytes = 3 * query[0].nbytes  # queries twice, for they are scaled, and keys
+    copies_bytes = 3 * query[0].nbytes  # keys, queries, and scaled queries
     frames_at_once = max(1, map_bytes // (query_bytes * tokens + copies_bytes))
     queries_at_once = min(tokens, max(1, map_bytes // query_bytes))
     received = torch.zeros(frames, tokens, dtype=torch.float32, device=query.device)
@@ -84,7 +86,8 @@ def attention_received(query: Tensor, key: Tensor, *, num_heads: int, scale: flo
 def _received_from(queries: Tensor, keys: Tensor) -> Tensor:
     """Return the attention that some queries give, (frames, tokens), from (frames, heads, queries or tokens, size).
 
-    The softmax is taken in place, its denominators go into the sum over queries: there is one map, not three.
+    The softmax is computed in place, and its denominators are applied in the sum over queries. So there is one map in
+    memory instead of three.
     """
     maps = torch.matmul(queries, keys.transpose(-1, -2)).float()
     maps.sub_(maps.amax(dim=-1, keepdim=True)).exp_()
@@ -95,27 +98,29 @@ def _received_from(queries: Tensor, keys: Tensor) -> Tensor:
 def scoring_modules(
     config: AOTConfig, modules: Sequence[nn.Module], *, whole_frame: Sequence[int] | None = None
 ) -> tuple[nn.Module, ...]:
-    """Return the local and the global scoring layer's module, none where anchors aren't chosen by attention.
+    """Return the modules of the local and the global scoring layer, or none if anchors are not chosen by attention.
 
-    Raises `SettingError` like `scoring_layers`.
+    Raises `SettingError` like `scoring_layers`, however anchors are chosen.
     """
     layers = scoring_layers(config, num_layers=len(modules), whole_frame=whole_frame)
     return tuple(modules[layer] for layer in layers) if config.anchors == "attention" else ()
 
 
 class AttentionScores:
-    """Records the attention received in two layers of a vision tower, block of frames by block of frames.
+    """Records the attention received in two layers of a vision tower, one block of frames at a time.
 
-    `modules`: the two attention modules, or none for nothing to be recorded; each with `num_heads` (of this rank) and
-    `scale`, called with query, key and value: (frames, tokens, heads * size), or all frames one after the other,
-    (1, frames * tokens, heads, size). `total_heads`: heads of a layer on all ranks; where this rank has fewer,
-    `sum_over_ranks` adds the others', so that every rank ranks the tokens alike.
+    `modules`: the local and the global attention module, or none if nothing will be recorded. Each has `num_heads` (on
+    this rank) and `scale`. Each is called with query, key and value, shaped (frames, tokens, heads * size), or
+    (1, frames * tokens, heads, size) with all frames in one sequence.
+
+    `total_heads`: heads of a layer on all ranks. If this rank has fewer, `sum_over_ranks` adds those of the other
+    ranks, so that every rank has the same scores.
     """
 
     def __init__(
         self, modules: Sequence[nn.Module], *, total_heads: int, sum_over_ranks: Callable[[Tensor], Tensor]
     ) -> None:
-        """Hook the modules; the hooks do nothing until `recording`."""
+        """Hook the modules. Outside of `recording` the hooks do nothing."""
         self._slots = range(len(modules))
         self._total_heads = total_heads
         self._sum_over_ranks = sum_over_ranks
@@ -139,16 +144,14 @@ class AttentionScores:
         return record
 
     @contextmanager
-    def recording(self, *, tokens_per_frame: int | None = None) -> Iterator[Callable[[], Sequence[Tensor | None]]]:
-        """Record while the tower runs; the value, called afterwards, returns local and global (frames, tokens).
+    def recording(self, *, tokens_per_frame: int | None = None) -> Iterator[Callable[[], Sequence[Tensor]]]:
+        """Record while the tower runs. The value is a function that returns local and global scores, (frames, tokens).
 
-        Both are None where nothing is recorded.
-
-        `tokens_per_frame`: where to cut the sequence of a tower that lays frames one after the other.
+        `tokens_per_frame`: where to cut the sequence of a tower that takes all frames in one sequence.
         """
         blocks: dict[int, list[Tensor]] = {slot: [] for slot in self._slots}
         self._blocks, self._tokens_per_frame = blocks, tokens_per_frame
         try:
-            yield lambda: [torch.cat(recorded) for recorded in blocks.values()] or (None, None)
+            yield lambda: [torch.cat(recorded) for recorded in blocks.values()]
         finally:
             self._blocks = None

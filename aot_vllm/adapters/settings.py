@@ -1,4 +1,4 @@
-"""What an operator says under `--additional-config '{"aot": {...}}'`, and how it travels to every vLLM process."""
+"""The settings under `--additional-config '{"aot": {...}}'`, and how they travel to every vLLM process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from aot_vllm.config import AOTConfig, check_retention
 from aot_vllm.errors import SettingError
 
 PPM = 1_000_000
-"""Retention is carried as whole millionths: an integer survives every cast between the processor and the worker."""
+"""A retention travels as whole millionths: an integer survives every cast between the processor and the worker."""
 
 _HF_CONFIG_KEY = "aot_video_reduction"
 
@@ -23,20 +23,20 @@ def _flag(name: str, value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class PluginSettings:
-    """The `"aot"` part of `--additional-config`: two switches of the plugin, and the settings of the method."""
+    """The `"aot"` part of `--additional-config`: two switches of the plugin and the settings of the method."""
 
     enabled: bool = True
-    """False leaves the rate to vLLM's own pruning, on a model that has some."""
+    """False leaves the rate to vLLM's own pruning. A model without pruning of its own then does not start."""
     allow_untested_vllm: bool = False
-    """True starts on a vLLM release the adapters were not tested with."""
+    """True starts on a vLLM release that the adapters were not tested with."""
     method: AOTConfig = field(default_factory=AOTConfig)
 
     @classmethod
     def from_additional_config(cls, additional_config: object) -> PluginSettings:
-        """Return the settings in `additional_config["aot"]`, defaults where it has none.
+        """Return the settings in `additional_config["aot"]`, with defaults for all others.
 
         Raises:
-            SettingError: not a mapping, an unknown key, or a value out of range.
+            SettingError: `"aot"` is not a mapping, a name in it is unknown, or a value is out of range.
         """
         given = additional_config.get("aot") if isinstance(additional_config, Mapping) else None
         if given is None:
@@ -54,18 +54,18 @@ class PluginSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Reduction:
-    """What an engine reduces to: the server-wide retention in (0, 1], and the settings of the method."""
+    """The server-wide retention, in (0, 1], and the settings of the method."""
 
     retention: float
     method: AOTConfig
 
     def attach(self, hf_config: Any) -> None:
-        """Write this onto the model's configuration, which vLLM hands to every process."""
+        """Write this reduction into the model's configuration, which vLLM passes to every process."""
         setattr(hf_config, _HF_CONFIG_KEY, {"retention": self.retention, "method": self.method.settings()})
 
     @classmethod
     def of(cls, hf_config: Any) -> Reduction:
-        """Return what `attach` wrote.
+        """Return the reduction that `attach` wrote.
 
         Raises:
             SettingError: the engine was not activated for AOT.
@@ -80,10 +80,10 @@ class Reduction:
 
 
 def to_ppm(retention: float) -> int:
-    """Return a retention in (0, 1] as whole millionths, at least one."""
+    """Return a retention in (0, 1] as whole millionths, at least one; raises `SettingError` outside that range."""
     return max(1, round(check_retention(retention) * PPM))
 
 
 def from_ppm(millionths: int) -> float:
-    """Return the retention that `to_ppm` made `millionths` from."""
+    """Return the retention that `to_ppm` encoded; raises `SettingError` if it is outside (0, 1]."""
     return check_retention(millionths / PPM)

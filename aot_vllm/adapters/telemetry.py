@@ -1,7 +1,7 @@
-"""What the reduction saved and what it cost, on its way from processor and worker to headers and `/metrics`.
+"""The savings and the costs of the reduction, on their way from processor and worker to headers and `/metrics`.
 
-The processor writes each video's counts into a `SavingsLedger` under its hash; the endpoint reads them back for the
-request it serves. Workers measure reductions; the endpoint asks them when it is scraped.
+The processor writes the token counts of each video into a `SavingsLedger` under the hash of the video. The endpoint
+reads them for the request that it serves. Workers measure reductions. The endpoint asks them at each scrape.
 """
 
 from __future__ import annotations
@@ -17,10 +17,12 @@ import torch
 from prometheus_client import Counter
 from torch import Tensor
 
+from aot_vllm.core.reduce import ReducedVideo
+
 
 @dataclass(frozen=True)
 class VideoSavings:
-    """Placeholder tokens of one video, or of all videos of a request: before, after, and the retention asked for."""
+    """Placeholder tokens of one video, or of all videos of a request, before and after the reduction."""
 
     before: int
     after: int
@@ -28,7 +30,7 @@ class VideoSavings:
 
     @classmethod
     def total(cls, savings: Iterable[VideoSavings]) -> VideoSavings | None:
-        """Return the sums over a request's videos, None for none; its videos share one retention."""
+        """Return the sums over the videos of a request, None without videos. All of them have the same retention."""
         videos = list(savings)
         if not videos:
             return None
@@ -40,10 +42,10 @@ class VideoSavings:
 
 
 class SavingsLedger:
-    """The savings of recently seen videos by their multimodal hash, the oldest forgotten first. Thread-safe.
+    """The savings of recent videos by multimodal hash. The oldest entry is dropped first. Thread-safe.
 
-    Every request writes its videos anew just before they are read, so the capacity only has to hold the videos of the
-    requests that are being rendered at once.
+    Every request writes its videos just before they are read. So the capacity needs to hold only the videos of the
+    requests that are rendered at the same time.
     """
 
     def __init__(self, *, capacity: int = 16384) -> None:
@@ -53,7 +55,7 @@ class SavingsLedger:
         self._lock = threading.Lock()
 
     def write(self, mm_hash: str, savings: VideoSavings) -> None:
-        """Remember the savings of the video with this hash."""
+        """Store the savings of the video with this hash, as the latest entry."""
         with self._lock:
             self._by_hash[mm_hash] = savings
             self._by_hash.move_to_end(mm_hash)
@@ -61,17 +63,19 @@ class SavingsLedger:
                 self._by_hash.popitem(last=False)
 
     def read(self, mm_hash: str) -> VideoSavings | None:
-        """Return the savings of the video with this hash, None if it was never seen or is forgotten."""
+        """Return the savings of the video with this hash, None if there is no entry or it was dropped."""
         with self._lock:
             return self._by_hash.get(mm_hash)
 
 
 LEDGER = SavingsLedger()
-"""Of this API server process, in which both the processor and the endpoint live."""
+"""The ledger of this API server process, which runs both the processor and the endpoint."""
 
 VIDEO_TOKENS = Counter("aot_engine_video_tokens", "Video placeholder tokens of served requests.", ["stage"])
 VIDEOS_REDUCED = Counter("aot_engine_videos_reduced", "Videos of served requests that were shortened.")
-REDUCTIONS = Counter("aot_engine_reductions", "Videos reduced in the worker; videos found in a cache are not.")
+REDUCTIONS = Counter(
+    "aot_engine_reductions", "Videos reduced in the worker. A video found in a cache is not reduced again."
+)
 REDUCTION_SECONDS = Counter("aot_engine_reduction_seconds", "Time spent choosing and merging tokens in the worker.")
 UNCONVERGED = Counter("aot_engine_unconverged_solves", "Transport problems that ended at the iteration limit.")
 
@@ -85,9 +89,9 @@ def count(savings: VideoSavings) -> None:
 
 
 class ReductionMeter:
-    """Counts and times reductions in a worker without making the host wait for the device.
+    """Counts and times reductions in a worker. The host never waits for the device while requests are served.
 
-    On CUDA the time lies between two events, read when somebody asks; unconverged solves stay on the device until then.
+    On CUDA, the time is taken between two events. Events and the count of unconverged solves are read at a scrape.
     """
 
     def __init__(self) -> None:
@@ -112,10 +116,13 @@ class ReductionMeter:
             start = time.perf_counter()
             yield
             self._seconds += time.perf_counter() - start
-        self._reductions += 1
 
-    def add_unconverged(self, solves: Tensor) -> None:
-        """Add a 0-d count of solves that hit the iteration limit."""
+    def add(self, reduced: ReducedVideo) -> None:
+        """Count a reduced video and its unconverged solves. A video that kept every token does not count."""
+        if reduced.budget.identity:
+            return
+        self._reductions += 1
+        solves = reduced.unconverged
         self._unconverged = solves if self._unconverged is None else self._unconverged + solves
 
     def _collect(self, *, only_finished: bool) -> None:
@@ -129,7 +136,7 @@ class ReductionMeter:
         self._events = waiting
 
     def statistics(self) -> dict[str, float]:
-        """Return the totals since the worker started, waiting for reductions still running on the device."""
+        """Return the totals since the worker started. Waits for reductions that still run on the device."""
         self._collect(only_finished=False)
         return {
             "reductions": self._reductions,
@@ -139,26 +146,26 @@ class ReductionMeter:
 
 
 METER = ReductionMeter()
-"""Of this worker process."""
+"""The meter of this worker process."""
 
 
 class WorkerExtension:
-    """Methods the API server may call on every worker, by vLLM's `worker_extension_cls`."""
+    """Methods that the API server can call on every worker, through vLLM's `worker_extension_cls`."""
 
     def aot_reduction_statistics(self) -> dict[str, float]:
-        """Return this worker's totals; see `ReductionMeter.statistics`."""
+        """Return the totals of this worker, see `ReductionMeter.statistics`."""
         return METER.statistics()
 
 
 class WorkerTotals:
-    """Turns the totals that workers report into counter increments."""
+    """Converts the totals that a worker reports into increments of this process's counters."""
 
     def __init__(self) -> None:
         """Nothing counted yet."""
         self._counted: dict[str, float] = {}
 
     def count(self, statistics: dict[str, float]) -> None:
-        """Add what has come since the last call to this process's counters."""
+        """Add the growth since the last call to the counters."""
         for name, counter in (
             ("reductions", REDUCTIONS),
             ("reduction_seconds", REDUCTION_SECONDS),

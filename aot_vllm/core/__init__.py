@@ -1,1 +1,1 @@
-"""The method on plain tensors, without an engine. Importing this package, its grids or its budgets loads no torch."""
+"""The method on plain tensors, without an engine. Importing this package, `grid` or `budget` does not load torch."""

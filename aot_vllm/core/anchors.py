@@ -1,4 +1,4 @@
-"""Which tokens of a frame become anchors: by attention (section 3.2 of the paper, "token anchors"), or by diversity.
+"""The choice of a frame's anchors: by attention ("token anchors", section 3.2 of the paper), or by diversity.
 
 Dimensions: T frames, P positions of a frame, A anchors of a frame, W windows, E cells of a window (padding included), D
 width.
@@ -28,13 +28,15 @@ def select_anchors(
 ) -> Tensor:
     """Return exactly `count` distinct positions of every frame, ascending: (T, P), (T, P) -> (T, count).
 
-    The best `floor(count * (1 - global_ratio) / windows)` tokens of each window by local score, then the best of the
-    others by global score until the count is met. Where `window` does not divide a side, the side is cut into as many
-    windows as it would need, of sides that differ by at most 1, so that none gives more anchors a cell than its
-    neighbours; one with fewer cells than its share gives all it has. Ties go to the lower position, whatever the batch
-    or the device. A NaN ranks lowest, like negative infinity.
+    Local anchors come first: the `floor(count * (1 - global_ratio) / windows)` tokens of each window with the highest
+    local score. A window with fewer cells than its share gives all its cells. Global anchors fill up the count: the
+    remaining tokens with the highest global score.
 
-    Raises `ShapeError` for scores that don't fit the grid, `SettingError` for a count outside 1 to P.
+    If `window` does not divide a side, the side is cut into ceil(side / window) windows whose lengths differ by at most
+    1. Every window then gives about as many anchors per cell as its neighbours. Ties go to the lower position, on every
+    device and for every batch. A NaN ranks lowest, like negative infinity.
+
+    Raises `ShapeError` for scores that do not fit the grid, `SettingError` for a count outside [1, P]. Section 3.2.
     """
     positions = rows * cols
     if local_scores.dim() != 2 or local_scores.shape[1] != positions:
@@ -49,7 +51,7 @@ def select_anchors(
     is_local_TP = _best_of_each_window(
         local_scores, rows=rows, cols=cols, window=window, local_count=count * (1 - global_ratio)
     )
-    # Local anchors come first in one ranking, so the global ones fill up to the count without a second selection.
+    # In one ranking the local anchors come first, so the global anchors fill up the count without a second selection.
     priority_TP = _finite(global_scores).masked_fill(is_local_TP, torch.inf)
     order_TP = priority_TP.argsort(dim=1, descending=True, stable=True)
     return order_TP[:, :count].sort(dim=1).values
@@ -58,17 +60,21 @@ def select_anchors(
 def select_diverse_anchors(features: Tensor, *, count: int, keep: int | Sequence[int] | None = None) -> Tensor:
     """Return `count` distinct positions of every frame, in the order of their choice: (T, P, D) -> (T, count).
 
-    One after the other the token farthest from all chosen before it: greedy k-center (Gonzalez, "Clustering to
-    minimize the maximum intercluster distance", 1985) by Euclidean distance. What a frame repeats is chosen once; what
-    stands out is chosen, however small. The first frame begins with its token farthest from the rest; each later one
-    avoids what the frame before it keeps, so that frames show each what the other does not. A frame keeps the first
-    `keep` of its choices, one count or one a frame, by default all. A NaN changes no count. Entries must be below
-    1e18 / sqrt(D), where squares overflow.
+    Greedy k-center by Euclidean distance (Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985):
+    each choice is the token farthest from all earlier choices. So repeated content is chosen once, and a rare token is
+    chosen however small its object is.
 
-    Raises `ShapeError` for features that are not (T, P, D), `SettingError` for counts that do not fit them.
+    The first frame starts with the token farthest from the rest of the frame. Every later frame also stays away from
+    the tokens that the previous frame keeps, so consecutive frames contribute different content. A frame keeps the
+    first `keep` of its choices: one count for all frames or one count for each, by default all choices.
+
+    A NaN does not change the number of choices. Entries must be below 1e18 / sqrt(D), where squares overflow. Raises
+    `ShapeError` for features that are not (T, P, D), `SettingError` for counts that do not fit them.
     """
     if features.dim() != 3 or 0 in features.shape:
-        raise ShapeError(f"features must have shape (frames, positions, width), none 0, got {tuple(features.shape)}")
+        raise ShapeError(
+            f"features must have shape (frames, positions, width), all at least 1, got {tuple(features.shape)}"
+        )
     frames, positions, _ = features.shape
     _check_count(count, positions)
     kept_kD = features[0, :0].float()
@@ -84,34 +90,35 @@ def select_diverse_anchors(features: Tensor, *, count: int, keep: int | Sequence
 
 
 def _spread_out(tokens_PD: Tensor, before_kD: Tensor, count: int) -> Tensor:
-    """Return `count` tokens, each farthest from the ones before it and from what is already there: (P, D) -> (count,).
+    """Return the positions of `count` tokens, each farthest from the tokens before it: (P, D), (k, D) -> (count,).
 
-    Where nothing is, the first is farthest from the rest.
+    The tokens before it are `before_kD` and all earlier choices. If `before_kD` is empty, the first choice is the token
+    farthest from the rest.
     """
     distance_PP = cost.squared_distances(tokens_PD, tokens_PD)
     is_first = len(before_kD) == 0
     far_P = distance_PP.mean(dim=1) if is_first else cost.squared_distances(tokens_PD, before_kD).amin(dim=1)
-    distance_PP.fill_diagonal_(-torch.inf)  # what is chosen is as near as can be
+    distance_PP.fill_diagonal_(-torch.inf)  # a chosen token is never the farthest again
     chosen: list[Tensor] = []
     for _ in range(count):
         chosen.append(far_P.argmax(dim=0, keepdim=True))
         row_P = distance_PP.index_select(0, chosen[-1])[0]
-        far_P = row_P if is_first and len(chosen) == 1 else torch.fmin(far_P, row_P)  # which lets no NaN pass
+        far_P = row_P if is_first and len(chosen) == 1 else torch.fmin(far_P, row_P)  # fmin drops NaN
     return torch.cat(chosen)
 
 
 def _check_count(count: int, positions: int) -> None:
-    """Raise `SettingError` for a count of anchors that a frame can't have."""
+    """Raise `SettingError` for a number of anchors outside [1, positions]."""
     if check_integer("count", count, minimum=1) > positions:
         raise SettingError(f"count must be at most {positions}, the positions of a frame, got {count}")
 
 
 def _best_of_each_window(scores_TP: Tensor, *, rows: int, cols: int, window: int, local_count: float) -> Tensor:
-    """Return a (T, P) mask of the best tokens of each window, `local_count` in all, rounded down window by window."""
+    """Return a (T, P) mask of the best tokens of each window: `local_count` divided by the windows, rounded down."""
     frames, positions = scores_TP.shape
     cells_WE = _window_cells(rows, cols, window, scores_TP.device)
     share = min(int(local_count // cells_WE.shape[0]), cells_WE.shape[1])
-    # One column past the frame stands for the cells that pad the windows at the edges: it always ranks last.
+    # Windows are padded to one size. The padding cells refer to one column past the frame, which always ranks last.
     padded_TP = torch.nn.functional.pad(_finite(scores_TP), (0, 1), value=-torch.inf)
     order_TWE = padded_TP[:, cells_WE].argsort(dim=2, descending=True, stable=True)[:, :, :share]
     best_TWE = cells_WE.expand(frames, -1, -1).gather(2, order_TWE)
@@ -121,7 +128,7 @@ def _best_of_each_window(scores_TP: Tensor, *, rows: int, cols: int, window: int
 
 @lru_cache(maxsize=64)
 def _window_cells(rows: int, cols: int, window: int, device: torch.device) -> Tensor:
-    """Return the positions in each window, (W, E), ascending; `rows * cols` stands for a cell outside the grid."""
+    """Return the positions in each window, (W, E), ascending. A padding cell has the position `rows * cols`."""
     windows = [
         [row * cols + col for row in in_rows for col in in_cols]
         for in_rows in _cut(rows, window)
@@ -138,6 +145,6 @@ def _cut(side: int, window: int) -> list[range]:
 
 
 def _finite(scores_TP: Tensor) -> Tensor:
-    """Return the scores in float32 without NaN or infinities, which the ranking needs for itself."""
+    """Return the scores in float32 without NaN and infinities, which the ranking uses for its own marks."""
     limit = torch.finfo(torch.float32).max
     return scores_TP.float().nan_to_num(nan=-limit, posinf=limit, neginf=-limit)

@@ -1,12 +1,16 @@
-"""How many tokens survive: the one place that decides it, from sizes and settings alone.
+"""How many tokens survive. This module alone decides it, from sizes and settings.
 
-An engine lays out placeholder tokens before the vision tower has run, so the counts can't depend on pixels.
+An engine lays out placeholder tokens before the vision tower runs, so the counts cannot depend on pixels.
 
-With T frames in C clips, a token count N is spent on three things (sections 3.2 and 3.3 of the paper):
-anchors A of each clip's key frame, `keep` tokens of each of the S = T - C later frames, and, when the released layout
-emits key frames twice, the originals of the M clips that have later frames. `keep` aims at kappa * A, which gives
-A = N / (C + M + S * kappa). At kappa = 1 a video is one clip, so that all frames have equally many tokens but for what
-does not divide.
+A video of T frames is cut into C clips. Its N tokens are spent on three things (sections 3.2 and 3.3 of the paper):
+
+- A anchors of the key frame of each clip;
+- `keep` tokens of each of the S = T - C later frames;
+- originals, the unmerged anchors of a key frame. Only the released layout, `emit="both"`, has them, and only in the M
+  clips that have later frames.
+
+`keep` aims at kappa * A, so A = N / (C + M + S * kappa). At kappa = 1 the video is one clip. Without originals, the
+counts of its frames then differ by at most 1.
 """
 
 from dataclasses import dataclass
@@ -18,48 +22,48 @@ from aot_vllm.core.grid import VideoGrid
 
 @dataclass(frozen=True)
 class Budget:
-    """The tokens of one reduced video, in total and by where they come from.
+    """The number of tokens of one reduced video, in total and by origin.
 
-    `identity` says that every token survives and nothing is merged. Otherwise the other counts are consistent:
-    `total` is the sum of `per_frame`, of `anchors_per_clip`, `originals_per_clip` and `keep_per_frame`.
+    `total` is the sum of `per_frame`. It is also the sum of `anchors_per_clip`, `originals_per_clip` and
+    `keep_per_frame` together.
     """
 
     total: int
-    """Tokens of the reduced video."""
+    """Number of tokens of the reduced video."""
     per_frame: tuple[int, ...]
-    """Tokens that come from each frame, at least 1; a key frame's count both its originals and its merged anchors."""
+    """Tokens that come from each frame, at least 1. A key frame counts its originals and its merged anchors."""
     anchors: int
-    """Anchors of a frame; the first clips may have one more, see `anchors_per_clip`."""
+    """Anchors of a frame. The first clips may have one more, see `anchors_per_clip`."""
     keep: int
-    """Tokens kept of a later frame; some frames may keep one more, see `keep_per_frame`. 0 without later frames."""
+    """Tokens kept of a later frame. Some frames may keep one more, see `keep_per_frame`. 0 without later frames."""
     clip_lengths: tuple[int, ...]
-    """Frames of each clip, longer clips first."""
+    """Number of frames of each clip, longer clips first."""
     anchors_per_clip: tuple[int, ...]
-    """Anchors of every frame of each clip: at most two values, consecutive, the larger first."""
+    """Anchors of every frame of each clip. There are at most two values, which differ by 1; the larger comes first."""
     keep_per_frame: tuple[int, ...]
-    """Tokens each frame keeps as they are; 0 at key frames."""
+    """Tokens that each later frame keeps; 0 for key frames."""
     originals_per_clip: tuple[int, ...]
-    """Anchors of each key frame that are also emitted as they were before absorbing."""
+    """Anchors of each key frame that are also emitted unmerged."""
     identity: bool
-    """Whether all tokens survive unchanged."""
+    """Whether every token survives and nothing is merged."""
 
 
 def budget(grid: VideoGrid, *, retention: float, config: AOTConfig | None = None) -> Budget:
     """Return the exact token counts for a video of this size.
 
-    `retention` in (0, 1] is the fraction kept: total = round(retention * T * P), but at least one token a frame.
+    `retention` in (0, 1] is the fraction kept: total = round(retention * T * P), with at least one token per frame.
     Raises `SettingError` for a retention outside its range.
     """
     config = config or AOTConfig()
     wanted = round(check_retention(retention) * grid.tokens)
     total = max(grid.frames, min(grid.tokens, wanted))
-    clips = 1 if config.kappa == 1 else config.clips  # where nothing moves between frames, they share evenly
+    clips = 1 if config.kappa == 1 else config.clips  # without merging across frames, all frames share evenly
     return _allocate(grid.frames, grid.positions, total, clips, config.kappa, config.emit == "both")
 
 
 @lru_cache(maxsize=1024)
 def _allocate(frames: int, positions: int, total: int, clips: int, kappa: float, twice: bool) -> Budget:
-    """Return the allocation of `total` tokens, frames <= total <= frames * positions."""
+    """Return the allocation of `total` tokens, which is in [frames, frames * positions]."""
     num_clips = min(clips, frames)
     clip_lengths = tuple(frames // num_clips + (clip < frames % num_clips) for clip in range(num_clips))
     later_frames = frames - num_clips
@@ -95,11 +99,11 @@ def _allocate(frames: int, positions: int, total: int, clips: int, kappa: float,
 def _shares(
     total: int, positions: int, clips: int, later_frames: int, doubled_clips: int, kappa: float
 ) -> tuple[int, int, int]:
-    """Return the tokens to spend on anchors, on kept tokens and on originals; they sum to `total`.
+    """Return how many tokens to spend on anchors, on kept tokens and on originals. Their sum is `total`.
 
-    Where A = N / (C + M + S * kappa) is no integer, the rest goes out in rounds: one more token for each later frame,
-    then one more anchor for each clip, then one more original. Where `total` is too small for the ideal, originals give
-    way first; when A reaches `positions`, the kept tokens grow beyond kappa.
+    A = N / (C + M + S * kappa) is rounded down. The remainder is handed out in rounds: one more token for each later
+    frame, then one more anchor for each clip, then one more original for each key frame. If `total` is too small for
+    the ideal, the originals shrink first. If A reaches `positions`, the later frames keep more than kappa.
     """
     if later_frames == 0:
         return total, 0, 0
@@ -126,5 +130,5 @@ def _shares(
 
 
 def _spread(tokens: int, places: int) -> tuple[int, ...]:
-    """Return `places` counts that sum to `tokens`, differ by at most 1, the larger ones evenly between the others."""
+    """Return `places` counts whose sum is `tokens`. They differ by at most 1, and the larger ones are evenly spaced."""
     return tuple((place + 1) * tokens // places - place * tokens // places for place in range(places))

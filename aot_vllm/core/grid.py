@@ -1,4 +1,4 @@
-"""The geometry of a video as the language model sees it."""
+"""The size of a video in tokens, as the language model receives it."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from aot_vllm.config import check_integer
 
 @dataclass(frozen=True)
 class VideoGrid:
-    """`frames` temporal units of `rows` x `cols` tokens each, after the model's own pooling or merging.
+    """A video of `frames` temporal units with `rows` x `cols` tokens each, after the model's own pooling or merging.
 
     Raises `SettingError` unless all three are integers of at least 1.
     """
@@ -23,10 +23,10 @@ class VideoGrid:
 
     @property
     def positions(self) -> int:
-        """Tokens of one frame."""
+        """Number of tokens of one frame."""
         return self.rows * self.cols
 
     @property
     def tokens(self) -> int:
-        """Tokens of the whole video, unreduced."""
+        """Number of tokens of the whole video before the reduction."""
         return self.frames * self.positions

@@ -1,12 +1,13 @@
 """Where the tokens of a reduced video go: index tensors that follow from counts alone.
 
-Made on the host and kept per layout and device, so that no index is ever found by looking at data on the device.
+The tensors are made on the host, once for each layout and device. No index depends on data, so nothing is read back
+from the device.
 
 Dimensions: T frames, A anchors of a frame, C clips (the longest first), n clips running at a step, K tokens that
 survive.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain
@@ -20,24 +21,25 @@ from aot_vllm.errors import SettingError
 
 @dataclass(frozen=True)
 class Step:
-    """One frame of every clip that still has one, at the same distance from its key frame."""
+    """One frame of every clip that is long enough, all at the same distance from their key frames."""
 
     frames_apart: int
     frames: Tensor
     """(n,) the frames, in the order of the clips."""
     keep: Tensor
-    """(n, 1) how many tokens each of them keeps."""
+    """(n, 1) how many tokens each frame keeps."""
     least_kept: int
     most_kept: int
-    """The smallest and the largest of `keep`."""
+    """The smallest and the largest count in `keep`."""
 
 
 @dataclass(frozen=True)
 class ClipLayout:
-    """How to walk through the clips, and how to line up what comes out.
+    """How to walk through the clips, and how to line up the output.
 
-    The candidates for the output are the slots of all originals, of what each step keeps, and of the merged anchors,
-    each padded to its largest count and flattened one after the other.
+    Every output token has a slot, its index among the anchors of its frame. The candidates are all slots that may be
+    emitted, in one flat list: those of the originals, those kept at each step, and those of the merged anchors. Each of
+    these stages is padded to its largest count.
     """
 
     key_frames: Tensor
@@ -46,19 +48,19 @@ class ClipLayout:
     originals: Tensor
     """(C, 1) how many anchors of each key frame are emitted as they were."""
     most_originals: int
-    """The largest of `originals`."""
+    """The largest count in `originals`."""
     ranks: Tensor
-    """(A,) ascending from 0."""
+    """(A,) 0 to A - 1, ascending."""
     frames: Tensor
     """(K,) the frame of each output token."""
     candidates: Tensor
-    """(K,) the candidate whose slot each output token has."""
+    """(K,) the index of each output token among the candidates."""
     merged_rows: Tensor
     """(C * A,) the output rows of the merged anchors."""
 
 
 def check_clip_lengths(clip_lengths: Sequence[int], *, frames: int) -> tuple[int, ...]:
-    """Return the lengths; raises `SettingError` for those that are not at least 1 each and `frames` together."""
+    """Return the lengths; raises `SettingError` unless each is at least 1 and their sum is `frames`."""
     lengths = tuple(check_integer("a clip length", length, minimum=1) for length in clip_lengths)
     if sum(lengths) != frames:
         raise SettingError(f"clip_lengths must sum to {frames}, the frames of tokens, got {lengths}")
@@ -66,12 +68,12 @@ def check_clip_lengths(clip_lengths: Sequence[int], *, frames: int) -> tuple[int
 
 
 def check_keep(keep: int | Sequence[int], *, frames: int, anchors: int) -> tuple[int, ...]:
-    """Return one count a frame; raises `SettingError` for another number of them, or for one outside 0 to `anchors`."""
+    """Return one count for each frame; raises `SettingError` unless each of `frames` counts is in [0, `anchors`]."""
     return check_counts("keep", keep if isinstance(keep, Sequence) else (keep,) * frames, frames, anchors)
 
 
 def check_counts(name: str, counts: Sequence[int], expected: int, anchors: int) -> tuple[int, ...]:
-    """Return the counts; raises `SettingError` where they are not as many as expected, or not in 0 to `anchors`."""
+    """Return the counts; raises `SettingError` unless there are `expected` of them, each in [0, `anchors`]."""
     if len(counts) != expected:
         raise SettingError(f"{name} must have {expected} counts, got {len(counts)}")
     if max(check_integer(name, count, minimum=0) for count in counts) > anchors:
@@ -89,58 +91,82 @@ def clip_layout(
     *,
     merged_first: bool = False,
 ) -> ClipLayout:
-    """Return the layout of clips of these lengths; counts are at most `num_anchors`.
+    """Return the layout of clips of these lengths. All counts are at most `num_anchors`.
 
-    A clip's merged anchors come behind what its frames keep, or before it.
+    In the output, the merged anchors of a clip follow the tokens that its frames keep. With `merged_first` they precede
+    them.
     """
-    starts = list(accumulate(clip_lengths, initial=0))[:-1]
-    order = sorted(range(len(clip_lengths)), key=lambda clip: -clip_lengths[clip])
+    key_frames = list(accumulate(clip_lengths, initial=0))[:-1]
+    longest_first = sorted(range(len(clip_lengths)), key=lambda clip: -clip_lengths[clip])
+    frames_by_step = [
+        [key_frames[clip] + step for clip in longest_first if clip_lengths[clip] > step]
+        for step in range(max(clip_lengths))
+    ]
+    originals = [originals_per_clip[clip] for clip in longest_first]
+    keep_by_step = [[keep_per_frame[frame] for frame in frames] for frames in frames_by_step[1:]]
+    sections = _sections(clip_lengths, [originals, *keep_by_step], longest_first, num_anchors, merged_first)
 
-    def frames_at(step: int) -> list[int]:
-        return [starts[clip] + step for clip in order if clip_lengths[clip] > step]
-
-    # The most of each stage of the output: the originals, the kept tokens step by step, the merged anchors.
-    kept = [max(keep_per_frame[frame] for frame in frames_at(step)) for step in range(1, max(clip_lengths))]
-    stage_widths = [max(originals_per_clip), *kept, num_anchors]
-    stage_sizes = [len(order) * stage_widths[0], *(len(frames_at(i + 1)) * width for i, width in enumerate(kept))]
-    stage_starts = list(accumulate(stage_sizes, initial=0))
-
-    frames: list[int] = []
-    candidates: list[range] = []
-    merged_rows: dict[int, range] = {}
-
-    def emit_merged(clip: int) -> None:
-        merged_rows[clip] = range(len(frames), len(frames) + num_anchors)
-        frames.extend([starts[clip]] * num_anchors)
-        candidates.append(range(stage_starts[-1], stage_starts[-1] + num_anchors))
-
-    for clip, (start, length) in enumerate(zip(starts, clip_lengths, strict=True)):
-        if merged_first:
-            emit_merged(clip)
-        counts = [originals_per_clip[clip], *keep_per_frame[start + 1 : start + length]]
-        place = order.index(clip)
-        for step, count in enumerate(counts):
-            first = stage_starts[step] + place * stage_widths[step]
-            frames += [start + step] * count
-            candidates.append(range(first, first + count))
-        if not merged_first:
-            emit_merged(clip)
-
-    def index(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=device)
+    def index(values: Iterable[int]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.long, device=device)
 
     return ClipLayout(
-        key_frames=index(frames_at(0)),
+        key_frames=index(frames_by_step[0]),
         steps=tuple(
-            Step(step, index(at), index(counts).unsqueeze(1), min(counts), max(counts))
-            for step in range(1, max(clip_lengths))
-            for at in [frames_at(step)]
-            for counts in [[keep_per_frame[frame] for frame in at]]
+            Step(step, index(frames), index(keep).unsqueeze(1), least_kept=min(keep), most_kept=max(keep))
+            for step, (frames, keep) in enumerate(zip(frames_by_step[1:], keep_by_step, strict=True), start=1)
         ),
-        originals=index([originals_per_clip[clip] for clip in order]).unsqueeze(1),
-        most_originals=stage_widths[0],
-        ranks=index(list(range(num_anchors))),
-        frames=index(frames),
-        candidates=index(list(chain.from_iterable(candidates))),
-        merged_rows=index(list(chain.from_iterable(merged_rows[clip] for clip in order))),
+        originals=index(originals).unsqueeze(1),
+        most_originals=max(originals),
+        ranks=index(range(num_anchors)),
+        frames=index(key_frames[s.clip] + s.step for s in sections for _ in s.candidates),
+        candidates=index(chain.from_iterable(s.candidates for s in sections)),
+        merged_rows=index(_merged_rows(sections, longest_first)),
     )
+
+
+@dataclass(frozen=True)
+class _Section:
+    """Consecutive output tokens that come from one frame of one clip."""
+
+    clip: int
+    step: int
+    candidates: range
+    is_merged: bool = False
+
+
+def _sections(
+    clip_lengths: tuple[int, ...],
+    counts_by_stage: list[list[int]],
+    longest_first: list[int],
+    num_anchors: int,
+    merged_first: bool,
+) -> list[_Section]:
+    """Return the sections of the output in their order, clip by clip.
+
+    `counts_by_stage`: how many originals each key frame emits, then how many tokens each frame of a step keeps. In each
+    stage the clips are in the order `longest_first`, so the clips that are still running come first.
+    """
+    widths = [max(counts) for counts in counts_by_stage]
+    sizes = [len(counts) * width for counts, width in zip(counts_by_stage, widths, strict=True)]
+    starts = list(accumulate(sizes, initial=0))
+    sections: list[_Section] = []
+    for clip, length in enumerate(clip_lengths):
+        place = longest_first.index(clip)
+        emitted = []
+        for step in range(length):
+            first = starts[step] + place * widths[step]
+            emitted.append(_Section(clip, step, range(first, first + counts_by_stage[step][place])))
+        merged = _Section(clip, 0, range(starts[-1], starts[-1] + num_anchors), is_merged=True)
+        sections += [merged, *emitted] if merged_first else [*emitted, merged]
+    return sections
+
+
+def _merged_rows(sections: list[_Section], longest_first: list[int]) -> Iterator[int]:
+    """Yield the output rows of the merged anchors, the longest clip first."""
+    first_rows = accumulate((len(section.candidates) for section in sections), initial=0)
+    rows = {
+        section.clip: range(first, first + len(section.candidates))
+        for section, first in zip(sections, first_rows, strict=False)  # the last of `first_rows` is the end
+        if section.is_merged
+    }
+    return chain.from_iterable(rows[clip] for clip in longest_first)

@@ -1,4 +1,9 @@
-"""The whole reduction of one video, as the method section tells it.
+"""The whole reduction of one video (section 3 of the paper).
+
+1. The budget fixes how many tokens every frame and every clip keeps.
+2. Each frame chooses its anchors: by diversity, or by attention.
+3. Within a frame, the anchors absorb the other tokens (phase I).
+4. Across the frames of a clip, the anchors of the key frame absorb the anchors of the later frames (phase II).
 
 Dimensions: T frames, P positions of a frame, A anchors of a frame, D width, K tokens that survive.
 """
@@ -20,10 +25,10 @@ from aot_vllm.errors import ShapeError
 
 @dataclass(frozen=True)
 class ReducedVideo:
-    """The tokens that survive, (K, D), and the frame, row and column each came from, all (K,).
+    """The tokens that survive, (K, D), and the frame, row and column of each, all (K,).
 
-    `iterations` and `converged` have one entry for each transport problem solved, on the device of the tokens: reading
-    them is up to the caller, when it may wait for the device.
+    `iterations` and `converged` have one entry for each transport problem. They stay on the device of the tokens:
+    reading them makes the host wait, so the caller chooses when to read.
     """
 
     tokens: Tensor
@@ -36,8 +41,17 @@ class ReducedVideo:
 
     @property
     def unconverged(self) -> Tensor:
-        """How many solves ran out of iterations, a tensor of no dimensions: nothing is read from the device."""
+        """How many solves ended at the iteration limit, as a 0-d tensor on the device."""
         return (~self.converged).sum()
+
+
+def needs_scores(grid: VideoGrid, *, retention: float, config: AOTConfig) -> bool:
+    """Return whether `reduce_video` reads the scores of a video of this size.
+
+    It does not if anchors are chosen by diversity, or if every token survives. Raises `SettingError` for a retention
+    outside its range.
+    """
+    return config.anchors == "attention" and not budget(grid, retention=retention, config=config).identity
 
 
 def reduce_video(
@@ -50,87 +64,117 @@ def reduce_video(
     config: AOTConfig | None = None,
     compared: int | None = None,
 ) -> ReducedVideo:
-    """Return the reduced video: features (T, P, D), scores (T, P) -> exactly `budget(...).total` tokens.
+    """Return the reduced video: features (T, P, D) and scores (T, P) to exactly `budget(...).total` tokens.
 
-    `retention` in (0, 1] is the fraction of tokens kept; at 1 the input comes back unchanged. Scores are needed where
-    `config` has anchors chosen by attention, and may be None otherwise. Tokens have the type of `features`; everything
-    is accumulated in float32. Nothing waits for the device. Where a model hands its language model several features of
-    a token side by side, `compared` is the width of the first: the plan follows from it alone, and the same plan merges
-    the others. Raises `ShapeError` for tensors that do not fit the grid and `SettingError` for a retention outside its
-    range. Section 3 of the paper.
+    `retention` in (0, 1] is the fraction of tokens kept; 1 returns the input unchanged. Scores may be None where
+    `needs_scores` says so. Tokens have the type of `features`; sums are accumulated in float32. The host never waits
+    for the device.
+
+    `compared`: some models give the language model several features per token, side by side in D. The transport plan
+    is computed from the first `compared` columns alone and merges all columns. By default it is computed from all.
+
+    Raises `ShapeError` for tensors that do not fit the grid, `SettingError` for a retention outside its range.
+    Section 3 of the paper.
     """
     config = config or AOTConfig()
     counts = budget(grid, retention=retention, config=config)
-    _check_shapes(features, {"local_scores": local_scores, "global_scores": global_scores}, grid)
-    if compared is not None and not 1 <= compared <= features.shape[2]:
-        raise ShapeError(f"compared must be in [1, {features.shape[2]}], the width of features, got {compared}")
+    _check_features(features, grid, compared)
+    _check_scores({"local_scores": local_scores, "global_scores": global_scores}, grid)
     if counts.identity:
         return _unchanged(features, grid, counts)
 
-    order_TA = _diverse_order(features[:, :, :compared], counts) if config.anchors == "diverse" else None
-
-    def anchors_of(part: _Part) -> tuple[Tensor, Tensor | None]:
-        if order_TA is not None:
-            return order_TA[part.frames, : part.anchors].sort(dim=1)
-        if local_scores is None or global_scores is None:
-            raise ShapeError("local_scores and global_scores must be tensors, for anchors are chosen by attention")
-        anchors_TA = select_anchors(
-            local_scores[part.frames],
-            global_scores[part.frames],
-            rows=grid.rows,
-            cols=grid.cols,
-            count=part.anchors,
-            global_ratio=config.global_ratio,
-            window=config.window,
-        )
-        if config.kappa < 1:
-            return anchors_TA, None  # what matches the key frame least is kept
-        received_TA = global_scores[part.frames].gather(1, anchors_TA)
-        return anchors_TA, received_TA.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-
-    parts = [
-        _reduce_part(features, *anchors_of(part), part, counts=counts, grid=grid, config=config, compared=compared)
-        for part in _parts(counts)
+    parts = list(_parts(counts))
+    if config.anchors == "diverse":
+        order_TA = _diverse_order(features[:, :, :compared], counts)
+        anchors = [_diverse_anchors(order_TA, part) for part in parts]
+    else:
+        anchors = [_attended_anchors(local_scores, global_scores, part, grid=grid, config=config) for part in parts]
+    survivors = [
+        _merge_part(features, chosen, part, counts=counts, grid=grid, config=config, compared=compared)
+        for chosen, part in zip(anchors, parts, strict=True)
     ]
-    whole = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
-    tokens_KD, frames_K, cells_K, iterations, converged = whole
+    tokens_KD, frames_K, cells_K, iterations, converged = (
+        survivors[0] if len(survivors) == 1 else map(torch.cat, zip(*survivors, strict=True))
+    )
     return ReducedVideo(tokens_KD, frames_K, cells_K // grid.cols, cells_K % grid.cols, counts, iterations, converged)
-
-
-def _diverse_order(features: Tensor, counts: Budget) -> Tensor:
-    """Return the anchors of every frame in the order of their choice, (T, A), A those of the first clip's frames.
-
-    A clip with fewer has the first of them.
-    """
-    clips = zip(counts.anchors_per_clip, counts.clip_lengths, strict=True)
-    anchors_per_frame = [anchors for anchors, length in clips for _ in range(length)]
-    keep = list(map(min, counts.per_frame, anchors_per_frame))  # which counts what is emitted twice once
-    return select_diverse_anchors(features, count=anchors_per_frame[0], keep=keep)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Neighbouring clips with the same number of anchors, which are reduced together."""
+    """Neighbouring clips with the same number of anchors. They are reduced together, as one batch."""
 
-    anchors: int
+    num_anchors: int
     clips: slice
     frames: slice
+
+
+@dataclass(frozen=True)
+class _Anchors:
+    """The anchors of every frame of a part.
+
+    `positions` (T, A), ascending. `ranks` (T, A): a later frame keeps its anchors of lowest rank; None leaves the
+    choice to the transport across frames, which keeps the anchors that match the key frame least.
+    """
+
+    positions: Tensor
+    ranks: Tensor | None
 
 
 def _parts(counts: Budget) -> Iterator[_Part]:
     """Yield the one or two runs of clips with equally many anchors."""
     first_frames = list(accumulate(counts.clip_lengths, initial=0))
     first_clip = 0
-    for anchors, clips in groupby(counts.anchors_per_clip):
+    for num_anchors, clips in groupby(counts.anchors_per_clip):
         end_clip = first_clip + len(list(clips))
-        yield _Part(anchors, slice(first_clip, end_clip), slice(first_frames[first_clip], first_frames[end_clip]))
+        yield _Part(num_anchors, slice(first_clip, end_clip), slice(first_frames[first_clip], first_frames[end_clip]))
         first_clip = end_clip
 
 
-def _reduce_part(
+def _diverse_order(features: Tensor, counts: Budget) -> Tensor:
+    """Return the anchors of every frame in the order of their choice, (T, A).
+
+    A is the number of anchors in the first clip, which is the largest. A clip with fewer anchors takes the first ones.
+    """
+    clips = zip(counts.anchors_per_clip, counts.clip_lengths, strict=True)
+    anchors_per_frame = [num_anchors for num_anchors, length in clips for _ in range(length)]
+    # A key frame that is emitted twice has more tokens in the budget than it has distinct positions.
+    distinct_per_frame = list(map(min, counts.per_frame, anchors_per_frame))
+    return select_diverse_anchors(features, count=anchors_per_frame[0], keep=distinct_per_frame)
+
+
+def _diverse_anchors(order_TA: Tensor, part: _Part) -> _Anchors:
+    """Return the anchors of a part; those chosen first have the lowest ranks."""
+    positions_TA, ranks_TA = order_TA[part.frames, : part.num_anchors].sort(dim=1)
+    return _Anchors(positions_TA, ranks_TA)
+
+
+def _attended_anchors(
+    local_scores: Tensor | None, global_scores: Tensor | None, part: _Part, *, grid: VideoGrid, config: AOTConfig
+) -> _Anchors:
+    """Return the anchors of a part; those with the highest global scores have the lowest ranks.
+
+    At a kappa below 1 there are no ranks: the transport across frames decides, as in the paper.
+    """
+    if local_scores is None or global_scores is None:
+        raise ShapeError("local_scores and global_scores must be tensors if anchors are chosen by attention, got None")
+    positions_TA = select_anchors(
+        local_scores[part.frames],
+        global_scores[part.frames],
+        rows=grid.rows,
+        cols=grid.cols,
+        count=part.num_anchors,
+        global_ratio=config.global_ratio,
+        window=config.window,
+    )
+    if config.kappa < 1:
+        return _Anchors(positions_TA, ranks=None)
+    received_TA = global_scores[part.frames].gather(1, positions_TA)
+    return _Anchors(positions_TA, received_TA.argsort(dim=1, descending=True, stable=True).argsort(dim=1))
+
+
+def _merge_part(
     features: Tensor,
-    anchors_TA: Tensor,
-    ranks_TA: Tensor | None,
+    anchors: _Anchors,
     part: _Part,
     *,
     counts: Budget,
@@ -138,22 +182,26 @@ def _reduce_part(
     config: AOTConfig,
     compared: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return a part's tokens, their frames and positions, and the iterations and convergence of its solves."""
-    size = {"rows": grid.rows, "cols": grid.cols}
-    within = absorb_frames(features[part.frames], anchors_TA, **size, config=config, compared=compared)
+    """Return a part's surviving tokens, their frames and positions, and the iterations and convergence of its solves.
+
+    Phase I merges within frames (section 3.2), phase II across frames (section 3.3).
+    """
+    within = absorb_frames(
+        features[part.frames], anchors.positions, rows=grid.rows, cols=grid.cols, config=config, compared=compared
+    )
     across = merge_across_frames(
         within.tokens,
         clip_lengths=counts.clip_lengths[part.clips],
         keep=counts.keep_per_frame[part.frames],
         config=config,
         originals=counts.originals_per_clip[part.clips],
-        ranks=ranks_TA,
+        ranks=anchors.ranks,
         compared=compared,
     )
     return (
         across.tokens,
         across.frames + part.frames.start,
-        anchors_TA[across.frames, across.slots],
+        anchors.positions[across.frames, across.slots],
         torch.cat([within.iterations, across.iterations]),
         torch.cat([within.converged, across.converged]),
     )
@@ -174,15 +222,21 @@ def _unchanged(features: Tensor, grid: VideoGrid, counts: Budget) -> ReducedVide
     )
 
 
-def _check_shapes(features: Tensor, scores: Mapping[str, Tensor | None], grid: VideoGrid) -> None:
-    """Raise `ShapeError` for the first tensor that does not fit the grid."""
-    expected = (grid.frames, grid.positions)
-    if features.dim() != 3 or features.shape[:2] != expected or features.shape[2] == 0:
+def _check_features(features: Tensor, grid: VideoGrid, compared: int | None) -> None:
+    """Raise `ShapeError` for features that do not fit the grid, or a width to compare that they do not have."""
+    if features.dim() != 3 or features.shape[:2] != (grid.frames, grid.positions) or features.shape[2] == 0:
         raise ShapeError(
             f"features must have shape ({grid.frames}, {grid.positions}, width), got {tuple(features.shape)}"
         )
     if not features.is_floating_point():
         raise ShapeError(f"features must be of a floating-point type, got {features.dtype}")
+    if compared is not None and not 1 <= compared <= features.shape[2]:
+        raise ShapeError(f"compared must be in [1, {features.shape[2]}], the width of features, got {compared}")
+
+
+def _check_scores(scores: Mapping[str, Tensor | None], grid: VideoGrid) -> None:
+    """Raise `ShapeError` for the first score tensor that does not fit the grid."""
+    expected = (grid.frames, grid.positions)
     for name, given in scores.items():
         if given is not None and given.shape != expected:
             raise ShapeError(f"{name} must have shape {expected}, got {tuple(given.shape)}")

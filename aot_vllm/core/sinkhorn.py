@@ -1,6 +1,6 @@
-"""Entropic optimal transport by Sinkhorn's iterations: problem in, solution out.
+"""Entropic optimal transport, solved by Sinkhorn iterations.
 
-Dimensions: B problems, M sources (rows), N targets (columns); 1 where all problems share a value.
+Dimensions: B problems, M sources (rows), N targets (columns).
 """
 
 from dataclasses import dataclass
@@ -8,18 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Kernel sums count as at least this much, so that an epsilon too small for float32 gives poor plans, never NaN.
+# Smaller kernel sums count as this much. An epsilon too small for float32 then gives poor plans, but no NaN.
 SMALLEST = 1e-30
 
 
 @dataclass(frozen=True)
 class TransportPlan:
-    """The solution of B transport problems. Not having converged is data, not an error.
+    """The solution of B transport problems. A solve that has not converged is a result, not an error.
 
-    `plan` (B, M, N) has column sums equal to the column masses and, once converged, row sums close to the row masses.
-    Where costs differ by more than about 60 epsilon, float32 may end and some mass be missing.
-    `iterations`, `error` (mean movement of the row scaling in the last iteration) and `converged` have one entry for
-    each problem, or a single one when all problems were stopped jointly.
+    `plan` (B, M, N): the column sums equal the column marginals; after convergence the row sums are close to the row
+    marginals. If costs differ by more than about 60 epsilon, the range of float32 ends and some mass may be missing.
+    `error` is the mean movement of the row scaling in the last iteration. `iterations`, `error` and `converged` have
+    one entry for each problem, or a single entry if all problems were stopped jointly.
     """
 
     plan: Tensor
@@ -38,20 +38,23 @@ def sinkhorn(
     tolerance: float,
     joint: bool,
 ) -> TransportPlan:
-    """Return the entropic transport plan between `row_mass` (B, M) and `col_mass` (B, N), uniform by default.
+    """Return the entropic transport plans, (B, M, N), for the marginals `row_mass` (B, M) and `col_mass` (B, N).
 
-    A problem ends when its row scaling, started at 1, moves by less than `tolerance` on average over its rows with
-    mass; with `joint`, all problems end together when the average over all of them does. Masses are in [0, 1]; rows may
-    be without mass, columns not. Costs are finite, in any float type; the solution is float32.
+    The column marginals are uniform by default. Masses are in [0, 1]; a row may have no mass, a column must have some.
+    Costs are finite and of any float type. The solution is float32.
 
-    Solutions that have ended are held while others go on, so nothing has to be read back from the device. On the CPU,
-    where reading is free, the loop ends with the last of them.
+    The row scaling starts at 1. A solve ends when an iteration moves it by less than `tolerance`, on average over the
+    rows with mass, or after `iterations`. With `joint`, all problems end together, by the average over all of them.
+
+    A problem that has ended keeps its solution while the others continue, so nothing is read back from the device. On
+    the CPU reading is free, and the loop ends with the last problem.
     """
     if col_mass is None:
         col_mass = torch.full((), 1 / cost_BMN.shape[2], dtype=torch.float32, device=cost_BMN.device)
     kernel_BMN, row_minimum_BM, col_minimum_BN = _scaled_kernel(cost_BMN, row_mass, epsilon)
 
-    # A scaling of exp(-cost / epsilon) is that of the kernel times exp(minimum / epsilon). Both sides start at 1.
+    # A scaling of exp(-cost / epsilon) is the scaling of the kernel times exp(minimum / epsilon). The stopping rule is
+    # about the former, which starts at 1.
     unit_BM = (row_minimum_BM / epsilon).exp_().clamp_max_(torch.finfo(torch.float32).max)
     r_BM = unit_BM.reciprocal().masked_fill_(row_mass <= 0, 0)
     c_BN = (col_minimum_BN / -epsilon).exp_()
@@ -77,10 +80,10 @@ def sinkhorn(
 
 
 def _scaled_kernel(cost_BMN: Tensor, row_mass_BM: Tensor, epsilon: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return exp(-cost / epsilon) scaled to have an entry of 1 in each row and column, and the minima scaled out.
+    """Return the kernel exp(-cost / epsilon), scaled, and the row and column minima of the cost that scale it.
 
-    Without it a small epsilon turns whole rows into zeros and the plan into NaN. Rows without mass become zero: their
-    minimum is taken as minus infinity.
+    Each row and each column of the scaled kernel has an entry of 1. Unscaled, a small epsilon would turn whole rows
+    into zeros and the plan into NaN. Rows without mass become zero, because their minimum is set to minus infinity.
     """
     row_minimum_BM = cost_BMN.amin(dim=2).float().masked_fill_(row_mass_BM <= 0, -torch.inf)
     reduced_BMN = cost_BMN - row_minimum_BM.unsqueeze(2)
@@ -90,6 +93,6 @@ def _scaled_kernel(cost_BMN: Tensor, row_mass_BM: Tensor, epsilon: float) -> tup
 
 
 def _rescale(mass_BM: Tensor, kernel_BMN: Tensor, other_BN: Tensor) -> Tensor:
-    """Return the scaling, (B, M), that gives the rows of the kernel their mass against the other side's scaling."""
+    """Return the scaling of the rows, (B, M), that meets their marginals, given the scaling of the columns."""
     sums_BM = torch.bmm(kernel_BMN, other_BN.unsqueeze(2)).squeeze(2)
     return mass_BM / sums_BM.clamp_min_(SMALLEST)

@@ -1,7 +1,7 @@
-"""Transport applied: tokens absorbed into the anchors of their frame, then anchors into those of their clip.
+"""Transport plans applied: within a frame (phase I), and across the frames of a clip (phase II).
 
-Dimensions: T frames, P positions of a frame, A anchors of a frame, D width, C clips (the longest first; n of them are
-still running at a step), K tokens that survive, k tokens kept of a frame.
+Dimensions: T frames, P positions of a frame, A anchors of a frame, D width, C clips (the longest first), n clips
+running at a step, K tokens that survive, k tokens kept of a frame.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,14 +16,14 @@ from aot_vllm.core.layout import ClipLayout, Step, check_clip_lengths, check_cou
 from aot_vllm.core.sinkhorn import TransportPlan, sinkhorn
 from aot_vllm.errors import ShapeError
 
-# A float32 copy of half-precision features is made for this many bytes at a time.
+# Half-precision features are copied to float32 in blocks of at most this many bytes.
 BLOCK_BYTES = 256 * 2**20
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class FrameTokens:
-    """The anchors of every frame after absorbing the frame's other tokens, (T, A, D), and how the solve went."""
+    """The merged anchors of every frame, `tokens` (T, A, D), with the iterations and the convergence of the solve."""
 
     tokens: Tensor
     iterations: Tensor
@@ -32,10 +32,11 @@ class FrameTokens:
 
 @dataclass(frozen=True)
 class ClipTokens:
-    """The tokens that survive, in output order, where each came from, and how each solve went.
+    """The tokens that survive, in output order, with their origins and the outcome of each solve.
 
-    `tokens` (K, D); `frames` (K,) and `slots` (K,) index the input's first two dimensions; a merged anchor comes from
-    its key frame. `iterations` and `converged` have one entry for each later frame.
+    `tokens` (K, D). `frames` (K,) and `slots` (K,) index the first two dimensions of the input. A merged anchor comes
+    from its key frame. `iterations` and `converged` have one entry for each solve, which is at most one per later
+    frame.
     """
 
     tokens: Tensor
@@ -46,10 +47,11 @@ class ClipTokens:
 
 
 def merge_within_frames(features: Tensor, anchors: Tensor, *, rows: int, cols: int, config: AOTConfig) -> Tensor:
-    """Return the anchors after absorbing the other tokens of their frame: (T, P, D), (T, A) -> (T, A, D).
+    """Return the anchors after they absorbed the other tokens of their frame: (T, P, D), (T, A) -> (T, A, D).
 
-    Row j belongs to `anchors[:, j]`; anchors are distinct positions. Accumulates in float32 and returns the type of
-    `features`, whose entries must be below 1e18 / sqrt(D), where squares overflow. Raises `ShapeError`. Section 3.2.
+    Row j belongs to `anchors[:, j]`. Anchors are distinct positions. Sums are accumulated in float32 and returned in
+    the type of `features`. Entries must be below 1e18 / sqrt(D), where squares overflow. Raises `ShapeError` for
+    features or anchors that do not fit the grid. Section 3.2.
     """
     return absorb_frames(features, anchors, rows=rows, cols=cols, config=config).tokens
 
@@ -57,9 +59,9 @@ def merge_within_frames(features: Tensor, anchors: Tensor, *, rows: int, cols: i
 def absorb_frames(
     features: Tensor, anchors: Tensor, *, rows: int, cols: int, config: AOTConfig, compared: int | None = None
 ) -> FrameTokens:
-    """Return what `merge_within_frames` does, together with how the solve went.
+    """Return the result of `merge_within_frames`, with the outcome of the solve.
 
-    Of the columns of `features` the first `compared` are what tokens are compared by, by default all; all are merged.
+    The plan is computed from the first `compared` columns of `features`, by default from all. All columns are merged.
     """
     _check_within(features, anchors, positions=rows * cols)
     anchors_TAD = _rows_at(features, anchors)
@@ -91,7 +93,7 @@ def absorb_frames(
 
 
 def _similarity(features_TPD: Tensor, anchors_TAD: Tensor) -> Tensor:
-    """Return the cosine of every token to every anchor of its frame, (T, P, A)."""
+    """Return the cosine similarity of every token to every anchor of its frame, (T, P, A)."""
     norms_TP, norms_TA = cost.norms(features_TPD), cost.norms(anchors_TAD)
     blocks = [
         cost.cosine(features_TPD[block].float(), anchors_TAD[block], norms_TP[block], norms_TA[block])
@@ -103,10 +105,10 @@ def _similarity(features_TPD: Tensor, anchors_TAD: Tensor) -> Tensor:
 def _absorption(
     solution: TransportPlan, nearest_TP: Tensor, source_TP: Tensor, *, nearest_weight: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the weights of each frame's tokens in each merged anchor, (T, P, A), and of the anchor itself, (T, A).
+    """Return the weight of every token in every merged anchor, (T, P, A), and of the anchor itself, (T, A).
 
-    An anchor is a blend of its mean with what the plan sends it and its plain mean with the tokens nearest to it; both
-    are linear in the tokens, so one matrix does both. Overwrites the plan.
+    A merged anchor blends two means: the mean weighted by the plan, and the plain mean of the anchor and its nearest
+    tokens. Both are linear in the tokens, so one matrix holds both. Overwrites the plan.
     """
     carried_TA = 1 + solution.plan.sum(dim=1)
     counted_TA = torch.ones_like(carried_TA).scatter_add_(1, nearest_TP, source_TP)
@@ -120,7 +122,8 @@ def _absorption(
 def _rows_at(features_TPD: Tensor, positions_TA: Tensor) -> Tensor:
     """Return a copy of the features at some positions of each frame, (T, A, D).
 
-    Whole rows are copied: indexing both dimensions at once goes element by element on the CPU, ten times slower.
+    `index_select` copies whole rows. Indexing both dimensions at once copies element by element on the CPU, which is
+    ten times slower.
     """
     frames, positions, width = features_TPD.shape
     starts_T1 = torch.arange(0, frames * positions, positions, device=positions_TA.device).unsqueeze(1)
@@ -129,7 +132,7 @@ def _rows_at(features_TPD: Tensor, positions_TA: Tensor) -> Tensor:
 
 
 def _blocks(features_TPD: Tensor) -> Iterator[slice]:
-    """Yield runs of frames whose float32 copy fits `BLOCK_BYTES`; float32 features are not copied, one run does."""
+    """Yield runs of frames whose float32 copy fits `BLOCK_BYTES`; one run for float32, which needs no copy."""
     frames, positions, width = features_TPD.shape
     step = frames if features_TPD.dtype == torch.float32 else max(1, BLOCK_BYTES // (4 * positions * width))
     for start in range(0, frames, step):
@@ -146,15 +149,22 @@ def merge_across_frames(
     ranks: Tensor | None = None,
     compared: int | None = None,
 ) -> ClipTokens:
-    """Return the tokens of all clips: (T, A, D) -> (K, D), clip by clip.
+    """Return the surviving tokens of all clips, clip by clip: (T, A, D) -> (K, D).
 
-    Of a clip come first its key frame's anchors as they were (`originals` of them, by default all when `config.emit` is
-    `both`, else none; where not all, those that absorbed most), then what each later frame keeps (`keep`, one count
-    or one a frame, those at key frames unused), then the key frame's anchors after absorbing the rest; with
-    `config.emit` at `compact` these take the key frame's place, first. Slots ascend in each. A later frame keeps the
-    tokens of lowest `ranks`, (T, A), by default those that match the key frame least; with `config.kappa` at 1 the
-    others are dropped, not absorbed. Tokens are compared by their first `compared` columns, by default all; all columns
-    are merged. Raises `ShapeError` or `SettingError` for counts that do not fit. Section 3.3.
+    The output of a clip has three kinds of tokens:
+
+    - `originals`: anchors of the key frame as they were, one count for each clip. By default all if `config.emit` is
+      `both`, otherwise none. If not all, those that absorbed most.
+    - `keep`: tokens kept of each later frame, one count for all frames or one for each. Counts of key frames are
+      ignored. A frame keeps its tokens of lowest `ranks`, (T, A). By default these are the tokens that match the key
+      frame least.
+    - Merged anchors of the key frame. They absorbed all other tokens of the later frames. If `config.kappa` is 1, those
+      tokens are dropped instead.
+
+    Merged anchors come last, or first if `config.emit` is `compact`. Slots ascend within each frame. Plans are computed
+    from the first `compared` columns, by default from all. All columns are merged.
+
+    Raises `ShapeError` for tokens that are not (T, A, D), `SettingError` for counts that do not fit them. Section 3.3.
     """
     layout = _checked_layout(tokens, clip_lengths, keep, originals, config)
     tokens_TAD = tokens.float()
@@ -164,7 +174,7 @@ def merge_across_frames(
     slots, solutions = [], []
     for step in layout.steps:
         if step.least_kept == len(layout.ranks):
-            slots.append(layout.ranks.expand(len(step.frames), -1))  # nothing is left to absorb
+            slots.append(layout.ranks.expand(len(step.frames), -1))  # every token is kept, so nothing is absorbed
             continue
         order_nA = None if ranks is None else ranks.index_select(0, step.frames).argsort(dim=1, stable=True)
         if order_nA is None or config.kappa < 1:
@@ -175,13 +185,10 @@ def merge_across_frames(
             )
             solutions.append(solution)
             share_nAA = solution.plan / solution.plan.sum(dim=2, keepdim=True).clamp_min_(SMALLEST)
-            if order_nA is None:  # kept are those whose largest share is lowest, for they carry change
+            if order_nA is None:  # a low largest share means a poor match: the token carries change
                 order_nA = share_nAA.amax(dim=2).argsort(dim=1, stable=True)
             if config.kappa < 1:
-                given_nAA = _absorbed_share(share_nAA, order_nA, step, layout.ranks)
-                mass_nA = given_nAA.sum(dim=1)
-                y_nAD.baddbmm_(given_nAA.transpose(1, 2), x_nAD).div_(1 + mass_nA.unsqueeze(2))
-                absorbed_CA[: len(step.frames)] += mass_nA
+                absorbed_CA[: len(step.frames)] += _absorb(x_nAD, y_nAD, share_nAA, order_nA, step, layout.ranks)
         slots.append(_first(order_nA, step.keep, most=step.most_kept, ranks=layout.ranks))
 
     by_absorbed_CA = absorbed_CA.argsort(dim=1, descending=True, stable=True)
@@ -190,7 +197,7 @@ def merge_across_frames(
 
 
 def _match(x_nAD: Tensor, y_nAD: Tensor, x_norms_nA: Tensor, *, discount: float, config: AOTConfig) -> TransportPlan:
-    """Return the transport of each frame's anchors onto those of its clip, every clip a problem of its own."""
+    """Return the transport of tokens x of later frames onto the anchors y of their clips, one problem for each clip."""
     cost_nAA = cost.cosine(x_nAD, y_nAD, x_norms_nA, cost.norms(y_nAD)).neg_().add_(1)
     cost_nAA -= cost_nAA.amin(dim=(1, 2), keepdim=True)
     return sinkhorn(
@@ -203,21 +210,27 @@ def _match(x_nAD: Tensor, y_nAD: Tensor, x_norms_nA: Tensor, *, discount: float,
     )
 
 
-def _absorbed_share(share_nAA: Tensor, order_nA: Tensor, step: Step, ranks_A: Tensor) -> Tensor:
-    """Return what each token gives to each anchor, (n, A, A), zero where it is kept: as many as the step says."""
+def _absorb(x_nAD: Tensor, y_nAD: Tensor, share_nAA: Tensor, order_nA: Tensor, step: Step, ranks_A: Tensor) -> Tensor:
+    """Merge the tokens x into the anchors y, in place, and return the mass that each anchor absorbed, (n, A).
+
+    The first tokens of each order are kept, as many as the step says, and give nothing.
+    """
     is_absorbed_nA = torch.zeros_like(share_nAA[:, :, 0]).scatter_(1, order_nA, (ranks_A >= step.keep).float())
-    return share_nAA * is_absorbed_nA.unsqueeze(2)
+    given_nAA = share_nAA * is_absorbed_nA.unsqueeze(2)
+    mass_nA = given_nAA.sum(dim=1)
+    y_nAD.baddbmm_(given_nAA.transpose(1, 2), x_nAD).div_(1 + mass_nA.unsqueeze(2))
+    return mass_nA
 
 
 def _first(order_nA: Tensor, count_n1: Tensor, *, most: int, ranks: Tensor) -> Tensor:
-    """Return the first `count` slots of each order, ascending, then filler up to `most`: (n, most)."""
+    """Return the first `count` slots of each order, ascending, then padding up to `most`: (n, most)."""
     return order_nA[:, :most].masked_fill(ranks[:most] >= count_n1, len(ranks)).sort(dim=1).values
 
 
 def _line_up(
     tokens: Tensor, merged_CAD: Tensor, slots: list[Tensor], solutions: list[TransportPlan], layout: ClipLayout
 ) -> ClipTokens:
-    """Return the surviving tokens in output order; `slots` are the candidates the layout speaks of, but the merged."""
+    """Return the surviving tokens in output order; `slots` are the layout's candidates before the merged anchors."""
     slots_K = torch.cat([*(slots_nk.flatten() for slots_nk in slots), layout.ranks])[layout.candidates]
     tokens_KD = tokens.flatten(0, 1).index_select(0, layout.frames * len(layout.ranks) + slots_K)
     tokens_KD.index_copy_(0, layout.merged_rows, merged_CAD.flatten(0, 1).to(tokens.dtype))
@@ -238,9 +251,9 @@ def _checked_layout(
     originals: Sequence[int] | None,
     config: AOTConfig,
 ) -> ClipLayout:
-    """Return the layout these arguments describe, or raise for the first that does not fit."""
+    """Return the layout for these arguments. Raises for the first argument that does not fit."""
     if tokens.dim() != 3 or 0 in tokens.shape:
-        raise ShapeError(f"tokens must have shape (frames, anchors, width), none 0, got {tuple(tokens.shape)}")
+        raise ShapeError(f"tokens must have shape (frames, anchors, width), all at least 1, got {tuple(tokens.shape)}")
     frames, num_anchors, _ = tokens.shape
     lengths = check_clip_lengths(clip_lengths, frames=frames)
     if originals is None:
@@ -258,7 +271,7 @@ def _checked_layout(
 
 
 def _check_within(features: Tensor, anchors: Tensor, *, positions: int) -> None:
-    """Raise `ShapeError` where features, anchors and grid do not fit each other."""
+    """Raise `ShapeError` unless features, anchors and grid fit each other."""
     if features.dim() != 3 or features.shape[1] != positions or 0 in features.shape:
         raise ShapeError(f"features must have shape (frames, {positions}, width), got {tuple(features.shape)}")
     frames = features.shape[0]

@@ -1,4 +1,4 @@
-"""M-RoPE positions of reduced prompts: exact for all sizes, whatever part of a prompt is at hand."""
+"""M-RoPE positions of reduced prompts: exact for all sizes and for every part of a prompt."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ VIDEO, TEXT = 7, 1
 
 
 def unreduced(parts):
-    """Positions of text lengths and (times, rows, cols) grids one after the other, in plain loops."""
+    """Return the positions of a sequence of text lengths and (times, rows, cols) grids, computed in plain loops."""
     columns, position = [], 0
     for part in parts:
         if isinstance(part, int):
@@ -37,7 +37,7 @@ def unreduced(parts):
 
 @st.composite
 def prompts(draw):
-    """Text and videos by turns, and for each video how many tokens of each frame are kept and which."""
+    """Draw text and videos in turn, and the cells that each frame of each video keeps."""
     parts = [draw(st.integers(1, 400))]
     kept = []
     for _ in range(draw(st.integers(1, 3))):
@@ -51,7 +51,7 @@ def prompts(draw):
 
 @many
 @given(prompt=prompts(), chunk=st.integers(1, 50))
-def test_in_chunks_of_any_size_every_kept_token_stands_where_its_cell_stood(prompt, chunk):
+def test_in_prefill_chunks_of_any_size_every_kept_token_has_the_position_of_its_cell(prompt, chunk):
     parts, kept = prompt
     whole, end = unreduced(parts)
     expected, ids, runs, coordinates, cursor = [], [], [], [], 0
@@ -79,7 +79,7 @@ def test_in_chunks_of_any_size_every_kept_token_stands_where_its_cell_stood(prom
     assert torch.equal(positions[0], expected[0])
 
     embeddings = with_coordinates(torch.zeros(len(coordinates), 2, dtype=torch.bfloat16), torch.tensor(coordinates))
-    for _ in range(2):  # the second time as after a preemption
+    for _ in range(2):  # the second pass is like a resumed prompt after a preemption
         taken = 0
         for start in range(0, len(ids), chunk):
             count = ids[start : start + chunk].count(VIDEO)
@@ -98,13 +98,13 @@ def test_in_chunks_of_any_size_every_kept_token_stands_where_its_cell_stood(prom
             assert torch.equal(positions[:, window], expected[:, window])
 
 
-def test_a_video_of_which_all_is_kept_needs_no_embeddings_to_stand_where_it_stood():
+def test_a_video_that_keeps_every_token_has_exact_positions_without_embeddings():
     positions, _ = prompt_positions(17, [VisionRun(3, (0, 2), 2, 3, (6, 6))])
     assert positions.T.tolist() == [list(column) for column in unreduced([3, ([0, 2], 2, 3), 2])[0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_coordinates_survive_every_type_that_embeddings_have(dtype):
+def test_coordinates_survive_every_type_of_embedding(dtype):
     numbers = torch.tensor([0, 1, 255, 256, 257, 511, 2049, 3001, 65535, 65536, 2**24 - 1])
     coordinates = torch.stack((numbers, numbers.flip(0), numbers), dim=1)
     embeddings = torch.randn(len(numbers), 5).to(dtype)

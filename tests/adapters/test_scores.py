@@ -1,4 +1,4 @@
-"""Attention received: exact, in bounded memory, the same on every rank."""
+"""Attention received: exact, in bounded memory, and the same on every rank."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ FRAMES, TOKENS, HEADS, SIZE = 7, 9, 4, 8
 
 
 class Attention(nn.Module):
-    """As the module of a vision tower: q, k and v of this rank's heads."""
+    """An attention module as in a vision tower, called with q, k and v of this rank's heads."""
 
     def __init__(self, num_heads=HEADS):
         super().__init__()
@@ -46,7 +46,7 @@ def test_attention_received_is_the_column_sum_of_the_maps():
 
 
 @pytest.mark.parametrize("map_bytes", [0, 1, HEADS * TOKENS * TOKENS * 4 * 3, 2**40])
-def test_the_memory_bound_changes_nothing_but_the_block(monkeypatch, map_bytes):
+def test_the_memory_bound_does_not_change_the_scores(monkeypatch, map_bytes):
     query, key = queries_and_keys()
     whole = attention_received(query, key, num_heads=HEADS, scale=0.3)
     monkeypatch.setitem(scores.MAP_BYTES, "cpu", map_bytes)
@@ -63,7 +63,7 @@ def test_no_more_maps_exist_at_a_time_than_the_bound_allows(monkeypatch):
     assert max(largest) == 2 * HEADS * TOKENS * TOKENS
 
 
-def test_a_frame_whose_maps_alone_pass_the_bound_is_worked_through_query_by_query(monkeypatch):
+def test_a_frame_whose_maps_exceed_the_bound_is_processed_in_groups_of_queries(monkeypatch):
     query, key = queries_and_keys()
     whole = attention_received(query, key, num_heads=HEADS, scale=0.3)
     monkeypatch.setitem(scores.MAP_BYTES, "cpu", 2 * HEADS * TOKENS * 4)
@@ -74,7 +74,7 @@ def test_a_frame_whose_maps_alone_pass_the_bound_is_worked_through_query_by_quer
     assert max(largest) == 2 * HEADS * TOKENS
 
 
-def test_frames_laid_end_to_end_and_handed_over_by_name_score_as_frames_side_by_side():
+def test_frames_in_one_sequence_passed_by_name_have_the_same_scores():
     class ByName(Attention):
         def forward(self, *, query, key, value):
             return value
@@ -96,7 +96,7 @@ def test_half_precision_is_summed_in_float32():
     assert (received - received_in_loops(query, key, HEADS).float()).abs().max() < 0.1
 
 
-def test_nothing_is_recorded_but_while_recording():
+def test_nothing_is_recorded_outside_of_recording():
     layers = Attention(), Attention()
     recorder = AttentionScores(layers, total_heads=HEADS, sum_over_ranks=lambda received: received)
     query, key = queries_and_keys()
@@ -111,7 +111,7 @@ def test_nothing_is_recorded_but_while_recording():
     torch.testing.assert_close(global_.double(), received_in_loops(key, query, HEADS) / HEADS, rtol=1e-5, atol=1e-6)
 
 
-def test_a_failure_while_recording_ends_it():
+def test_an_error_ends_the_recording():
     layer = Attention()
     recorder = AttentionScores((layer, layer), total_heads=HEADS, sum_over_ranks=lambda received: received)
     with pytest.raises(RuntimeError, match="tower"), recorder.recording():
@@ -142,12 +142,12 @@ def test_ranks_with_half_of_the_heads_add_up_to_all_of_them():
 @pytest.mark.parametrize(
     ("num_layers", "expected"), [(26, (5, 24)), (27, (5, 25)), (12, (2, 10)), (8, (2, 6)), (2, (0, 0)), (1, (0, 0))]
 )
-def test_by_default_the_layers_are_as_deep_as_in_the_released_code(num_layers, expected):
+def test_by_default_the_layers_have_the_relative_depth_of_the_released_code(num_layers, expected):
     assert scoring_layers(AOTConfig(), num_layers=num_layers) == expected
 
 
-def test_where_few_layers_see_whole_frames_the_nearest_of_them_score():
-    whole_frame = [7, 15, 23, 31]  # of the 32 of Qwen2.5-VL
+def test_with_windowed_attention_the_nearest_layers_that_attend_to_whole_frames_score():
+    whole_frame = [7, 15, 23, 31]  # of the 32 layers of Qwen2.5-VL
     assert scoring_layers(AOTConfig(), num_layers=32, whole_frame=whole_frame) == (7, 31)
     named = AOTConfig(local_layer=12, global_layer=-10)
     assert scoring_layers(named, num_layers=32, whole_frame=whole_frame) == (15, 23)

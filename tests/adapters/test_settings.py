@@ -1,4 +1,4 @@
-"""What travels from the operator's command line to every process."""
+"""Settings, on their way from the operator's command line to every process."""
 
 from types import SimpleNamespace
 
@@ -10,28 +10,33 @@ from aot_vllm.errors import SettingError
 
 
 @pytest.mark.parametrize("additional", [None, {}, {"other": 1}, {"aot": None}, {"aot": {}}])
-def test_without_aot_settings_everything_is_default(additional):
+def test_without_aot_settings_all_settings_are_defaults(additional):
     assert PluginSettings.from_additional_config(additional) == PluginSettings()
 
 
-def test_switches_and_method_settings_stand_side_by_side():
+def test_switches_of_the_plugin_and_settings_of_the_method_are_given_side_by_side():
     settings = PluginSettings.from_additional_config({"aot": {"enabled": False, "kappa": 0.5, "clips": 2}})
     assert settings == PluginSettings(enabled=False, method=AOTConfig(kappa=0.5, clips=2))
 
 
-def test_what_is_attached_is_read_back():
+def test_an_attached_reduction_is_read_back():
     hf_config = SimpleNamespace()
     reduction = Reduction(retention=0.125, method=AOTConfig(emit="compact", local_layer=3))
     reduction.attach(hf_config)
     assert Reduction.of(hf_config) == reduction
 
 
+def test_a_model_configuration_without_a_reduction_says_how_to_get_one():
+    with pytest.raises(SettingError, match="carries no AOT settings; start vLLM with --video-pruning-rate"):
+        Reduction.of(SimpleNamespace())
+
+
 @pytest.mark.parametrize("hundredths", range(1, 101))
-def test_a_retention_comes_back_from_millionths_unchanged(hundredths):
+def test_a_retention_in_hundredths_comes_back_from_millionths_unchanged(hundredths):
     assert from_ppm(to_ppm(hundredths / 100)) == hundredths / 100
 
 
-def test_a_retention_too_small_for_millionths_is_still_one():
+def test_a_retention_below_one_millionth_becomes_one_millionth():
     assert to_ppm(1e-9) == 1
 
 

@@ -1,19 +1,29 @@
-"""Savings and costs on their way to headers and counters."""
+"""Savings and costs, on their way to headers and counters."""
 
 import pytest
 import torch
 
+from aot_vllm import AOTConfig, VideoGrid, reduce_video
 from aot_vllm.adapters import telemetry
 from aot_vllm.adapters.telemetry import ReductionMeter, SavingsLedger, VideoSavings, WorkerTotals
+from tests.strategies import noise
+
+GRID = VideoGrid(6, 3, 4)
 
 
-def test_a_request_sums_its_videos_and_has_none_without_any():
+def reduced(*, retention=0.5, iterations=20):
+    """A video of noise, reduced with merging inside its frames in one solve."""
+    config = AOTConfig(mass=1.0, iterations=iterations)
+    return reduce_video(noise(0, 6, 12, 8), None, None, grid=GRID, retention=retention, config=config)
+
+
+def test_a_request_sums_the_savings_of_its_videos_and_has_none_without_videos():
     videos = [VideoSavings(289, 73, 0.25), VideoSavings(10, 4, 0.25)]
     assert VideoSavings.total(videos) == VideoSavings(299, 77, 0.25)
     assert VideoSavings.total([]) is None
 
 
-def test_the_ledger_forgets_the_video_that_was_not_seen_for_longest():
+def test_a_full_ledger_drops_the_video_that_was_written_longest_ago():
     ledger = SavingsLedger(capacity=2)
     for name in ("a", "b", "a", "c"):
         ledger.write(name, VideoSavings(2, 1, 0.5))
@@ -22,15 +32,21 @@ def test_the_ledger_forgets_the_video_that_was_not_seen_for_longest():
 
 def test_the_meter_counts_reductions_seconds_and_unconverged_solves():
     meter = ReductionMeter()
-    for solves in (0, 2, 1):
+    for iterations in (1000, 1, 1):
         with meter.timing(torch.device("cpu")):
-            torch.randn(64, 64) @ torch.randn(64, 64)
-        meter.add_unconverged(torch.tensor(solves))
+            video = reduced(iterations=iterations)
+        meter.add(video)
     statistics = meter.statistics()
     assert statistics["reductions"] == 3
-    assert statistics["unconverged_solves"] == 3
+    assert statistics["unconverged_solves"] == 2
     assert 0 < statistics["reduction_seconds"] < 60
     assert meter.statistics() == statistics
+
+
+def test_a_video_that_keeps_every_token_is_no_reduction():
+    meter = ReductionMeter()
+    meter.add(reduced(retention=1))
+    assert meter.statistics() == {"reductions": 0, "reduction_seconds": 0, "unconverged_solves": 0}
 
 
 def test_a_failed_reduction_is_not_counted():
@@ -40,7 +56,7 @@ def test_a_failed_reduction_is_not_counted():
     assert meter.statistics()["reductions"] == 0
 
 
-def test_totals_become_increments_and_never_go_down():
+def test_totals_become_increments_of_counters_which_never_go_down():
     def read():
         return telemetry.REDUCTIONS._value.get(), telemetry.REDUCTION_SECONDS._value.get()
 

@@ -17,7 +17,7 @@ INTEGERS = ["window", "iterations", "clips", "local_layer", "global_layer"]
     ("name", "value"),
     [(name, value) for name in REALS + INTEGERS for value in NO_NUMBERS if (name, value) != ("local_layer", None)],
 )
-def test_what_is_no_finite_number_is_refused_by_name_and_value(name, value):
+def test_a_value_that_is_not_a_finite_number_is_refused_by_name_and_value(name, value):
     with pytest.raises(SettingError, match=rf"^{name} must be .*, got ") as error:
         AOTConfig(**{name: value})
     assert str(error.value).endswith(repr(value))
@@ -66,7 +66,7 @@ def test_unknown_keys_are_named_together_with_the_allowed_ones():
 
 
 @pytest.mark.parametrize("value", [None, [("clips", 4)], "clips=4", 3])
-def test_settings_that_are_no_mapping_are_refused(value):
+def test_settings_that_are_not_a_mapping_are_refused(value):
     with pytest.raises(SettingError, match="mapping"):
         AOTConfig.from_mapping(value)
 
@@ -84,7 +84,7 @@ def test_settings_are_frozen_and_keyword_only():
         AOTConfig(0.5)
 
 
-def test_the_paper_is_the_default_but_for_what_measurements_changed():
+def test_the_paper_differs_from_the_defaults_in_seven_settings():
     released = {"anchors": "attention", "emit": "both", "kappa": 0.3, "mass": 1.0, "nearest_weight": 0.1}
     assert AOTConfig.paper() == AOTConfig(**released, iterations=100, local_layer=5)
 
@@ -119,7 +119,7 @@ def test_a_retention_inside_its_range_is_a_float(value):
     ("value", "expected"),
     [(1e-9, 0.01), (0.014, 0.01), (0.016, 0.02), (0.1, 0.1), (0.29, 0.29), (0.994, 0.99), (1, 1.0)],
 )
-def test_a_requested_retention_is_rounded_to_hundredths_but_never_to_nothing(value, expected):
+def test_a_requested_retention_is_rounded_to_hundredths_but_never_to_0(value, expected):
     assert quantise_retention(value) == expected
 
 

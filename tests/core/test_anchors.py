@@ -94,7 +94,7 @@ def test_scores_that_do_not_fit_the_grid_are_refused():
 
 
 def test_a_window_that_does_not_divide_the_grid_cuts_it_evenly():
-    """14 cells by 9: two windows of 7, not one of 9 and one of 5, so that each quarter has a quarter of the anchors."""
+    """A window of 9 cuts a side of 14 into 7 and 7, not into 9 and 5. So each quarter has a quarter of the anchors."""
     scores = torch.arange(196.0).reshape(1, 196)
     chosen = select_anchors(scores, scores, rows=14, cols=14, count=20, global_ratio=0.0, window=9)
     rows, cols = chosen // 14, chosen % 14
@@ -105,7 +105,7 @@ def test_a_window_that_does_not_divide_the_grid_cuts_it_evenly():
 @many
 @given(frames=st.integers(1, 6), positions=st.integers(1, 25), seed=seeds, data=st.data())
 def test_diverse_anchors_are_those_of_the_oracle(frames, positions, seed, data):
-    assume(positions != 2)  # which are as far from each other as each other
+    assume(positions != 2)  # of two tokens, neither is farther from the other
     features = noise(seed, frames, positions, 8)
     count = data.draw(st.integers(1, positions))
     keep = data.draw(st.lists(st.integers(0, count), min_size=frames, max_size=frames))
@@ -113,7 +113,7 @@ def test_diverse_anchors_are_those_of_the_oracle(frames, positions, seed, data):
     assert chosen.tolist() == reference.select_diverse_anchors_of_video(features.tolist(), count, keep)
 
 
-def test_what_is_repeated_is_chosen_once_and_what_stands_out_is_chosen():
+def test_repeated_content_is_chosen_once_and_rare_content_is_chosen():
     background, things = torch.eye(8)[0], torch.eye(8)[1:4]
     frame = background.repeat(25, 1)
     frame[[3, 4, 5, 11, 17]] = things[[0, 0, 0, 1, 2]]
@@ -122,14 +122,14 @@ def test_what_is_repeated_is_chosen_once_and_what_stands_out_is_chosen():
         assert chosen.sort(dim=1).values.tolist() == [[0, 3, 11, 17]]
 
 
-def test_each_frame_shows_what_the_one_before_does_not():
+def test_each_frame_chooses_content_that_the_previous_frame_does_not_keep():
     chosen = select_diverse_anchors(torch.stack([torch.eye(6)] * 3), count=3, keep=[3, 2, 3])
     first, second, third = (set(row) for row in chosen.tolist())
     assert first | second == set(range(6))
     assert set(chosen[1, :2].tolist()).isdisjoint(third)
 
 
-def test_more_anchors_begin_with_those_that_are_fewer():
+def test_a_larger_choice_starts_with_the_smaller_choice():
     features = noise(5, 9, 30, 16)
     more = select_diverse_anchors(features, count=10, keep=4)
     assert torch.equal(more[:, :6], select_diverse_anchors(features, count=6, keep=4))
@@ -137,13 +137,13 @@ def test_more_anchors_begin_with_those_that_are_fewer():
 
 @pytest.mark.parametrize("value", [0.0, 1.0, torch.nan, torch.inf, 65504.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
-def test_frames_without_any_difference_still_give_the_exact_count(value, dtype):
+def test_constant_frames_of_any_kind_still_give_the_exact_count(value, dtype):
     chosen = select_diverse_anchors(torch.full((2, 15, 4), value, dtype=dtype), count=7)
     assert chosen.shape == (2, 7)
     assert (chosen.sort(dim=1).values.diff(dim=1) > 0).all()
 
 
-def test_features_that_are_no_numbers_do_not_change_the_count():
+def test_features_with_nan_do_not_change_the_count():
     features = noise(3, 4, 20, 6)
     features[1, 7] = torch.nan
     features[2, :, 3] = torch.inf
@@ -160,7 +160,7 @@ def test_a_count_of_diverse_anchors_outside_the_frame_is_refused(count):
 
 @pytest.mark.parametrize("shape", [(9, 2), (0, 9, 2), (1, 0, 2), (1, 9, 0)])
 def test_features_that_are_not_frames_of_tokens_are_refused(shape):
-    with pytest.raises(ShapeError, match=r"features must have shape \(frames, positions, width\), none 0"):
+    with pytest.raises(ShapeError, match=r"features must have shape \(frames, positions, width\), all at least 1"):
         select_diverse_anchors(torch.ones(shape), count=1)
 
 

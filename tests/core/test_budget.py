@@ -12,7 +12,7 @@ from tests.strategies import configs, many, retentions
 
 
 def check(counts, grid, config, total):
-    """Everything a budget promises."""
+    """Assert everything that a budget promises."""
     positions = grid.positions
     assert counts.total == total
     assert sum(counts.per_frame) == total
@@ -110,7 +110,7 @@ def test_retention_1_keeps_everything():
     assert counts.per_frame == (12,) * 5
 
 
-def test_a_frame_never_vanishes():
+def test_every_frame_keeps_at_least_one_token():
     assert budget(VideoGrid(768, 27, 27), retention=1e-9).per_frame == (1,) * 768
 
 

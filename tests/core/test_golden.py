@@ -14,7 +14,7 @@ from aot_vllm.core.transport import absorb_frames, merge_across_frames, merge_wi
 from tests.golden.inputs import SIDE, make_inputs
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-# Entries near zero are sums of cancelling terms of order 1: there float32 itself is worth 1e-6.
+# Entries near zero are sums of terms of order 1 that cancel. Their float32 rounding error is about 1e-6.
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
 

@@ -1,4 +1,4 @@
-"""Nothing in the reduction waits for the device: no value is read back, no shape depends on data."""
+"""The reduction never waits for the device: it reads no value back, and no shape depends on data."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ CONFIGS = (AOTConfig(), AOTConfig.paper(), AOTConfig(emit="both"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize(("grid", "retention"), GEOMETRIES)
-def test_tensors_without_data_go_all_the_way_through(grid, retention, config, dtype):
+def test_meta_tensors_pass_through_the_whole_reduction(grid, retention, config, dtype):
     features = torch.empty(grid.frames, grid.positions, 16, dtype=dtype, device="meta")
     scores = torch.empty(grid.frames, grid.positions, device="meta")
     reduced = reduce_video(
@@ -55,7 +55,7 @@ def test_tensors_without_data_go_all_the_way_through(grid, retention, config, dt
 
 
 class Recorder(TorchDispatchMode):
-    """Notes every operation that reads values back or has a shape that depends on them."""
+    """Records every operation that reads values back, or whose output shape depends on values."""
 
     def __init__(self):
         super().__init__()
@@ -78,12 +78,12 @@ def test_the_only_reads_are_those_that_end_a_solve_early_on_the_cpu(grid, retent
     inputs = video(1, grid)
     with Recorder() as recorder:
         reduced = reduce_video(*inputs, grid=grid, retention=retention, config=config)
-    # One read for each iteration of each step: all problems of a step share the loop, so fewer than their sum.
+    # There is one read per iteration of each loop. The problems of a step share a loop, so reads are fewer.
     assert set(recorder.found) <= {"_local_scalar_dense", "is_nonzero"}
     assert len(recorder.found) <= 2 * reduced.iterations.sum()
 
 
-def test_the_recorder_notices_what_it_is_there_for():
+def test_the_recorder_notices_every_kind_of_read():
     values = torch.arange(4.0)
     for reading in (lambda: values[0].item(), lambda: values[values > 1], lambda: bool(values.any()), values.nonzero):
         with Recorder() as recorder:
@@ -92,7 +92,7 @@ def test_the_recorder_notices_what_it_is_there_for():
 
 
 @pytest.mark.parametrize("joint", [True, False])
-def test_ending_early_and_holding_the_solution_are_the_same(joint, monkeypatch):
+def test_ending_early_and_holding_the_solution_give_the_same_result(joint, monkeypatch):
     cost = torch.rand(5, 20, 9, generator=torch.Generator().manual_seed(1)) * 2
     arguments = {
         "row_mass": torch.full((5, 20), 0.05),

@@ -7,6 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from aot_vllm import AOTConfig, VideoGrid, budget, reduce_video
+from aot_vllm.core.reduce import needs_scores
 from aot_vllm.errors import SettingError, ShapeError
 from tests import reference
 from tests.strategies import configs, few, grids, many, retentions, seeds, video
@@ -27,7 +28,7 @@ def same_bits(one, other):
     compared=st.sampled_from([None, 3, 6, 11]),
 )
 def test_the_reduction_is_that_of_the_oracle(grid, seed, retention, config, compared):
-    assume(grid.positions != 2 or config.anchors == "attention")  # two tokens are as much like each other as each other
+    assume(grid.positions != 2 or config.anchors == "attention")  # of two tokens, neither is farther from the other
     inputs = video(seed, grid)
     reduced = reduce_video(*inputs, grid=grid, retention=retention, config=config, compared=compared)
     survivors = reference.reduce_video(
@@ -55,8 +56,8 @@ def test_the_count_is_the_budget_in_total_and_for_each_frame(grid, seed, retenti
 
 @few
 @given(grid=grids(frames=9, side=5), seed=seeds, retention=retentions, config=configs)
-def test_features_that_are_not_compared_are_merged_by_the_plan_of_those_that_are(grid, seed, retention, config):
-    """Merging is linear: what is a linear map of the compared features before it is the same map of them after it."""
+def test_columns_that_are_not_compared_are_merged_by_the_plan_of_the_compared_columns(grid, seed, retention, config):
+    """Merging is linear in the tokens, so it commutes with a linear map of their columns."""
     features, *scores = video(seed, grid)
     mixing = torch.randn(features.shape[2], 5, generator=torch.Generator().manual_seed(seed))
     settings = {"grid": grid, "retention": retention, "config": config}
@@ -71,7 +72,7 @@ def test_features_that_are_not_compared_are_merged_by_the_plan_of_those_that_are
 
 
 @pytest.mark.parametrize("compared", [0, -1, 5])
-def test_more_or_fewer_columns_than_there_are_cannot_be_compared(compared):
+def test_a_number_of_compared_columns_outside_the_width_is_refused(compared):
     grid = VideoGrid(2, 2, 2)
     with pytest.raises(ShapeError, match=rf"compared must be in \[1, 4\], the width of features, got {compared}"):
         reduce_video(*video(0, grid, width=4), grid=grid, retention=0.5, compared=compared)
@@ -108,7 +109,7 @@ def test_the_same_video_gives_the_same_bits_again(grid, seed, retention, config)
 
 @few
 @given(grid=grids(frames=12, side=6), seed=seeds, retention=retentions, kappa=st.floats(0, 1))
-def test_emitted_once_tokens_come_in_the_order_of_the_video(grid, seed, retention, kappa):
+def test_in_the_compact_layout_tokens_come_in_the_order_of_the_video(grid, seed, retention, kappa):
     reduced = reduce_video(*video(seed, grid), grid=grid, retention=retention, config=AOTConfig(kappa=kappa))
     places = (reduced.frames * grid.rows + reduced.rows) * grid.cols + reduced.cols
     assert (places.diff() > 0).all()
@@ -132,7 +133,7 @@ def test_half_precision_stays_half_precision_and_close_to_float32(dtype):
     half = reduce_video(features, local, glob, grid=grid, retention=0.2)
     full = reduce_video(features.float(), local, glob, grid=grid, retention=0.2)
     assert half.tokens.dtype == dtype
-    # Rounding between the two phases may swap two nearly equal tokens in what is kept, no more.
+    # Rounding between the two phases may change which of two nearly equal tokens is kept.
     moved = (half.frames != full.frames) | (half.rows != full.rows) | (half.cols != full.cols)
     assert moved.float().mean() < 0.02
     error = (half.tokens.float() - full.tokens)[~moved].abs()
@@ -140,7 +141,7 @@ def test_half_precision_stays_half_precision_and_close_to_float32(dtype):
 
 
 @pytest.mark.parametrize("fill", [0.0, 1.0, 65504.0])
-def test_videos_without_any_difference_keep_their_count_and_value(fill):
+def test_constant_videos_keep_their_count_and_value(fill):
     grid = VideoGrid(11, 5, 7)
     scores = torch.zeros(11, 35)
     reduced = reduce_video(torch.full((11, 35, 8), fill), scores, scores, grid=grid, retention=0.3)
@@ -157,7 +158,7 @@ def test_zero_vectors_among_others_give_finite_tokens():
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_scores_that_are_no_numbers_do_not_change_the_count(value):
+def test_nan_and_infinite_scores_do_not_change_the_count(value):
     grid = VideoGrid(10, 6, 6)
     features, local, glob = video(3, grid)
     local[2], glob[5], local[7, 4], glob[7, 4] = value, value, value, value
@@ -166,7 +167,7 @@ def test_scores_that_are_no_numbers_do_not_change_the_count(value):
     assert reduced.tokens.isfinite().all()
 
 
-def test_features_that_are_no_numbers_do_not_change_the_count():
+def test_features_with_nan_do_not_change_the_count():
     grid = VideoGrid(10, 6, 6)
     features, local, glob = video(3, grid)
     features[3, 5] = math.nan
@@ -217,10 +218,31 @@ def test_a_retention_outside_its_range_is_refused(retention):
         reduce_video(torch.ones(1, 4, 2), scores, scores, grid=VideoGrid(1, 2, 2), retention=retention)
 
 
-def test_diverse_anchors_need_no_scores_and_anchors_by_attention_do():
+@pytest.mark.parametrize(
+    ("config", "retention", "needed"),
+    [
+        (AOTConfig(), 0.3, False),
+        (AOTConfig.paper(), 0.3, True),
+        (AOTConfig.paper(), 0.999, False),  # rounds to all tokens
+        (AOTConfig.paper(), 1, False),
+    ],
+)
+def test_scores_are_needed_for_anchors_by_attention_unless_every_token_survives(config, retention, needed):
     grid = VideoGrid(9, 5, 6)
     features, local, glob = video(8, grid)
-    without = reduce_video(features, None, None, grid=grid, retention=0.3)
-    assert same_bits(without, reduce_video(features, local, glob, grid=grid, retention=0.3))
+    assert needs_scores(grid, retention=retention, config=config) is needed
+    arguments = {"grid": grid, "retention": retention, "config": config}
+    if needed:
+        with pytest.raises(ShapeError, match="local_scores and global_scores must be tensors"):
+            reduce_video(features, None, None, **arguments)
+    else:
+        assert same_bits(
+            reduce_video(features, None, None, **arguments), reduce_video(features, local, glob, **arguments)
+        )
+
+
+def test_both_scores_are_needed_for_anchors_by_attention():
+    grid = VideoGrid(9, 5, 6)
+    features, local, _ = video(8, grid)
     with pytest.raises(ShapeError, match="local_scores and global_scores must be tensors"):
         reduce_video(features, local, None, grid=grid, retention=0.3, config=AOTConfig.paper())

@@ -47,7 +47,7 @@ def test_given_masses_are_respected_and_rows_without_mass_send_nothing(seed, pro
 
 @few
 @given(seeds, sizes, sizes)
-def test_leaving_out_a_row_and_giving_it_no_mass_are_the_same(seed, rows, cols):
+def test_a_row_without_mass_is_like_a_row_left_out(seed, rows, cols):
     cost = costs(seed, 2, rows, cols)
     with_row = torch.cat([costs(seed + 1, 2, 1, cols), cost], dim=1)
     row_mass = torch.cat([torch.zeros(2, 1), uniform(cost)], dim=1)
@@ -61,7 +61,7 @@ def test_leaving_out_a_row_and_giving_it_no_mass_are_the_same(seed, rows, cols):
 @few
 @given(seeds, sizes, sizes, sizes, st.booleans())
 def test_plan_and_iterations_are_those_of_the_oracle(seed, problems, rows, cols, joint):
-    # Scalings grow like exp(cost / epsilon): beyond costs of 0.5 float32 can't resolve the tolerance of the rule.
+    # Scalings grow like exp(cost / epsilon). Beyond costs of 0.5, float32 cannot resolve the tolerance of the rule.
     cost = costs(seed, problems, rows, cols, most=0.5)
     solution = sinkhorn(cost, row_mass=uniform(cost), joint=joint, **PAPER)
     groups = [cost.tolist()] if joint else [[one] for one in cost.tolist()]
@@ -106,7 +106,7 @@ def test_permuted_problems_have_permuted_plans(seed, rows, cols):
 @few
 @given(seeds, st.integers(2, 7))
 def test_a_small_epsilon_gives_the_optimal_assignment(seed, size):
-    # Assignments differ in cost by 1 / 8 at least, six times epsilon: only equally good ones share the mass.
+    # Assignments of different cost differ by at least 1 / 8, six times epsilon. So only optimal ones share the mass.
     generator = torch.Generator().manual_seed(seed)
     cost = torch.randint(0, 9, (1, size, size), generator=generator) / 8
     best_rows, best_cols = linear_sum_assignment(cost[0])
@@ -158,7 +158,7 @@ def test_half_precision_costs_are_solved_in_float32(dtype):
     torch.testing.assert_close(half.plan, full.plan)
 
 
-def test_not_converging_is_data():
+def test_a_solve_that_does_not_converge_is_a_result_and_not_an_error():
     cost = costs(6, 3, 12, 12)
     solution = sinkhorn(cost, row_mass=uniform(cost), joint=False, epsilon=0.01, iterations=2, tolerance=1e-9)
     assert not solution.converged.any()
@@ -166,7 +166,7 @@ def test_not_converging_is_data():
     assert (solution.error > 1e-9).all()
 
 
-def test_a_nan_in_the_costs_is_no_convergence():
+def test_a_nan_in_the_costs_does_not_count_as_convergence():
     cost = costs(6, 2, 3, 3)
     cost[1, 0, 0] = torch.nan
     solution = sinkhorn(cost, row_mass=uniform(cost), joint=False, **PAPER)
@@ -174,7 +174,7 @@ def test_a_nan_in_the_costs_is_no_convergence():
     assert solution.plan[0].isfinite().all()
 
 
-def test_the_costs_given_are_left_alone():
+def test_the_costs_are_not_modified():
     cost = costs(8, 2, 3, 4)
     before = cost.clone()
     sinkhorn(cost, row_mass=uniform(cost), joint=True, **PAPER)

@@ -84,7 +84,7 @@ def test_merging_across_frames_is_that_of_the_oracle(seed, lengths, size, emit, 
     assert result.frames.tolist() == [frame for _, frame, _ in survivors]
     assert result.slots.tolist() == [slot for _, _, slot in survivors]
     torch.testing.assert_close(result.tokens, torch.tensor([token for token, _, _ in survivors]), rtol=1e-4, atol=1e-5)
-    # frames of which nothing is absorbed need no solve, and have one where others of their step do
+    # A frame that keeps every token needs no solve. It gets one if another frame of its step does.
     assert not Counter(taken) - Counter(result.iterations.tolist())
 
 
@@ -128,7 +128,7 @@ def test_keeping_everything_leaves_the_key_frame_as_it_was():
     assert torch.equal(clips.tokens, tokens.flatten(0, 1))
 
 
-def test_nothing_moves_between_frames_where_the_share_kept_is_1():
+def test_at_kappa_1_nothing_is_merged_across_frames():
     tokens = noise(2, 3, 5, 4)
     ranks = torch.tensor([[0, 1, 2, 3, 4], [4, 0, 3, 1, 2], [1, 4, 0, 3, 2]])
     clips = merge_across_frames(tokens, clip_lengths=[3], keep=[0, 2, 1], ranks=ranks, config=AOTConfig(kappa=1))
@@ -160,7 +160,7 @@ def test_constant_features_stay_what_they_are(value, dtype):
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e15])
-def test_the_scale_of_the_features_is_the_scale_of_the_result(scale):
+def test_scaled_features_give_scaled_tokens(scale):
     features = noise(4, 3, 20, 8)
     anchors = torch.arange(0, 20, 3).expand(3, 7)
     for merge in (
@@ -188,7 +188,7 @@ def test_half_precision_is_rounded_once_at_the_end(dtype):
     assert torch.equal(half, full.to(dtype))
 
 
-def test_inputs_are_left_alone():
+def test_inputs_are_not_modified():
     features, anchors = noise(7, 3, 12, 8), torch.arange(4).expand(3, 4)
     before = features.clone()
     merge_within_frames(features, anchors, rows=3, cols=4, config=PAPER)
@@ -207,20 +207,20 @@ def test_tensors_that_do_not_fit_are_refused():
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        {"clip_lengths": [1]},
-        {"clip_lengths": [2, 0]},
-        {"clip_lengths": []},
-        {"keep": 7},
-        {"keep": -1},
-        {"keep": True},
-        {"keep": [1, 1, 1]},
-        {"keep": 1.0},
-        {"originals": [7]},
-        {"originals": [1, 1]},
+        ({"clip_lengths": [1]}, r"clip_lengths must sum to 2, the frames of tokens, got \(1,\)"),
+        ({"clip_lengths": [2, 0]}, "a clip length must be an integer of at least 1, got 0"),
+        ({"clip_lengths": []}, r"clip_lengths must sum to 2, the frames of tokens, got \(\)"),
+        ({"keep": 7}, "keep must be at most 6, the anchors of a frame, got 7"),
+        ({"keep": -1}, "keep must be an integer of at least 0, got -1"),
+        ({"keep": True}, "keep must be an integer of at least 0, got True"),
+        ({"keep": [1, 1, 1]}, "keep must have 2 counts, got 3"),
+        ({"keep": 1.0}, r"keep must be an integer of at least 0, got 1\.0"),
+        ({"originals": [7]}, "originals must be at most 6, the anchors of a frame, got 7"),
+        ({"originals": [1, 1]}, "originals must have 1 counts, got 2"),
     ],
 )
-def test_counts_that_do_not_fit_are_refused(arguments):
-    with pytest.raises(SettingError):
+def test_counts_that_do_not_fit_are_refused_with_value_and_range(arguments, message):
+    with pytest.raises(SettingError, match=message):
         merge_across_frames(torch.ones(2, 6, 3), **{"clip_lengths": [2], "keep": 1, "config": PAPER} | arguments)

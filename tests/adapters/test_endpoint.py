@@ -1,0 +1,222 @@
+"""The endpoint plugin on a real FastAPI app: savings in headers, and counters on /metrics."""
+
+import asyncio
+from argparse import Namespace
+from contextlib import asynccontextmanager
+from types import SimpleNamespace
+
+import httpx
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+from starlette.datastructures import State
+from vllm.config import ParallelConfig
+
+from aot_vllm.adapters import endpoint
+from aot_vllm.adapters.activation import WORKER_EXTENSION
+from aot_vllm.adapters.endpoint import AOTEndpoint
+from aot_vllm.adapters.telemetry import LEDGER, VideoSavings
+
+CHAT = "/v1/chat/completions"
+SAVED = {"a": VideoSavings(289, 73, 0.25), "b": VideoSavings(100, 25, 0.25), "whole": VideoSavings(50, 50, 1.0)}
+
+
+@pytest.fixture(autouse=True)
+def known_videos():
+    for mm_hash, savings in SAVED.items():
+        LEDGER.write(mm_hash, savings)
+
+
+class Engine:
+    """The part of vLLM's engine client that the endpoint uses, with totals that a worker would report."""
+
+    def __init__(self, *, extension=WORKER_EXTENSION, rank=0):
+        parallel = ParallelConfig(worker_extension_cls=extension, _api_process_count=2, _api_process_rank=rank)
+        self.vllm_config = SimpleNamespace(parallel_config=parallel)
+        self.totals = {"reductions": 0, "reduction_seconds": 0.0, "unconverged_solves": 0}
+        self.asked = []
+        self.answer = self.report
+
+    async def report(self):
+        return [dict(self.totals)] * 2  # one answer for each of two tensor-parallel ranks
+
+    async def collective_rpc(self, method):
+        self.asked.append(method)
+        return await self.answer()
+
+
+@asynccontextmanager
+async def server(engine=None):
+    """Yield a client of an API server that renders chats as vLLM does: in a task of the handler's own."""
+    app, state, plugin = FastAPI(), State(), AOTEndpoint()
+
+    async def render_chat(videos):
+        return "conversation", [{"mm_hashes": {"video": [mm_hash]}} for mm_hash in videos] + [{"prompt": "text"}]
+
+    state.online_renderer = SimpleNamespace(render_chat=render_chat)
+
+    async def chat(request: Request):
+        body = await request.json()
+        await asyncio.create_task(state.online_renderer.render_chat(body["videos"]))
+        if not body.get("stream"):
+            return JSONResponse({"answer": 1}, headers={"x-own": "kept"})
+        return StreamingResponse((f"data: {event}\n\n" for event in (1, 2, "[DONE]")), media_type="text/event-stream")
+
+    async def metrics():
+        return Response(generate_latest())
+
+    app.add_api_route(CHAT, chat, methods=["POST"], response_model=None)
+    app.add_api_route("/metrics", metrics, response_model=None)
+    app.add_api_route("/v1/models", lambda: {"data": []})
+    plugin.attach_router(app)
+    await plugin.init_state(engine, state, Namespace())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
+        yield client
+
+
+async def ask(client, *videos, **fields):
+    response = await client.post(CHAT, json={"videos": videos, **fields})
+    assert response.status_code == 200
+    return response
+
+
+def savings(response):
+    return {name: value for name, value in response.headers.items() if name.startswith("x-aot-")}
+
+
+def headers_of(before, after, retention):
+    return {
+        "x-aot-video-tokens-before": str(before),
+        "x-aot-video-tokens-after": str(after),
+        "x-aot-video-retention": retention,
+    }
+
+
+async def counters(client):
+    response = await client.get("/metrics")
+    assert response.status_code == 200
+    return {
+        sample.name.removeprefix("aot_engine_") + "".join(sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(response.text)
+        for sample in family.samples
+        if sample.name.startswith("aot_engine_") and sample.name.endswith("_total")
+    }
+
+
+def growth(before, after):
+    return {name: round(after[name] - before.get(name, 0), 6) for name in after if after[name] != before.get(name, 0)}
+
+
+async def test_a_whole_answer_carries_its_savings_and_keeps_its_own_headers():
+    async with server() as client:
+        response = await ask(client, "a")
+    assert savings(response) == headers_of(289, 73, "0.25")
+    assert response.headers["x-own"] == "kept"
+    assert response.json() == {"answer": 1}
+
+
+async def test_a_stream_carries_its_savings_in_its_headers():
+    async with server() as client:
+        response = await ask(client, "a", stream=True)
+    assert savings(response) == headers_of(289, 73, "0.25")
+    assert response.text == "data: 1\n\ndata: 2\n\ndata: [DONE]\n\n"
+
+
+async def test_the_same_video_again_carries_the_same_savings():
+    async with server() as client:
+        assert [savings(await ask(client, "a")) for _ in range(3)] == [headers_of(289, 73, "0.25")] * 3
+
+
+async def test_several_videos_are_summed_and_a_repeated_video_counts_each_time():
+    async with server() as client:
+        assert savings(await ask(client, "a", "b", "a")) == headers_of(2 * 289 + 100, 2 * 73 + 25, "0.25")
+
+
+async def test_a_video_that_kept_every_token_says_so():
+    async with server() as client:
+        assert savings(await ask(client, "whole")) == headers_of(50, 50, "1")
+
+
+async def test_requests_without_known_videos_and_other_paths_carry_no_savings():
+    async with server() as client:
+        assert savings(await ask(client)) == {}
+        assert savings(await ask(client, "never seen")) == {}
+        assert savings(await client.get("/v1/models")) == {}
+
+
+async def test_concurrent_requests_do_not_see_the_savings_of_each_other():
+    async with server() as client:
+        responses = await asyncio.gather(*(ask(client, *videos) for videos in (["a"], ["b"], [], ["a", "b"]) * 5))
+    expected = [headers_of(289, 73, "0.25"), headers_of(100, 25, "0.25"), {}, headers_of(389, 98, "0.25")] * 5
+    assert list(map(savings, responses)) == expected
+
+
+async def test_the_counters_grow_by_the_videos_that_were_served():
+    async with server() as client:
+        before = await counters(client)
+        for videos in (["a", "b"], ["a"], ["whole"], [], ["never seen"]):
+            await ask(client, *videos)
+        assert growth(before, await counters(client)) == {
+            "video_tokens_totalbefore": 2 * 289 + 100 + 50,
+            "video_tokens_totalafter": 2 * 73 + 25 + 50,
+            "videos_reduced_total": 3,
+        }
+
+
+async def test_a_scrape_adds_the_growth_of_the_workers_totals():
+    engine = Engine()
+    async with server(engine) as client:
+        before = await counters(client)
+        engine.totals = {"reductions": 3, "reduction_seconds": 0.5, "unconverged_solves": 2}
+        after = await counters(client)
+        assert growth(before, after) == {
+            "reductions_total": 3,
+            "reduction_seconds_total": 0.5,
+            "unconverged_solves_total": 2,
+        }
+        assert growth(after, await counters(client)) == {}
+    assert set(engine.asked) == {"aot_reduction_statistics"}
+
+
+@pytest.mark.parametrize("engine", [Engine(extension="theirs.Extension"), Engine(rank=1), None])
+async def test_workers_without_the_extension_are_not_asked_nor_any_by_a_second_api_server(engine):
+    async with server(engine) as client:
+        await counters(client)
+    assert engine is None or engine.asked == []
+
+
+async def test_a_dead_engine_does_not_fail_a_scrape(lines):
+    async def die():
+        raise ConnectionError("the engine is gone")
+
+    engine = Engine()
+    engine.answer = die
+    async with server(engine) as client:
+        before = await counters(client)
+        engine.totals["reductions"], engine.answer = 2, engine.report
+        assert growth(before, await counters(client)) == {"reductions_total": 2}
+    assert lines == ["AOT: the engine did not report its reductions: ConnectionError"]
+
+
+async def test_a_busy_engine_does_not_hold_up_a_scrape_nor_is_it_asked_twice_at_once(monkeypatch):
+    monkeypatch.setattr(endpoint, "STATISTICS_TIMEOUT_SECONDS", 0.2)
+
+    async def hang():
+        await asyncio.Event().wait()
+
+    engine = Engine()
+    engine.answer = hang
+    async with server(engine) as client:
+        async with asyncio.timeout(5):
+            await asyncio.gather(*(counters(client) for _ in range(4)))
+        assert len(engine.asked) == 1
+        engine.answer = engine.report
+        await counters(client)
+        assert len(engine.asked) == 2
+
+
+def test_the_plugin_loads_where_text_is_generated():
+    assert AOTEndpoint.name == "aot"
+    assert AOTEndpoint.required_tasks == ("generate",)
