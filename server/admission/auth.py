@@ -12,9 +12,6 @@ from server.configuration import Configuration, Key
 from server.errors import Unauthorized
 from server.keys import digest_of
 
-OPEN_PATHS = frozenset({"/health/live", "/health/ready", "/openapi.json"})
-METRICS_PATH = "/metrics"
-
 Holder = TypeVar("Holder")
 
 

@@ -227,6 +227,8 @@ class Allowance:
     async def _take(self, measure: Measure, cost: int, limit: int) -> None:
         fits = await self._quotas.counts.take(self._key(measure), cost, limit=limit)
         await self._check(measure, 0 if fits else cost, limit)
+        if not fits:  # the window has moved on in between, and there is room now
+            await self._quotas.counts.charge(self._key(measure), cost)
 
     async def _check(self, measure: Measure, cost: int, limit: int) -> None:
         window = await self._quotas.counts.window(self._key(measure))

@@ -6,6 +6,7 @@ bounded in total size and in age.
 
 import asyncio
 import fcntl
+import logging
 import os
 import re
 import tempfile
@@ -18,6 +19,8 @@ from typing import IO
 from server.errors import Overloaded
 from server.media.file import MediaFile
 from server.media.threads import opened_off_loop
+
+logger = logging.getLogger(__name__)
 
 _OURS = re.compile(r"[0-9a-f]{64}\.[a-z0-9]{2,6}|\.incoming-.*")
 
@@ -84,13 +87,16 @@ class MediaStore:
     async def sweep(self) -> None:
         """Delete files that are too old, unless a request holds them."""
         async with self._writing:
-            await asyncio.to_thread(self._make_room, 0)
+            await asyncio.to_thread(self._evict, 0)
 
     async def watch(self) -> None:
-        """Sweep periodically, forever."""
+        """Sweep periodically, forever. A sweep that fails is logged, and the next one tries again."""
         while True:
             await asyncio.sleep(min(60.0, self._max_age_seconds / 4))
-            await self.sweep()
+            try:
+                await self.sweep()
+            except OSError:
+                logger.exception("the media store could not be swept")
 
     def _placed(self, path: Path, media: MediaFile) -> IO[bytes]:
         """Return the file at `path`, open and locked. Write it first if it is missing or incomplete."""
@@ -113,8 +119,14 @@ class MediaStore:
         return file
 
     def _make_room(self, size_bytes: int) -> None:
-        oldest_allowed = time.time() - self._max_age_seconds
+        """Evict files until there is room for `size_bytes`; raise Overloaded if requests hold too much."""
         size_bytes += self._reserved_bytes
+        if self._evict(size_bytes) + size_bytes > self._max_bytes:
+            raise Overloaded("the store for videos is full, try again later")
+
+    def _evict(self, size_bytes: int) -> int:
+        """Evict what is too old, and what is in the way of `size_bytes`; return the bytes that are left."""
+        oldest_allowed = time.time() - self._max_age_seconds
         total, files = 0, []
         for entry in os.scandir(self.directory):
             if not _OURS.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
@@ -128,8 +140,7 @@ class MediaStore:
                 break
             if _evicted(path):
                 total -= size
-        if total + size_bytes > self._max_bytes:
-            raise Overloaded("the store for videos is full, try again later")
+        return total
 
 
 def _publish(file: IO[bytes], incoming: str, path: Path) -> None:

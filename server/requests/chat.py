@@ -186,7 +186,9 @@ def _found(
     value = holder.get(key) if isinstance(holder, dict) else None
     if not isinstance(holder, dict) or not isinstance(value, str):
         raise InvalidRequest(f"{param} must be a string", param=param)
-    if key == "file_data" and value[:5].lower() == "data:":
+    if source == "base64" and value[:5].lower() == "data:":
+        if key != "file_data":  # what is probed must be what the engine gets, and engines take base64 alone here
+            raise InvalidRequest(f"{param} must be base64, without data:…;base64, before it", param=param)
         source = "url"
     return MediaPart(kind, source, value, param, part, holder, key)
 

@@ -97,7 +97,10 @@ class WholeFile(FileResponse):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer a request."""
         del self.headers["accept-ranges"]
-        await super().__call__({**scope, "headers": []}, receive, send)
+        try:
+            await super().__call__({**scope, "headers": []}, receive, send)
+        except RuntimeError as exc:  # Starlette's word for a file that has been deleted since it was looked up
+            raise UnknownFile("the file has been deleted", param="file_id") from exc
 
 
 @dataclass(frozen=True)

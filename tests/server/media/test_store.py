@@ -92,3 +92,25 @@ async def test_a_request_that_leaves_while_its_file_is_written_leaves_nothing_ha
     await asyncio.sleep(0.02)
     await store.sweep()
     assert list(tmp_path.iterdir()) == []  # no request holds any of the files
+
+
+async def test_sweeping_goes_on_after_requests_held_more_than_the_limit_or_the_directory_was_gone(tmp_path, caplog):
+    directory = tmp_path / "store"
+    directory.mkdir()
+    full = MediaStore(directory, max_bytes=1000, max_age_seconds=50)
+    lowered = MediaStore(directory, max_bytes=150, max_age_seconds=0.04)
+    async with held(full, b"x" * 100) as first, held(full, b"y" * 100) as second:
+        sweeping = asyncio.create_task(lowered.watch())
+        await asyncio.sleep(0.1)
+        assert not sweeping.done()
+        assert first.exists()
+        assert second.exists()
+    directory.rename(tmp_path / "away")
+    await asyncio.sleep(0.1)
+    assert "could not be swept" in caplog.text
+    (tmp_path / "away").rename(directory)
+    async with asyncio.timeout(10):
+        while list(directory.iterdir()):  # noqa: ASYNC110 - nothing tells when files are gone
+            await asyncio.sleep(0.01)
+    assert not sweeping.done()
+    sweeping.cancel()

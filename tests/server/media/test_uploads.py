@@ -122,6 +122,22 @@ async def test_content_comes_whole_whatever_range_is_asked_for(engine, directory
             assert "accept-ranges" not in answer.headers
 
 
+async def test_a_file_that_is_deleted_while_it_is_asked_for_is_a_404(engine, directory, monkeypatch):
+    async with gateway(engine, files_dir=directory) as client:
+        file_id = (await upload(client)).json()["id"]
+        path_of = FileStore.path_of
+
+        async def path_then_gone(self, *arguments, **named):
+            path = await path_of(self, *arguments, **named)
+            path.unlink()
+            return path
+
+        monkeypatch.setattr(FileStore, "path_of", path_then_gone)
+        answer = await client.get(f"{FILES}/{file_id}/content")
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "file_not_found"
+
+
 async def test_without_a_directory_there_are_no_files_and_the_message_says_why(engine):
     async with gateway(engine) as client:
         answers = [await upload(client), await client.get(FILES), await client.delete(f"{FILES}/file-1")]

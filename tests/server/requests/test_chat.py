@@ -166,6 +166,8 @@ def test_files_sounds_and_images_are_found_too(part, kind, source, value):
         ({"type": "file", "file": {"file_id": 7}}, "file.file_id"),
         ({"type": "file", "file": {"file_data": ["AAAA"]}}, "file.file_data"),
         ({"type": "input_audio", "input_audio": "AAAA"}, "input_audio.data"),
+        ({"type": "input_audio", "input_audio": {"data": "data:audio/wavx;base64,AAAA"}}, "input_audio.data"),
+        ({"type": "input_audio", "input_audio": {"data": f"data:audio/wav;base64,{'A' * 70_000}"}}, "input_audio.data"),
         ({"type": "input_audio", "input_audio": {"format": "wav"}}, "input_audio.data"),
         ({"type": "video_url", "video_url": {}}, "video_url.url"),
         ({"type": "video_url", "video_url": [VIDEO]}, "video_url.url"),
