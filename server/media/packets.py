@@ -26,6 +26,7 @@ MAX_UNDECODABLE = 500  # packets from the first on: a video of which so many can
 _BROADCAST_FORMATS = ("mpegts", "mpeg")  # whose clocks leap
 _TABLE_FORMATS = ("mp4", "mov")  # which say beforehand which frames there are
 _DECODE_TIME_FORMATS = ("avi",)  # which tell when frames are decoded; when H.264 shows them, libav makes up from that
+_GUESSED_TIME_FORMATS = ("mpeg",)  # several frames may share what tells the time of the first
 _FIXED_CODECS = ("gif",)  # all frames are drawn on one canvas
 
 
@@ -55,8 +56,9 @@ def scan(descriptor: int, demuxer: str, limits: Limits) -> Scanned:
         container_name = container.format.name
         is_reordered = container_name in _DECODE_TIME_FORMATS and codec == "h264" and stream.codec_context.has_b_frames
     decoder = Decoder(opening, seen.times, codec=codec)
-    order = decoder.order() if is_reordered or needs_decoding(seen.times) else []
-    shown = _timeline(seen.times, clock, decoder, order)
+    is_made_up = container_name in _GUESSED_TIME_FORMATS
+    is_unknown = is_reordered or needs_decoding(seen.times, is_made_up=is_made_up)
+    shown = _timeline(seen.times, clock, decoder, decoder.order() if is_unknown else [])
     _check_timeline(shown, limits)
     width, height = seen.size
     frames = len(shown.packets)

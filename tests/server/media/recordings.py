@@ -3,6 +3,7 @@
 import functools
 import io
 import struct
+from collections.abc import Callable
 from fractions import Fraction
 
 import av
@@ -21,6 +22,15 @@ def numbered(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarra
     bars = [((number + 1) >> (BARS - 1 - bar)) & 1 for bar in range(BARS)]
     columns = np.array(bars, np.uint8)[np.arange(width) * BARS // width] * 200 + 28
     return np.repeat(np.broadcast_to(columns, (height, width))[..., None], 3, axis=2)
+
+
+def busy(number: int, width: int = WIDTH, height: int = HEIGHT) -> np.ndarray:
+    """A picture in which everything moves, so that a frame made from wrong ones is a wrong one."""
+    texture = np.random.default_rng(3).integers(0, 80, (height, width, 3), np.uint8)
+    picture = np.roll(texture, (number, 3 * number), axis=(0, 1))
+    at = number * 7 % (width - 16)
+    picture[height // 4 : height // 2, at : at + 16] = 128 + number % 100
+    return picture
 
 
 def number_of(picture: np.ndarray) -> int:
@@ -50,6 +60,7 @@ def recording(
     sound_seconds: float = 0,
     has_cover: bool = False,
     has_video: bool = True,
+    draw: Callable[[int, int, int], np.ndarray] = numbered,
 ) -> bytes:
     """Numbered frames; `times` in milliseconds, where they are not a matter of the rate."""
     buffer = io.BytesIO()
@@ -66,7 +77,7 @@ def recording(
             output.mux([*cover.encode(picture), *cover.encode(None)])
         if video is not None:
             for number in range(frames):
-                frame = av.VideoFrame.from_ndarray(numbered(number, *size), format="rgb24")
+                frame = av.VideoFrame.from_ndarray(draw(number, *size), format="rgb24")
                 if times:
                     frame.pts, frame.time_base = times[number], MILLISECOND
                 output.mux(video.encode(frame))
