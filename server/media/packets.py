@@ -25,6 +25,8 @@ MAX_FPS = 1000
 MAX_UNDECODABLE = 500  # packets from the first on: a video of which so many can't be decoded is none
 _BROADCAST_FORMATS = ("mpegts", "mpeg")  # whose clocks leap
 _TABLE_FORMATS = ("mp4", "mov")  # which say beforehand which frames there are
+_DECODE_TIME_FORMATS = ("avi",)  # which tell when frames are decoded; when H.264 shows them, libav makes up from that
+_GUESSED_TIME_FORMATS = ("mpeg",)  # several frames may share what tells the time of the first
 _FIXED_CODECS = ("gif",)  # all frames are drawn on one canvas
 
 
@@ -52,8 +54,11 @@ def scan(descriptor: int, demuxer: str, limits: Limits) -> Scanned:
         clock = _clock(container, stream)
         codec = stream.codec_context.codec.canonical_name
         container_name = container.format.name
+        is_reordered = container_name in _DECODE_TIME_FORMATS and codec == "h264" and stream.codec_context.has_b_frames
     decoder = Decoder(opening, seen.times, codec=codec)
-    shown = _timeline(seen.times, clock, decoder)
+    is_made_up = container_name in _GUESSED_TIME_FORMATS
+    is_unknown = is_reordered or needs_decoding(seen.times, is_made_up=is_made_up)
+    shown = _timeline(seen.times, clock, decoder, decoder.order() if is_unknown else [])
     _check_timeline(shown, limits)
     width, height = seen.size
     frames = len(shown.packets)
@@ -70,10 +75,10 @@ def scan(descriptor: int, demuxer: str, limits: Limits) -> Scanned:
     return Scanned(facts, shown, decoder)
 
 
-def _timeline(packets: Sequence[PacketTimes], clock: Clock, decoder: Decoder) -> Timeline:
-    """Return when frames are shown; what the packets leave open, a decoder tells."""
-    if needs_decoding(packets):
-        return timeline(packets, clock, order=decoder.order())
+def _timeline(packets: Sequence[PacketTimes], clock: Clock, decoder: Decoder, order: Sequence[int]) -> Timeline:
+    """Return when frames are shown; whether those at the very begin are, a decoder tells."""
+    if order:
+        return timeline(packets, clock, order=order)
     doubtful = leading(packets)
     missing = frozenset(doubtful).difference(number for number, _ in decoder.frames(frozenset(doubtful)))
     return timeline(packets, clock, missing=missing)

@@ -18,6 +18,7 @@ from server.media.threads import opened_off_loop
 from server.media.wanted import Reading, Wanted
 
 MESSAGE_BYTES = 64 * 1024
+START_SECONDS = 60  # it takes a fraction of one, but for a machine that is very busy
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 
@@ -67,7 +68,10 @@ class Reader:
             "wanted": None if wanted is None else asdict(wanted),
         }
         async with self._slots:
-            worker = await self._worker()
+            try:
+                worker = await self._worker()
+            except OSError as exc:
+                raise ReadError(f"the {kind} could not be read: its reader did not start") from exc
             try:
                 async with asyncio.timeout(self._seconds + 1):
                     reply = await worker.ask(job, descriptors)
@@ -108,8 +112,8 @@ class _Worker:
     """One worker process and the gateway's end of its socket."""
 
     def __init__(self, seconds: float, max_frames_bytes: int) -> None:
+        """Start the process, and wait until it is ready: its start doesn't count as the time of a file."""
         self._socket, theirs = socket.socketpair()
-        self._socket.setblocking(False)
         with theirs:
             self.process = subprocess.Popen(  # noqa: S603 - this interpreter, this module
                 [sys.executable, "-m", "server.media.reader_worker", str(math.ceil(seconds)), str(max_frames_bytes)],
@@ -121,6 +125,14 @@ class _Worker:
                 cwd="/",
                 start_new_session=True,  # a Ctrl-C at the gateway must not break what requests may finish
             )
+        try:
+            self._socket.settimeout(START_SECONDS)
+            if not self._socket.recv(1):
+                raise ConnectionResetError
+        except OSError:
+            self.close()
+            raise
+        self._socket.setblocking(False)
 
     async def ask(self, job: dict[str, Any], descriptors: Sequence[int]) -> dict[str, Any]:
         """Return the worker's answer; raise OSError or ValueError if it has none."""

@@ -1,7 +1,7 @@
 """The process that reads media.
 
-It reads jobs from the socket on its standard input, each a line of JSON with the descriptors of the files attached, and
-answers each with a line of JSON.
+Once it is ready it says so with an empty line. It reads jobs from the socket on its standard input, each a line of JSON
+with the descriptors of the files attached, and answers each with a line of JSON.
 """
 
 import json
@@ -75,6 +75,7 @@ def main(cpu_seconds: int, max_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, max_bytes + MAX_HEADER_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with socket.socket(fileno=0) as jobs:
+        jobs.sendall(b"\n")  # ready
         while True:
             line, descriptors, _, _ = socket.recv_fds(jobs, MESSAGE_BYTES, 2)
             if not line or not descriptors:

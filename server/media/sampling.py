@@ -13,7 +13,9 @@ import numpy as np
 
 LOADER_MAX_FRAMES = 768  # Qwen2VLVideoBackend._MAX_FRAMES, Qwen3VLVideoBackend._MAX_FRAMES
 LOADER_MAX_FPS = 30
-FLOATS_AT_ONCE = 8  # torch.arange rounds the first of so many to float32, and counts on from there
+# torch.arange on a CPU: of so many floats it rounds the first to float32 and counts on from there, so often at once;
+# what is left over it counts from 0.
+FLOATS_IN_VECTOR, VECTORS_AT_ONCE = 8, 2
 
 
 @dataclass(frozen=True)
@@ -127,8 +129,9 @@ def sampling_from(told: Mapping[str, Any]) -> Sampling:
 def _counted_in_float32(total: int, step: float) -> list[int]:
     """Return `torch.arange(0, total, step).int()` on a CPU, no index beyond the last frame."""
     position = np.arange(math.ceil(total / step))
-    in_full = position < len(position) // FLOATS_AT_ONCE * FLOATS_AT_ONCE
-    place = position % FLOATS_AT_ONCE * in_full
+    at_once = FLOATS_IN_VECTOR * VECTORS_AT_ONCE
+    in_vectors = position < len(position) // at_once * at_once
+    place = position % FLOATS_IN_VECTOR * in_vectors
     begin = ((position - place) * step).astype(np.float32).astype(np.float64)
     times = (begin + place * step).astype(np.float32)
     return [int(index) for index in np.minimum(times.astype(int), total - 1)]

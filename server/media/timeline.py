@@ -77,10 +77,13 @@ def leading(packets: Sequence[PacketTimes]) -> list[int]:
     return found
 
 
-def needs_decoding(packets: Sequence[PacketTimes]) -> bool:
-    """Return whether the packets don't tell the order of display."""
-    shown = [packet for packet in packets if packet.is_shown]
-    return 2 * sum(packet.pts is None for packet in shown) > len(shown)
+def needs_decoding(packets: Sequence[PacketTimes], *, is_made_up: bool) -> bool:
+    """Return whether the packets don't tell the order of display.
+
+    Where libav may have made up times, those that two packets share show that it did.
+    """
+    times = [packet.pts for packet in packets if packet.is_shown]
+    return 2 * times.count(None) > len(times) or (is_made_up and len(set(times)) < len(times))
 
 
 def timeline(
@@ -95,9 +98,9 @@ def timeline(
     first = first_key(packets)
     sections: list[list[tuple[int, int]]] = []
     for numbers in _sections(packets, clock, first):
-        timed = _timed(packets, [number for number in numbers if packets[number].is_shown and number not in missing])
-        if timed:
-            sections.append(_once(timed) if clock.leaps else timed)
+        shown = [number for number in numbers if packets[number].is_shown and number not in missing]
+        if shown:
+            sections.append(_timed(packets, _once(packets, shown) if clock.leaps else shown))
     interval = _interval(sections, packets) or clock.interval
     in_order: list[int] = []
     ticks: list[float] = []
@@ -156,10 +159,12 @@ def _timed(packets: Sequence[PacketTimes], numbers: Sequence[int]) -> list[tuple
     return sorted(timed)
 
 
-def _once(timed: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Leave out frames that come again: what was sent twice is whole the last time."""
+def _once(packets: Sequence[PacketTimes], numbers: Sequence[int]) -> list[int]:
+    """Leave out frames that come again at once: what was sent twice is whole the second time."""
     return [
-        one for one, following in zip(timed, [*timed[1:], None], strict=True) if not following or one[0] != following[0]
+        number
+        for number, following in zip(numbers, [*numbers[1:], None], strict=True)
+        if following is None or packets[number][:2] != packets[following][:2] or packets[number].pts is None
     ]
 
 
