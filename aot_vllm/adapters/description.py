@@ -30,7 +30,9 @@ MOST_SAMPLED_FPS = 30
 """Bounds of vLLM's loaders for the Qwen models, in frames and in frames per second."""
 
 _SIZE_SETTINGS = frozenset({"size", "min_pixels", "max_pixels"})
-"""Settings in `--mm-processor-kwargs` that the rules take into account."""
+_VALUE_SETTINGS = frozenset({"do_normalize", "do_rescale", "rescale_factor", "image_mean", "image_std"})
+"""Settings of a processor, from `--mm-processor-kwargs` or vLLM's own, with which the rules of sizes hold: those that
+the rule of the Qwen models takes into account, and those that change nothing but the values of pixels."""
 
 
 def describe_engine(
@@ -124,10 +126,11 @@ def sampling_rule(media_io_kwargs: Mapping[str, Any], model_config: ModelConfig)
     return rule
 
 
-def _video_settings(info: Any) -> Mapping[str, Any] | None:
-    """Return the settings in `--mm-processor-kwargs` that apply to videos; None if a rule might not hold with them."""
+def _size_settings(info: Any) -> Mapping[str, Any] | None:
+    """Return the settings of the server that say to which size a video is resized; None if a rule may not hold."""
     settings = info._merge_and_resolve_mm_processor_kwargs({}).get("videos_kwargs") or {}
-    return settings if settings.keys() <= _SIZE_SETTINGS else None
+    sizes = {name: value for name, value in settings.items() if name not in _VALUE_SETTINGS}
+    return sizes if sizes.keys() <= _SIZE_SETTINGS else None
 
 
 def _llava_onevision(info: Any, processor: Any) -> tuple[int, Rule | None, Rule | None]:
@@ -137,7 +140,7 @@ def _llava_onevision(info: Any, processor: Any) -> tuple[int, Rule | None, Rule 
     token_rule = {"rule": "constant", "frames_per_unit": 1, "per_unit": tokens[1] - tokens[0], "extra": tokens[0]}
     side = info.get_hf_config().vision_config.image_size
     fixed = (
-        _video_settings(info) == {}
+        _size_settings(info) == {}
         and processor.do_resize
         and not processor.do_center_crop
         and not processor.do_sample_frames
@@ -160,7 +163,7 @@ def _qwen_vl(info: Any, processor: Any) -> tuple[int, Rule | None, Rule | None]:
         max_frames = info.get_max_video_tokens(length, {"video": 1}) * temporal
     else:
         max_frames = info.get_num_frames_with_most_features(length, {"video": 1})
-    settings = _video_settings(info)
+    settings = _size_settings(info)
     # vLLM tells Qwen3-VL's processor for each video whether to sample; Qwen2.5-VL's decides by its own setting
     samples_again = not whole and processor.do_sample_frames
     if settings is None or not processor.do_resize or getattr(processor, "cap_pixels_per_frame", None) or samples_again:
