@@ -21,20 +21,43 @@ class _Told(BaseModel):
 
 
 class UniformSampling(_Told):
-    """`num_frames` frames, evenly spread over the video."""
+    """The smaller of `num_frames` frames and `fps` frames a second, evenly spread over the video; None is no bound."""
 
     rule: Literal["uniform"]
-    num_frames: Count
+    num_frames: Count | None
+    fps: Annotated[float, Field(gt=0)] | None = None
+
+    def spec(self, max_frames: int | None) -> dict[str, Any]:
+        """Return the rule as the reader takes it, with at most `max_frames` frames."""
+        counts = [count for count in (self.num_frames, max_frames) if count is not None]
+        return {"rule": self.rule, "num_frames": min(counts, default=-1), "fps": self.fps or -1}
 
 
-class RateSampling(_Told):
-    """`fps` frames a second, within bounds, as the Qwen models want them."""
+class Qwen2Sampling(_Told):
+    """`fps` frames a second, within bounds, in multiples of `frame_factor`: Qwen2-VL and Qwen2.5-VL."""
 
-    rule: Literal["qwen2_vl", "qwen3_vl"]
+    rule: Literal["qwen2_vl"]
     fps: Annotated[float, Field(gt=0)]
     min_frames: Count
     max_frames: Count
-    frame_factor: Count = 1
+    frame_factor: Count = 2
+
+    def spec(self, max_frames: int | None) -> dict[str, Any]:
+        """Return the rule as the reader takes it, with at most `max_frames` frames."""
+        return {**self.model_dump(), "max_frames": min(self.max_frames, max_frames or self.max_frames)}
+
+
+class Qwen3Sampling(_Told):
+    """`fps` frames a second, within bounds: Qwen3-VL and Qwen3.5."""
+
+    rule: Literal["qwen3_vl"]
+    fps: Annotated[float, Field(gt=0)]
+    min_frames: Count
+    max_frames: Count
+
+    def spec(self, max_frames: int | None) -> dict[str, Any]:
+        """Return the rule as the reader takes it, with at most `max_frames` frames."""
+        return {**self.model_dump(), "max_frames": min(self.max_frames, max_frames or self.max_frames)}
 
 
 class FixedSize(_Told):
@@ -74,7 +97,7 @@ class GridTokens(_Told):
     extra: Annotated[int, Field(ge=0)] = 0
 
 
-Sampling = Annotated[UniformSampling | RateSampling, Field(discriminator="rule")]
+Sampling = Annotated[UniformSampling | Qwen2Sampling | Qwen3Sampling, Field(discriminator="rule")]
 Size = Annotated[FixedSize | SmartResize, Field(discriminator="rule")]
 Tokens = Annotated[ConstantTokens | GridTokens, Field(discriminator="rule")]
 
@@ -88,10 +111,18 @@ class VideoRules(_Told):
     max_frames: Count
 
 
+class Reduction(_Told):
+    """Whether the engine reduces videos, and to which share of their tokens unless a request says otherwise."""
+
+    active: bool = False
+    retention: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+
 class EngineProfile(_Told):
     """One engine, as far as the gateway needs to know it."""
 
     frames_format: int
+    reduction: Reduction = Reduction()
     architecture: str
     context_length: Count | None = None
     sampling: Sampling | None = None

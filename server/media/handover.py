@@ -25,7 +25,7 @@ class Handover:
         """The most frames of a video: the alias's bound or the model's own, and never more than were profiled."""
         own = self.rules.sampling
         default = own.num_frames if isinstance(own, UniformSampling) else own.max_frames
-        return min(self.sampling.max_frames or default, self.rules.max_frames)
+        return min(self.sampling.max_frames or default or self.rules.max_frames, self.rules.max_frames)
 
     @property
     def likely_bytes(self) -> int:
@@ -39,12 +39,10 @@ class Handover:
 
     def wanted(self, *, max_bytes: int) -> Wanted:
         """Return what the reader is asked for; the frames of a video take at most `max_bytes`."""
-        told = self.rules.sampling.model_dump()
-        bound = "num_frames" if told["rule"] == "uniform" else "max_frames"
-        if self.sampling.frames is None:
-            told[bound] = min(told[bound], self.most_frames) if self.sampling.fps is None else self.most_frames
+        asked_for_rate = self.sampling.fps is not None
         return Wanted(
-            sampling=told,
+            # without a wish of the request's, exactly the frames that the engine would sample itself
+            sampling=self.rules.sampling.spec(self.most_frames if asked_for_rate else self.sampling.max_frames),
             size=None if self.full_size else self.rules.size.model_dump(),
             max_bytes=max_bytes,
             start=self.sampling.start_seconds or 0.0,

@@ -147,7 +147,7 @@ def test_one_frame_given_twice_is_a_video_for_every_model(engine, name):
     once = data_url(frames_file(frame, fps=10.0))
     if name in ("qwen3-vl", "qwen3.5"):
         assert seconds(engine, answer) == ["0.0"]
-        with pytest.raises(ValueError, match="^Failed to apply Qwen3VLProcessor"):
+        with pytest.raises(ValueError, match=r"^Failed to apply Qwen3VLProcessor"):
             ask(engine, once)
         assert ask(engine, data_url(twice)) == answer
     else:
