@@ -17,6 +17,7 @@ def read_audio(descriptor: int, demuxer: str, limits: Limits) -> Facts:
     import av
 
     options = {"codec_whitelist": DECODERS, "protocol_whitelist": "none"}
+    os.lseek(descriptor, 0, os.SEEK_SET)
     with (
         os.fdopen(descriptor, "rb", closefd=False) as file,
         av.open(file, "r", format=demuxer, options=options) as container,

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -77,9 +78,11 @@ class Reader:
                     reply = await worker.ask(job, descriptors)
             except TimeoutError:
                 worker.close()
-                raise ReadError(f"the {kind} could not be read within {self._seconds:g} seconds") from None
+                raise self._too_slow(kind) from None
             except (OSError, ValueError):
                 worker.close()
+                if worker.process.returncode == -signal.SIGXCPU:
+                    raise self._too_slow(kind) from None
                 raise ReadError(f"the {kind} could not be read: it broke its reader") from None
             except BaseException:
                 worker.close()
@@ -88,6 +91,9 @@ class Reader:
         if "error" in reply:
             raise ReadError(str(reply["error"]), code=reply["code"])
         return reply
+
+    def _too_slow(self, kind: str) -> ReadError:
+        return ReadError(f"the {kind} could not be read within {self._seconds:g} seconds")
 
     async def _worker(self) -> "_Worker":
         while self._idle:
