@@ -9,7 +9,7 @@ HEAD_BYTES = 1024
 
 @dataclass(frozen=True)
 class FileType:
-    """A type an engine may be given: its MIME type, its suffix, and the demuxer that reads it (videos and audio)."""
+    """A type an engine may be given: its MIME type, its suffix, and the demuxer that reads it, but for images."""
 
     mime: str
     suffix: str
@@ -22,7 +22,7 @@ WEBM = FileType("video/webm", ".webm", "webm")
 MATROSKA = FileType("video/x-matroska", ".mkv", "matroska")
 TRANSPORT_STREAM = FileType("video/mp2t", ".ts", "mpegts")
 BLU_RAY_STREAM = FileType("video/mp2t", ".m2ts", "mpegts")
-TAKEN_VIDEOS = "MP4, QuickTime, WebM, Matroska, AVI, MPEG (TS, M2TS, PS, video), Ogg, FLV, ASF (WMV), GIF"
+TAKEN_VIDEOS = "MP4, QuickTime, WebM, Matroska, AVI, MPEG (TS, M2TS, PS, video), Ogg, FLV, ASF (WMV), GIF, WebP"
 """For those who sent something else."""
 
 _STARTS: dict[Kind, tuple[tuple[bytes, FileType], ...]] = {
@@ -52,6 +52,7 @@ _STARTS: dict[Kind, tuple[tuple[bytes, FileType], ...]] = {
 }
 _RIFF: dict[tuple[Kind, bytes], FileType] = {
     ("video", b"AVI "): FileType("video/x-msvideo", ".avi", "avi"),
+    ("video", b"WEBP"): FileType("image/webp", ".webp", "webp"),
     ("image", b"WEBP"): FileType("image/webp", ".webp"),
     ("audio", b"WAVE"): FileType("audio/wav", ".wav", "wav"),
 }

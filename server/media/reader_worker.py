@@ -19,8 +19,7 @@ from server.media.audio import read_audio
 from server.media.facts import Facts, Limits, ReadError
 from server.media.frames_file import PAGE_BYTES
 from server.media.images import read_image
-from server.media.packets import scan
-from server.media.reading import read_video
+from server.media.reading import read_video, scan_video
 from server.media.wanted import Wanted
 
 MEMORY_BYTES = 2 * 2**30  # address space, of which the libraries take a third
@@ -34,7 +33,7 @@ def _facts(descriptor: int, kind: str, demuxer: str, limits: Limits) -> Facts:
         return read_image(descriptor)
     if kind == "audio":
         return read_audio(descriptor, demuxer, limits)
-    return scan(descriptor, demuxer, limits).facts
+    return scan_video(descriptor, demuxer, limits).facts
 
 
 def _result(job: dict[str, Any], descriptors: Sequence[int]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from server.media.decoding import Decoder, FalseKeyError
+from server.media import animations
+from server.media.decoding import FalseKeyError
 from server.media.facts import Limits, ReadError
 from server.media.frames_file import FramesFile, FramesHeader
 from server.media.packets import Scanned, scan
@@ -20,9 +21,16 @@ KEYS_BACK = 2  # where a stream is refreshed bit by bit, frames are whole from t
 FROM_THE_FIRST = 2**31
 
 
+def scan_video(descriptor: int, demuxer: str, limits: Limits) -> Scanned:
+    """Return what is in the video in an open file; raise ReadError if it is none that is taken."""
+    if demuxer == animations.DEMUXER:
+        return animations.scan(descriptor, limits)
+    return scan(descriptor, demuxer, limits)
+
+
 def read_video(descriptor: int, demuxer: str, limits: Limits, wanted: Wanted, into: int) -> Reading:
-    """Write a frames file into the empty file `into`. Raises as `scan`, and ReadError if too little can be decoded."""
-    video = scan(descriptor, demuxer, limits)
+    """Write a frames file into the empty file `into`; raise as `scan_video`, or ReadError for too broken a video."""
+    video = scan_video(descriptor, demuxer, limits)
     chosen = _chosen(video.timeline, wanted)
     full = video.facts.height, video.facts.width
     size = handed_over(wanted.size, full, num_frames=len(chosen))
@@ -72,7 +80,7 @@ class _Sheet:
     """The places of a frames file, and which frame of the video is at each."""
 
     def __init__(self, video: Scanned, chosen: Sequence[int], file: FramesFile) -> None:
-        self._decoder: Decoder = video.decoder
+        self._decoder = video.decoder
         self._packets = video.timeline.packets
         self._chosen = chosen
         self._targets = sorted(set(chosen))

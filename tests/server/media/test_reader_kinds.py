@@ -1,5 +1,7 @@
 """Every kind of video that is taken: how many frames it has, how long it lasts, and which frames are read."""
 
+from dataclasses import replace
+
 import pytest
 import pytest_asyncio
 
@@ -9,6 +11,7 @@ from tests.server.media.reading import ALL_FRAMES, LIMITS, examine, frames_of
 from tests.server.media.recordings import (
     HEIGHT,
     WIDTH,
+    animation,
     encrypted,
     later,
     number_of,
@@ -130,6 +133,34 @@ async def test_an_animation_shows_each_frame(reader):
     assert facts.duration_seconds == pytest.approx(3, abs=0.05)
     reading, pictures = await frames_of(reader, data, ALL_FRAMES)
     assert [number_of(picture) for picture in pictures] == list(range(24)) == reading.header.frames_indices
+
+
+async def test_animated_webp_is_a_video(reader):
+    data = animation()
+    facts = await examine(reader, data)
+    assert (facts.container, facts.frames, facts.width, facts.height) == ("webp", 24, WIDTH, HEIGHT)
+    assert (facts.duration_seconds, facts.fps) == (3, 8)
+    for sampling in (ALL_FRAMES, {"rule": "uniform", "num_frames": 5}):
+        reading, pictures = await frames_of(reader, data, sampling)
+        assert [number_of(picture) for picture in pictures] == reading.header.frames_indices
+    assert (await examine(reader, animation(1))).frames == 1
+    with pytest.raises(ReadError, match="truncated or broken"):
+        await examine(reader, data[: len(data) // 2])
+
+
+async def test_an_animation_is_held_to_the_limits():
+    limits = replace(LIMITS, max_pixels=WIDTH * HEIGHT, max_frames=24, max_seconds=3)
+    reader = Reader(limits=limits, seconds=30, num_workers=1)
+    try:
+        assert (await examine(reader, animation())).frames == 24
+        with pytest.raises(ReadError, match="have 129 x 64 pixels, at most 8192 are allowed"):
+            await examine(reader, animation(2, size=(129, 64)))
+        with pytest.raises(ReadError, match="more than 24 frames"):
+            await examine(reader, animation(25, 10))
+        with pytest.raises(ReadError, match=r"lasts 3\.024 seconds"):
+            await examine(reader, animation(24, 126))
+    finally:
+        reader.close()
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.9])
