@@ -19,6 +19,7 @@ from server.media.threads import opened_off_loop
 from server.media.wanted import Reading, Wanted
 
 MESSAGE_BYTES = 64 * 1024
+REPLY_BYTES = 2**21  # which frames were read, a hundred thousand at most
 START_SECONDS = 60  # it takes a fraction of one, but for a machine that is very busy
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -147,7 +148,7 @@ class _Worker:
         reply = b""
         while not reply.endswith(b"\n"):
             piece = await loop.sock_recv(self._socket, MESSAGE_BYTES)
-            if not piece or len(reply) > MESSAGE_BYTES:
+            if not piece or len(reply) > REPLY_BYTES:
                 raise ConnectionResetError
             reply += piece
         answer = json.loads(reply)

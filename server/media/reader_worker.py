@@ -25,7 +25,7 @@ from server.media.wanted import Wanted
 MEMORY_BYTES = 2 * 2**30  # address space, of which the libraries take a third
 MESSAGE_BYTES = 64 * 1024
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
-MAX_HEADER_BYTES = 16 * PAGE_BYTES  # of a frames file
+MAX_HEADER_BYTES = 256 * PAGE_BYTES  # of a frames file
 
 
 def _facts(descriptor: int, kind: str, demuxer: str, limits: Limits) -> Facts:

@@ -95,7 +95,7 @@ class _Sheet:
         for number, frame in self._decoder.frames(numbers, keys_back=keys_back):
             self._put(numbers[number], numbers[number], frame)
         if len(self._used) < len(self._targets):
-            self._recover()
+            self._recover(keys_back)
         self._fill_up()
         return [self._used[target] for target in self._chosen]
 
@@ -106,14 +106,14 @@ class _Sheet:
                 self._file.write(place, pixels)
         self._used[target] = index
 
-    def _recover(self) -> None:
+    def _recover(self, keys_back: int) -> None:
         """Try again from earlier on, and take the next frame that can be decoded: as vLLM's `frame_recovery` does."""
         windows: dict[int, tuple[int, int]] = {}
         for target, following in zip(self._targets, [*self._targets[1:], len(self._packets)], strict=True):
             if target not in self._used:
                 windows |= {self._packets[index]: (target, index) for index in range(target, following)}
-        keys_back = KEYS_BACK if 2 * len(self._used) >= len(self._targets) else FROM_THE_FIRST
-        for number, frame in self._decoder.frames(windows, keys_back=keys_back):
+        least = KEYS_BACK if 2 * len(self._used) >= len(self._targets) else FROM_THE_FIRST
+        for number, frame in self._decoder.frames(windows, keys_back=max(keys_back, least)):
             target, index = windows[number]
             if index < self._used.get(target, index + 1):
                 self._put(target, index, frame)

@@ -96,6 +96,13 @@ async def test_a_frame_that_is_asked_for_twice_is_given_twice(reader):
     assert [number_of(picture) for picture in pictures] == [0, 0]
 
 
+async def test_thousands_of_frames_can_be_asked_for(reader):
+    data = recording("matroska", "mpeg4", 12_000, 100, size=(16, 16))
+    reading, pictures = await frames_of(reader, data, {"rule": "uniform", "num_frames": -1})
+    assert reading.header.frames_indices == list(range(12_000))
+    assert len(pictures) == 12_000
+
+
 async def test_frames_that_take_too_much_are_refused_before_any_is_decoded(reader):
     with pytest.raises(ReadError, match="8 frames of 128 x 64 pixels take 196608 bytes, at most 196607") as caught:
         await frames_of(reader, plain(), max_bytes=196_607)
