@@ -83,7 +83,10 @@ class _Sheet:
         self._decoder = video.decoder
         self._packets = video.timeline.packets
         self._chosen = chosen
-        self._targets = sorted(set(chosen))
+        self._places: dict[int, list[int]] = {}
+        for place, target in enumerate(chosen):
+            self._places.setdefault(target, []).append(place)
+        self._targets = sorted(self._places)
         self._file = file
         self._pictures = Pictures((file.header.height, file.header.width))
         self._used: dict[int, int] = {}
@@ -101,9 +104,8 @@ class _Sheet:
 
     def _put(self, target: int, index: int, frame: "VideoFrame") -> None:
         pixels = self._pictures.pixels(frame)
-        for place, chosen in enumerate(self._chosen):
-            if chosen == target:
-                self._file.write(place, pixels)
+        for place in self._places[target]:
+            self._file.write(place, pixels)
         self._used[target] = index
 
     def _recover(self, keys_back: int) -> None:
@@ -128,8 +130,6 @@ class _Sheet:
             if target in self._used:
                 stand_in = target
                 continue
-            source = self._chosen.index(stand_in)
-            for place, chosen in enumerate(self._chosen):
-                if chosen == target:
-                    self._file.copy(source, place)
+            for place in self._places[target]:
+                self._file.copy(self._places[stand_in][0], place)
             self._used[target] = self._used[stand_in]

@@ -73,6 +73,8 @@ KINDS = {
     ),
     "packets_of_192.m2ts": (lambda: recording("mpegts", "libx264", options=(("mpegts_m2ts_mode", "1"),)), 24, 3),
     "elementary.m2v": (lambda: recording("mpeg2video", "mpeg2video", rate=25), 24, 24 / 25),
+    "elementary.h264": (lambda: recording("h264", "libx264", 48, 25, encoder=GOP_12), 48, 48 / 25),
+    "elementary.h265": (lambda: recording("hevc", "libx265", 48, 25, encoder=GOP_12), 48, 48 / 25),
     "elementary_b_frames.m2v": (
         lambda: recording("mpeg2video", "mpeg2video", 48, rate=25, encoder=(("bf", "2"),)),
         48,
