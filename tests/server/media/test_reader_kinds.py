@@ -185,6 +185,14 @@ async def test_a_recording_that_begins_inside_a_packet_begins_with_its_first_key
     assert [number_of(picture) for picture in pictures] == list(range(96 - frames, 96))
 
 
+@pytest.mark.parametrize(("container", "codec"), [("matroska", "libx264"), ("mp4", "libx264"), ("avi", "mpeg4")])
+async def test_a_title_that_is_no_unicode_is_passed_over(reader, container, codec):
+    data = recording(container, codec)
+    assert b"Lavf" in data
+    facts = await examine(reader, data.replace(b"Lavf", b"\xe4\xf6\xfc\xdf"))
+    assert facts.frames == 24
+
+
 async def test_a_cover_picture_is_no_video(reader):
     data = recording("mp4", "", has_video=False, has_cover=True, sound_seconds=3)
     with pytest.raises(ReadError, match="the file holds no video stream"):
