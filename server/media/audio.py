@@ -17,9 +17,10 @@ def read_audio(descriptor: int, demuxer: str, limits: Limits) -> Facts:
     import av
 
     options = {"codec_whitelist": DECODERS, "protocol_whitelist": "none"}
+    os.lseek(descriptor, 0, os.SEEK_SET)
     with (
         os.fdopen(descriptor, "rb", closefd=False) as file,
-        av.open(file, "r", format=demuxer, options=options) as container,
+        av.open(file, "r", format=demuxer, options=options, metadata_errors="replace") as container,
     ):
         stream = next((stream for stream in container.streams if isinstance(stream, av.AudioStream)), None)
         if stream is None or stream.codec_context is None or not stream.time_base:

@@ -22,14 +22,20 @@ WEBM = FileType("video/webm", ".webm", "webm")
 MATROSKA = FileType("video/x-matroska", ".mkv", "matroska")
 TRANSPORT_STREAM = FileType("video/mp2t", ".ts", "mpegts")
 BLU_RAY_STREAM = FileType("video/mp2t", ".m2ts", "mpegts")
-TAKEN_VIDEOS = "MP4, QuickTime, WebM, Matroska, AVI, MPEG (TS, M2TS, PS, video), Ogg, FLV, ASF (WMV), GIF"
+TAKEN_VIDEOS = "MP4, QuickTime, WebM, Matroska, AVI, MPEG (TS, M2TS, PS, no container), Ogg, FLV, ASF (WMV), GIF, WebP"
 """For those who sent something else."""
+
+# What streams without a container begin with: a delimiter, or the first parameter set.
+_H264_UNITS = (b"\x09", b"\x27", b"\x67")
+_HEVC_UNITS = (b"\x40\x01", b"\x46\x01")
 
 _STARTS: dict[Kind, tuple[tuple[bytes, FileType], ...]] = {
     "video": (
         (b"FLV\x01", FileType("video/x-flv", ".flv", "flv")),
         (b"\x00\x00\x01\xba", FileType("video/mpeg", ".mpg", "mpeg")),
         (b"\x00\x00\x01\xb3", FileType("video/mpeg", ".m2v", "mpegvideo")),  # without a container
+        *((b"\x00\x00\x00\x01" + unit, FileType("video/h264", ".h264", "h264")) for unit in _H264_UNITS),
+        *((b"\x00\x00\x00\x01" + unit, FileType("video/h265", ".h265", "hevc")) for unit in _HEVC_UNITS),
         (b"OggS", FileType("video/ogg", ".ogv", "ogg")),
         (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", FileType("video/x-ms-asf", ".wmv", "asf")),
         (b"GIF87a", FileType("image/gif", ".gif", "gif")),
@@ -52,6 +58,7 @@ _STARTS: dict[Kind, tuple[tuple[bytes, FileType], ...]] = {
 }
 _RIFF: dict[tuple[Kind, bytes], FileType] = {
     ("video", b"AVI "): FileType("video/x-msvideo", ".avi", "avi"),
+    ("video", b"WEBP"): FileType("image/webp", ".webp", "webp"),
     ("image", b"WEBP"): FileType("image/webp", ".webp"),
     ("audio", b"WAVE"): FileType("audio/wav", ".wav", "wav"),
 }

@@ -13,6 +13,7 @@ _IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")
 
 def read_image(descriptor: int) -> Facts:
     """Return the facts about the image in an open file, from its header; raise ReadError if it is too large."""
+    os.lseek(descriptor, 0, os.SEEK_SET)
     with (
         os.fdopen(descriptor, "rb", closefd=False) as file,
         Image.open(file, formats=_IMAGE_FORMATS) as image,

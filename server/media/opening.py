@@ -44,7 +44,9 @@ def opened(
     os.lseek(descriptor, 0, os.SEEK_SET)
     with (
         os.fdopen(descriptor, "rb", buffering=0, closefd=False) as file,
-        av.open(file, "r", format=demuxer, options=options, buffer_size=READ_BYTES) as container,
+        av.open(
+            file, "r", format=demuxer, options=options, buffer_size=READ_BYTES, metadata_errors="replace"
+        ) as container,
     ):
         stream = _video_stream(container, limits)
         for other in container.streams:

@@ -1,10 +1,10 @@
 """What the packets of a video say: how many frames are shown, when, and how large they are. One frame is decoded."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from server.media import frame_headers
 from server.media.decoding import Decoder
@@ -15,7 +15,7 @@ from server.media.pictures import is_turned
 from server.media.timeline import Clock, PacketTimes, Timeline, leading, needs_decoding, timeline
 
 if TYPE_CHECKING:
-    from av import VideoStream
+    from av import VideoFrame, VideoStream
     from av.container import InputContainer
 
     from server.media.frame_headers import SizeReader
@@ -30,13 +30,20 @@ _GUESSED_TIME_FORMATS = ("mpeg",)  # several frames may share what tells the tim
 _FIXED_CODECS = ("gif",)  # all frames are drawn on one canvas
 
 
+class Frames(Protocol):
+    """The frames of a video, to be decoded."""
+
+    def frames(self, wanted: Collection[int], *, keys_back: int = 0) -> Iterator[tuple[int, "VideoFrame"]]:
+        """Give those that can be decoded, each behind the number of its packet, in no certain order."""
+
+
 @dataclass(frozen=True)
 class Scanned:
     """A video whose packets were read."""
 
     facts: Facts
     timeline: Timeline
-    decoder: Decoder
+    decoder: "Frames"
 
 
 def scan(descriptor: int, demuxer: str, limits: Limits) -> Scanned:
@@ -59,7 +66,7 @@ def scan(descriptor: int, demuxer: str, limits: Limits) -> Scanned:
     is_made_up = container_name in _GUESSED_TIME_FORMATS
     is_unknown = is_reordered or needs_decoding(seen.times, is_made_up=is_made_up)
     shown = _timeline(seen.times, clock, decoder, decoder.order() if is_unknown else [])
-    _check_timeline(shown, limits)
+    check_timeline(shown, limits)
     width, height = seen.size
     frames = len(shown.packets)
     facts = Facts(
@@ -107,7 +114,8 @@ def _check_claims(
         raise ReadError(f"the video is truncated: {frames} of its {told} frames are there")
 
 
-def _check_timeline(shown: Timeline, limits: Limits) -> None:
+def check_timeline(shown: Timeline, limits: Limits) -> None:
+    """Raise ReadError if no frame is shown, or more in a second or for longer than is allowed."""
     if not shown.packets:
         raise ReadError("the video holds no frame that can be decoded")
     if len(shown.packets) > 1:
@@ -186,12 +194,12 @@ class _Packets:
             return self._context.decode(packet)
         except FFmpegError:
             if had_size and not self._context.width:  # libav has no size for frames beyond `max_pixels`
-                raise _too_large("grow to too many", self._limits) from None
+                raise too_large("grow to too many", self._limits) from None
             return []
 
     def _note(self, width: int, height: int) -> None:
         if width * height > self._limits.max_pixels:
-            raise _too_large(f"have {width} x {height}", self._limits)
+            raise too_large(f"have {width} x {height}", self._limits)
         self._largest = max(self._largest, (width, height), key=math.prod)
 
     def _reader(self, stream: "VideoStream") -> "SizeReader":
@@ -209,7 +217,8 @@ class _Packets:
         return self._context.width, self._context.height
 
 
-def _too_large(size: str, limits: Limits) -> ReadError:
+def too_large(size: str, limits: Limits) -> ReadError:
+    """Return the refusal of frames that have too many pixels."""
     return ReadError(
         f"the video's frames {size} pixels, at most {limits.max_pixels} are allowed", code="media_too_large"
     )

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from server.media.threads import opened_off_loop
 from server.media.wanted import Reading, Wanted
 
 MESSAGE_BYTES = 64 * 1024
+REPLY_BYTES = 2**21  # which frames were read, a hundred thousand at most
 START_SECONDS = 60  # it takes a fraction of one, but for a machine that is very busy
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
@@ -77,9 +79,11 @@ class Reader:
                     reply = await worker.ask(job, descriptors)
             except TimeoutError:
                 worker.close()
-                raise ReadError(f"the {kind} could not be read within {self._seconds:g} seconds") from None
+                raise self._too_slow(kind) from None
             except (OSError, ValueError):
                 worker.close()
+                if worker.process.returncode == -signal.SIGXCPU:
+                    raise self._too_slow(kind) from None
                 raise ReadError(f"the {kind} could not be read: it broke its reader") from None
             except BaseException:
                 worker.close()
@@ -88,6 +92,9 @@ class Reader:
         if "error" in reply:
             raise ReadError(str(reply["error"]), code=reply["code"])
         return reply
+
+    def _too_slow(self, kind: str) -> ReadError:
+        return ReadError(f"the {kind} could not be read within {self._seconds:g} seconds")
 
     async def _worker(self) -> "_Worker":
         while self._idle:
@@ -141,7 +148,7 @@ class _Worker:
         reply = b""
         while not reply.endswith(b"\n"):
             piece = await loop.sock_recv(self._socket, MESSAGE_BYTES)
-            if not piece or len(reply) > MESSAGE_BYTES:
+            if not piece or len(reply) > REPLY_BYTES:
                 raise ConnectionResetError
             reply += piece
         answer = json.loads(reply)

@@ -4,6 +4,7 @@ Once it is ready it says so with an empty line. It reads jobs from the socket on
 with the descriptors of the files attached, and answers each with a line of JSON.
 """
 
+import errno
 import json
 import math
 import os
@@ -18,13 +19,13 @@ from server.media.audio import read_audio
 from server.media.facts import Facts, Limits, ReadError
 from server.media.frames_file import PAGE_BYTES
 from server.media.images import read_image
-from server.media.packets import scan
-from server.media.reading import read_video
+from server.media.reading import read_video, scan_video
 from server.media.wanted import Wanted
 
 MEMORY_BYTES = 2 * 2**30  # address space, of which the libraries take a third
 MESSAGE_BYTES = 64 * 1024
-MAX_HEADER_BYTES = 16 * PAGE_BYTES  # of a frames file
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+MAX_HEADER_BYTES = 256 * PAGE_BYTES  # of a frames file
 
 
 def _facts(descriptor: int, kind: str, demuxer: str, limits: Limits) -> Facts:
@@ -32,7 +33,7 @@ def _facts(descriptor: int, kind: str, demuxer: str, limits: Limits) -> Facts:
         return read_image(descriptor)
     if kind == "audio":
         return read_audio(descriptor, demuxer, limits)
-    return scan(descriptor, demuxer, limits).facts
+    return scan_video(descriptor, demuxer, limits).facts
 
 
 def _result(job: dict[str, Any], descriptors: Sequence[int]) -> dict[str, Any]:
@@ -57,6 +58,10 @@ def _answer(line: bytes, descriptors: Sequence[int]) -> dict[str, Any]:
         return {"error": str(exc), "code": exc.code}
     except (MemoryError, OverflowError):
         return {"error": f"the {kind} could not be read within the limits", "code": None}
+    except OSError as exc:
+        if exc.errno in _NO_ROOM:
+            return {"error": f"there is no room for the {kind}'s frames", "code": "no_room"}
+        return {"error": f"the {kind} is truncated or broken", "code": None}
     except Exception:  # libav's and Pillow's errors, and what a damaged file makes of their bindings
         return {"error": f"the {kind} is truncated or broken", "code": None}
     finally:

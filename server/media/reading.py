@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from server.media.decoding import Decoder, FalseKeyError
+from server.media import animations
+from server.media.decoding import FalseKeyError
 from server.media.facts import Limits, ReadError
 from server.media.frames_file import FramesFile, FramesHeader
 from server.media.packets import Scanned, scan
@@ -20,9 +21,16 @@ KEYS_BACK = 2  # where a stream is refreshed bit by bit, frames are whole from t
 FROM_THE_FIRST = 2**31
 
 
+def scan_video(descriptor: int, demuxer: str, limits: Limits) -> Scanned:
+    """Return what is in the video in an open file; raise ReadError if it is none that is taken."""
+    if demuxer == animations.DEMUXER:
+        return animations.scan(descriptor, limits)
+    return scan(descriptor, demuxer, limits)
+
+
 def read_video(descriptor: int, demuxer: str, limits: Limits, wanted: Wanted, into: int) -> Reading:
-    """Write a frames file into the empty file `into`. Raises as `scan`, and ReadError if too little can be decoded."""
-    video = scan(descriptor, demuxer, limits)
+    """Write a frames file into the empty file `into`; raise as `scan_video`, or ReadError for too broken a video."""
+    video = scan_video(descriptor, demuxer, limits)
     chosen = _chosen(video.timeline, wanted)
     full = video.facts.height, video.facts.width
     size = handed_over(wanted.size, full, num_frames=len(chosen))
@@ -72,10 +80,13 @@ class _Sheet:
     """The places of a frames file, and which frame of the video is at each."""
 
     def __init__(self, video: Scanned, chosen: Sequence[int], file: FramesFile) -> None:
-        self._decoder: Decoder = video.decoder
+        self._decoder = video.decoder
         self._packets = video.timeline.packets
         self._chosen = chosen
-        self._targets = sorted(set(chosen))
+        self._places: dict[int, list[int]] = {}
+        for place, target in enumerate(chosen):
+            self._places.setdefault(target, []).append(place)
+        self._targets = sorted(self._places)
         self._file = file
         self._pictures = Pictures((file.header.height, file.header.width))
         self._used: dict[int, int] = {}
@@ -87,25 +98,24 @@ class _Sheet:
         for number, frame in self._decoder.frames(numbers, keys_back=keys_back):
             self._put(numbers[number], numbers[number], frame)
         if len(self._used) < len(self._targets):
-            self._recover()
+            self._recover(keys_back)
         self._fill_up()
         return [self._used[target] for target in self._chosen]
 
     def _put(self, target: int, index: int, frame: "VideoFrame") -> None:
         pixels = self._pictures.pixels(frame)
-        for place, chosen in enumerate(self._chosen):
-            if chosen == target:
-                self._file.write(place, pixels)
+        for place in self._places[target]:
+            self._file.write(place, pixels)
         self._used[target] = index
 
-    def _recover(self) -> None:
+    def _recover(self, keys_back: int) -> None:
         """Try again from earlier on, and take the next frame that can be decoded: as vLLM's `frame_recovery` does."""
         windows: dict[int, tuple[int, int]] = {}
         for target, following in zip(self._targets, [*self._targets[1:], len(self._packets)], strict=True):
             if target not in self._used:
                 windows |= {self._packets[index]: (target, index) for index in range(target, following)}
-        keys_back = KEYS_BACK if 2 * len(self._used) >= len(self._targets) else FROM_THE_FIRST
-        for number, frame in self._decoder.frames(windows, keys_back=keys_back):
+        least = KEYS_BACK if 2 * len(self._used) >= len(self._targets) else FROM_THE_FIRST
+        for number, frame in self._decoder.frames(windows, keys_back=max(keys_back, least)):
             target, index = windows[number]
             if index < self._used.get(target, index + 1):
                 self._put(target, index, frame)
@@ -120,8 +130,6 @@ class _Sheet:
             if target in self._used:
                 stand_in = target
                 continue
-            source = self._chosen.index(stand_in)
-            for place, chosen in enumerate(self._chosen):
-                if chosen == target:
-                    self._file.copy(source, place)
+            for place in self._places[target]:
+                self._file.copy(self._places[stand_in][0], place)
             self._used[target] = self._used[stand_in]

@@ -4,8 +4,11 @@ import random
 
 import pytest
 
+from server.media.reader import Reader
 from server.media.sampling import Clip, Qwen2VL, Qwen3VL, Uniform
 from server.media.sizes import handed_over
+from tests.server.media.reading import LIMITS, frames_of
+from tests.server.media.recordings import busy, recording
 
 video = pytest.importorskip("vllm.multimodal.video")
 base = pytest.importorskip("vllm.multimodal.video_decoders.base")
@@ -60,6 +63,24 @@ def test_qwen3_vl_sampling_is_that_of_its_loader(rate):
             settings = {"min_frames": least, "max_frames": most}
             right = loaders_indices(video.Qwen3VLVideoBackend, total, rate, fps=fps, **settings)
             assert Qwen3VL(fps=fps, **settings).indices(clip) == right, (total, fps, settings)
+
+
+async def test_frames_are_those_that_vllms_own_loader_decodes():
+    data = recording("mp4", "libx264", 48, 24, encoder=(("g", "24"), ("bf", "3")), size=(320, 192), draw=busy)
+    theirs, metadata = video.VideoBackend.load_bytes(data, num_frames=8)
+    reader = Reader(limits=LIMITS, seconds=30, num_workers=1)
+    try:
+        reading, ours = await frames_of(reader, data, {"rule": "uniform", "num_frames": 8})
+    finally:
+        reader.close()
+    header = reading.header
+    assert header.frames_indices == metadata["frames_indices"]
+    assert (header.total_num_frames, header.fps, header.duration) == (
+        metadata["total_num_frames"],
+        metadata["fps"],
+        metadata["duration"],
+    )
+    assert abs(ours.astype(int) - theirs).mean() < 0.5
 
 
 SIZES = [(720, 1280), (1080, 1920), (64, 128), (65, 49), (20, 30), (333, 777), (2160, 3840), (28, 28), (10, 1000)]

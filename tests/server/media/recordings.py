@@ -9,6 +9,7 @@ from fractions import Fraction
 import av
 import numpy as np
 from av.stream import Disposition
+from PIL import Image
 
 from tests.server.clips import as_scheduled_before
 
@@ -88,6 +89,14 @@ def recording(
                 silence.sample_rate, silence.pts = 16000, at
                 output.mux(sound.encode(silence))
             output.mux(sound.encode(None))
+    return buffer.getvalue()
+
+
+def animation(frames: int = 24, milliseconds: int = 125, *, size: tuple[int, int] = (WIDTH, HEIGHT)) -> bytes:
+    """Numbered frames as WebP."""
+    buffer = io.BytesIO()
+    first, *others = (Image.fromarray(numbered(number, *size)) for number in range(frames))
+    first.save(buffer, "WEBP", save_all=True, append_images=others, duration=milliseconds)
     return buffer.getvalue()
 
 

@@ -30,6 +30,7 @@ from tests.server.clips import clip, picture, sound
         (b"ffconcat version 1.0\nfile /etc/passwd", "video", None),
         (b"<html>", "video", None),
         (picture(kind="GIF"), "video", "image/gif"),
+        (picture(kind="WEBP"), "video", "image/webp"),
         (b"\x00\x00\x01\xb3", "video", "video/mpeg"),
         (clip("asf", "wmv2"), "video", "video/x-ms-asf"),
         (clip("mpegts", "mpeg2video", fps=25)[188 * 2 + 100 :], "video", "video/mp2t"),

@@ -1,6 +1,8 @@
 """The reader and its workers: what is bounded, what a worker may do, what happens when it dies."""
 
 import asyncio
+import errno
+import json
 import os
 import signal
 import zlib
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from server.media import reader_worker
 from server.media.facts import ReadError
 from server.media.file import in_memory
 from server.media.frames_file import FramesFile, FramesHeader, compressed, read_header
@@ -93,6 +96,13 @@ async def test_a_frame_that_is_asked_for_twice_is_given_twice(reader):
     assert [number_of(picture) for picture in pictures] == [0, 0]
 
 
+async def test_thousands_of_frames_can_be_asked_for(reader):
+    data = recording("matroska", "mpeg4", 12_000, 100, size=(16, 16))
+    reading, pictures = await frames_of(reader, data, {"rule": "uniform", "num_frames": -1})
+    assert reading.header.frames_indices == list(range(12_000))
+    assert len(pictures) == 12_000
+
+
 async def test_frames_that_take_too_much_are_refused_before_any_is_decoded(reader):
     with pytest.raises(ReadError, match="8 frames of 128 x 64 pixels take 196608 bytes, at most 196607") as caught:
         await frames_of(reader, plain(), max_bytes=196_607)
@@ -155,6 +165,27 @@ async def test_reading_that_takes_too_long_is_ended():
             os.kill(stuck, 0)
     finally:
         reader.close()
+
+
+async def test_reading_that_takes_too_much_of_a_processor_is_said_to_take_too_long(reader):
+    await examine(reader, clip())
+    (busy,) = reader.process_ids
+    os.kill(busy, signal.SIGSTOP)
+    asking = asyncio.create_task(examine(reader, clip()))
+    await asyncio.sleep(0.1)
+    os.kill(busy, signal.SIGXCPU)  # what the kernel does when its time is spent
+    os.kill(busy, signal.SIGCONT)
+    with pytest.raises(ReadError, match="the video could not be read within 20 seconds"):
+        await asking
+
+
+def test_a_full_disk_is_not_the_videos_fault(monkeypatch):
+    def full(job, descriptors):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(reader_worker, "_result", full)
+    answer = reader_worker._answer(json.dumps({"kind": "video"}).encode(), [])
+    assert answer == {"error": "there is no room for the video's frames", "code": "no_room"}
 
 
 async def test_a_worker_that_does_not_start_is_an_error(reader, monkeypatch):

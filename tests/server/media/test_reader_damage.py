@@ -138,6 +138,20 @@ async def test_a_damaged_video_is_read_or_refused(reader, name):
     assert isinstance(await read(SEEDS[name]), Reading)
 
 
+@pytest.mark.parametrize("name", KINDS)
+async def test_a_damaged_image_or_sound_is_examined_or_refused(reader, name):
+    chance, kind = random.Random(f"examine {name}"), KINDS[name]
+    demuxer = identify(SEEDS[name][:1024], kind).demuxer
+    for _ in range(CASES_PER_FILE // 2):
+        try:
+            facts = await examine(reader, damaged(SEEDS[name], chance) or b"\0", demuxer=demuxer or "-", kind=kind)
+        except ReadError as exc:
+            assert "broke its reader" not in str(exc)  # noqa: PT017 - either is fine
+        else:
+            assert facts.decoded_bytes >= 0
+            assert facts.duration_seconds <= LIMITS.max_seconds
+
+
 async def test_all_frames_of_a_video_with_a_broken_one_are_given(reader):
     data = recording("matroska", "mpeg4", 24, 8, encoder=(("g", "1"),))
     at = data.index(b"\0\0\1\xb6", places(data)[5][0])

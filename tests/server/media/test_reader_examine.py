@@ -196,6 +196,9 @@ async def test_a_video_beyond_a_limit_is_refused(change, code):
         ("avi", "mpeg4", "yuv420p"),
         ("avi", "mjpeg", "yuvj420p"),
         ("flv", "flv1", "yuv420p"),
+        ("mpegts", "libx265", "yuv420p"),
+        ("mov", "prores_ks", "yuv422p10le"),
+        ("mpegts", "mpeg2video", "yuv420p"),
     ],
 )
 async def test_frames_that_grow_in_the_middle_count_as_the_largest(reader, container, codec, pix_fmt):

@@ -1,5 +1,7 @@
 """Every kind of video that is taken: how many frames it has, how long it lasts, and which frames are read."""
 
+from dataclasses import replace
+
 import pytest
 import pytest_asyncio
 
@@ -9,6 +11,7 @@ from tests.server.media.reading import ALL_FRAMES, LIMITS, examine, frames_of
 from tests.server.media.recordings import (
     HEIGHT,
     WIDTH,
+    animation,
     encrypted,
     later,
     number_of,
@@ -70,6 +73,8 @@ KINDS = {
     ),
     "packets_of_192.m2ts": (lambda: recording("mpegts", "libx264", options=(("mpegts_m2ts_mode", "1"),)), 24, 3),
     "elementary.m2v": (lambda: recording("mpeg2video", "mpeg2video", rate=25), 24, 24 / 25),
+    "elementary.h264": (lambda: recording("h264", "libx264", 48, 25, encoder=GOP_12), 48, 48 / 25),
+    "elementary.h265": (lambda: recording("hevc", "libx265", 48, 25, encoder=GOP_12), 48, 48 / 25),
     "elementary_b_frames.m2v": (
         lambda: recording("mpeg2video", "mpeg2video", 48, rate=25, encoder=(("bf", "2"),)),
         48,
@@ -132,6 +137,34 @@ async def test_an_animation_shows_each_frame(reader):
     assert [number_of(picture) for picture in pictures] == list(range(24)) == reading.header.frames_indices
 
 
+async def test_animated_webp_is_a_video(reader):
+    data = animation()
+    facts = await examine(reader, data)
+    assert (facts.container, facts.frames, facts.width, facts.height) == ("webp", 24, WIDTH, HEIGHT)
+    assert (facts.duration_seconds, facts.fps) == (3, 8)
+    for sampling in (ALL_FRAMES, {"rule": "uniform", "num_frames": 5}):
+        reading, pictures = await frames_of(reader, data, sampling)
+        assert [number_of(picture) for picture in pictures] == reading.header.frames_indices
+    assert (await examine(reader, animation(1))).frames == 1
+    with pytest.raises(ReadError, match="truncated or broken"):
+        await examine(reader, data[: len(data) // 2])
+
+
+async def test_an_animation_is_held_to_the_limits():
+    limits = replace(LIMITS, max_pixels=WIDTH * HEIGHT, max_frames=24, max_seconds=3)
+    reader = Reader(limits=limits, seconds=30, num_workers=1)
+    try:
+        assert (await examine(reader, animation())).frames == 24
+        with pytest.raises(ReadError, match="have 129 x 64 pixels, at most 8192 are allowed"):
+            await examine(reader, animation(2, size=(129, 64)))
+        with pytest.raises(ReadError, match="more than 24 frames"):
+            await examine(reader, animation(25, 10))
+        with pytest.raises(ReadError, match=r"lasts 3\.024 seconds"):
+            await examine(reader, animation(24, 126))
+    finally:
+        reader.close()
+
+
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.9])
 async def test_a_lost_packet_costs_a_frame_at_most(reader, share):
     data = without_packet(broadcast(), share)
@@ -150,6 +183,14 @@ async def test_a_recording_that_begins_inside_a_packet_begins_with_its_first_key
     assert 80 <= frames < 96
     assert reading.facts.duration_seconds == pytest.approx(frames / 24, abs=0.01)
     assert [number_of(picture) for picture in pictures] == list(range(96 - frames, 96))
+
+
+@pytest.mark.parametrize(("container", "codec"), [("matroska", "libx264"), ("mp4", "libx264"), ("avi", "mpeg4")])
+async def test_a_title_that_is_no_unicode_is_passed_over(reader, container, codec):
+    data = recording(container, codec)
+    assert b"Lavf" in data
+    facts = await examine(reader, data.replace(b"Lavf", b"\xe4\xf6\xfc\xdf"))
+    assert facts.frames == 24
 
 
 async def test_a_cover_picture_is_no_video(reader):

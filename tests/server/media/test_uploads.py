@@ -151,7 +151,7 @@ async def test_without_a_directory_there_are_no_files_and_the_message_says_why(e
     ("content", "code"),
     [
         (b"", "invalid_media"),
-        (b"GIF89a", "invalid_media"),
+        (b"\x89PNG\r\n\x1a\n", "invalid_media"),
         (b"#EXTM3U\nhttp://10.0.0.1/x.ts\n", "invalid_media"),
         (clip()[:700], "invalid_video"),
         (clip(frames=24), "video_too_long"),
