@@ -222,3 +222,11 @@ def test_a_bad_frames_file_is_a_client_error_that_says_why_and_the_server_goes_o
         answer = chat(server, url)
         assert (answer.status_code, answer.json()["error"]["message"]) == (400, told)
     assert chat(server, placed(folder, good, "good.frames")).status_code == 200
+
+
+@pytest.mark.only_on("v1")
+def test_a_frames_file_that_is_gone_is_vllms_500_as_with_any_file(server, folder):
+    """Documents vLLM 0.32: after an `OSError` it also closes the connection, without saying so in the response."""
+    for name in ("gone.frames", "gone.mp4"):
+        with httpx.Client(base_url=server.base_url, timeout=60) as client:
+            assert chat(client, (folder / name).as_uri()).status_code == 500
