@@ -6,11 +6,18 @@ RETENTION ?= 0.10
 USERS ?= 2
 DURATION ?= 60
 
+NO_SKIPS ?=
+PYTEST = $(VENV)/python -m pytest $(NO_SKIPS)
+SIDE_BY_SIDE = -n 2 --dist loadgroup --no-loadscope-reorder
+
+# Where .ci/install puts a program that Debian lacks.
+export PATH := $(CURDIR)/.cache/tools:$(PATH)
+
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo train loadtest test test-fast check format
+.PHONY: help install install-test demo train loadtest test test-fast test-runner-v1 test-gateway check lint ci format
 
 help:  ## what can be made
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install:  ## vLLM, the plugin and the gateway, into .venv
 	@$(PYTHON) demo/environment.py
@@ -28,23 +35,32 @@ loadtest:  ## users who ask a real engine about videos, whole and then reduced; 
 	@$(PYTHON) demo/environment.py --with loadtest
 	@$(VENV)/python loadtest/run.py $(if $(MODEL),--model "$(MODEL)") --retention "$(RETENTION)" --users "$(USERS)" --seconds "$(DURATION)"
 
-test: test-fast  ## all tests, with real engines on both of vLLM's model runners
-	@echo "Real engines, on both model runners side by side; the second one's tests are shown when they are done."
-	@mkdir -p .cache; $(VENV)/python -m pytest tests/e2e --runner v2 > .cache/test-v2.log 2>&1 & second=$$!; \
-	trap 'kill $$second' INT TERM; \
-	$(VENV)/python -m pytest tests/e2e --runner v1; first_status=$$?; \
-	wait $$second; second_status=$$?; echo "On the second runner:"; cat .cache/test-v2.log; \
-	[ $$first_status -eq 0 ] && [ $$second_status -eq 0 ]
+test: test-fast  ## all tests, with real engines on the model runner that vLLM has for GPUs
+	@$(PYTEST) tests/e2e $(SIDE_BY_SIDE)
 
 test-fast: install-test  ## the tests that need no engine
-	@$(VENV)/python -m pytest tests -n 2 -m "not engine"
+	@$(PYTEST) tests -n 2 -m "not engine"
 
-check: install-test  ## format, lint, types, import contracts, tests
+test-runner-v1: install-test  ## the tests with real engines again, on vLLM's other model runner
+	@$(PYTEST) tests/e2e --runner v1 $(SIDE_BY_SIDE)
+
+test-gateway:  ## the gateway's tests, in an environment of their own without vLLM
+	@$(PYTHON) demo/environment.py --gateway-tests
+	@.venv-gateway/bin/python -m pytest tests/server -n 2
+
+check: lint test-fast  ## format, lint, types, import contracts, the tests that need no engine
+
+lint: install-test
 	$(VENV)/ruff format --check
 	$(VENV)/ruff check
 	$(VENV)/mypy
 	$(VENV)/lint-imports
-	@$(MAKE) --no-print-directory test
+
+ci:  ## what continuous integration runs: all checks and tests, none skipped; installs what is missing, as root on Debian
+	@.ci/install
+	@$(MAKE) --no-print-directory lint
+	@$(MAKE) --no-print-directory test NO_SKIPS=--no-skips
+	@$(MAKE) --no-print-directory test-runner-v1 NO_SKIPS=--no-skips
 
 format: install-test  ## bring the code into shape
 	$(VENV)/ruff format

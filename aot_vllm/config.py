@@ -86,8 +86,8 @@ class AOTConfig:
 
     iterations: int = 20
     """Most Sinkhorn iterations per solve. The paper allows 100, but its stopping rule ends after 2 to 9. A GPU runs all
-    of them, because ending early would cost a synchronisation. Each further iteration then costs a dozen launches and
-    changes nothing."""
+    of them, because ending early would cost a synchronisation. Without Triton, each further iteration costs a dozen
+    launches and changes nothing."""
 
     tolerance: float = 1e-2
     """A solve has converged when an iteration moves its row scaling by less than this on average."""

@@ -62,11 +62,42 @@ ARMS = {
 }
 
 
+SETTINGS: dict[str, Any] = {
+    "dtype": "float32",
+    "enforce_eager": True,
+    "max_model_len": 8192,
+    "max_num_batched_tokens": 8192,
+    "kv_cache_memory_bytes": 2**29,
+    "limit_mm_per_prompt": {"image": 0, "video": 1},
+    "seed": 0,
+}
+PROMPT = (
+    "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+    "<|im_start|>user\n<|vision_start|><|video_pad|><|vision_end|>What happens?<|im_end|>\n<|im_start|>assistant\n"
+)
+
+
+def request(clip: Any, *, retention: float | None) -> dict[str, Any]:
+    """Return a question about a clip whose frames were taken twice a second."""
+    metadata = {
+        "fps": 2.0,
+        "duration": len(clip) / 2,
+        "total_num_frames": len(clip),
+        "frames_indices": list(range(len(clip))),
+        "video_backend": "opencv",
+        "do_sample_frames": False,
+    }
+    asked: dict[str, Any] = {"prompt": PROMPT, "multi_modal_data": {"video": [(clip, metadata)]}}
+    return asked if retention is None else {**asked, "mm_processor_kwargs": {"aot_retention": retention}}
+
+
 def serve(model: str, arm: Arm, steps: int) -> None:
     """Answer each line of standard input, a number of requests, with the seconds of each decoding step."""
-    from tests.e2e.checkpoints import checkpoint
-    from tests.e2e.engines import Engine, video
-    from tests.e2e.qwen import qwen_request
+    import numpy as np
+    from vllm import LLM, SamplingParams
+
+    from demo.clip import frame
+    from demo.tiny_checkpoints import checkpoint
 
     if arm is ARMS["evs"]:
         import vllm.v1.worker.cpu_model_runner  # noqa: F401 - which the next line mends
@@ -74,14 +105,16 @@ def serve(model: str, arm: Arm, steps: int) -> None:
         from aot_vllm.adapters.compat import let_cpu_runner_recompute_positions
 
         let_cpu_runner_recompute_positions()
-    engine = Engine(checkpoint(model), max_num_seqs=max(RUNNING), kv_cache_memory_bytes=2**29, **arm.arguments)
-    requests = [
-        qwen_request(video(FRAMES, side=224, seed=seed), "What happens?", retention=arm.retention)
+    llm = LLM(model=str(checkpoint(model)), max_num_seqs=max(RUNNING), **SETTINGS, **arm.arguments)
+    clips = [
+        np.stack([frame(index, FRAMES, height=224, width=224, seed=seed) for index in range(FRAMES)])
         for seed in range(max(RUNNING))
     ]
-    print(json.dumps({"tokens": [answer.prompt_tokens for answer in engine.ask(*requests, max_tokens=1)]}), flush=True)
+    requests = [request(clip, retention=arm.retention) for clip in clips]
+    outputs = llm.generate(requests, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+    print(json.dumps({"tokens": [len(output.prompt_token_ids or ()) for output in outputs]}), flush=True)
     for line in sys.stdin:
-        print(json.dumps(decoding_steps(engine.llm, requests[: int(line)], steps)), flush=True)
+        print(json.dumps(decoding_steps(llm, requests[: int(line)], steps)), flush=True)
 
 
 def decoding_steps(llm: Any, requests: list[Any], steps: int) -> list[float]:

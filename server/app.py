@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
@@ -179,7 +180,7 @@ def _media(settings: Settings, metrics: Metrics, network: Network | None, pool: 
     reader = Reader(
         limits=limits,
         seconds=settings.media_read_seconds,
-        num_workers=settings.media_readers,
+        num_workers=settings.media_readers or os.cpu_count() or 1,
         max_frames_bytes=settings.media_max_decoded_bytes,
     )
     examiner = Examiner(reader, metrics=metrics)

@@ -123,7 +123,7 @@ class Settings(BaseSettings):
     media_full_size: bool = False
     media_fetch_seconds: float = Field(default=30, gt=0)
     media_read_seconds: float = Field(default=30, gt=0)
-    media_readers: int = Field(default=os.cpu_count() or 1, ge=1)
+    media_readers: int | None = Field(default=None, ge=1)
     media_store_bytes: int = Field(default=10_240 * MIB, ge=1024)
     media_store_seconds: float = Field(default=3600, gt=0)
     media_secret: SecretStr | None = Field(default=None, min_length=16)

@@ -38,6 +38,7 @@ def test_what_the_settings_table_does_not_allow_is_refused(name):
         "`true`, `false`": (1, "true"),
         '`"both"`, `"compact"`': ("all", None),
         '`"diverse"`, `"attention"`': ("random", None),
+        '`"auto"`, `"triton"`, `"torch"`': ("cuda", None),
         "a layer of the tower": (1.5, None),
         "a layer of the tower, or `null`": (1.5, "3"),
     }

@@ -233,3 +233,34 @@ def let_proposer_know_reduced_models() -> None:
 
     setattr(get_model_name, _MARK, True)
     module.SpecDecodeBaseProposer.get_model_name = get_model_name
+
+
+def let_rope_state_keep_known_deltas() -> None:
+    """Let a model tell Model Runner V2 that the delta of a prompt's positions stays what it is, by a delta of None.
+
+    Without this function, a step with videos would wait for the vision tower and the reduction, to read back a number
+    that is known since the prompt arrived. `MultiModalPruner` passes the delta from `recompute_mrope_positions` on to
+    `RopeState.update_prefill_positions`, which stores it in host memory. Needed for 0.32. Delete it once the hook may
+    leave the delta out. Model Runner V1 does not use `RopeState`.
+
+    Raises:
+        UnsupportedError: vLLM has no `RopeState.update_prefill_positions`.
+    """
+    module = sys.modules.get("vllm.v1.worker.gpu.mm.rope")
+    if module is None:
+        return
+    original = getattr(getattr(module, "RopeState", None), "update_prefill_positions", None)
+    if original is None:
+        raise UnsupportedError(
+            f"vLLM {vllm_version()} has no RopeState.update_prefill_positions, to which aot-vllm passes the positions "
+            "of reduced videos; install vllm 0.32.*"
+        )
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def update_prefill_positions(self: Any, req_idx: int, positions: Any, delta: int | None) -> None:
+        original(self, req_idx, positions, int(self.prefill_delta.np[req_idx]) if delta is None else delta)
+
+    setattr(update_prefill_positions, _MARK, True)
+    module.RopeState.update_prefill_positions = update_prefill_positions

@@ -27,12 +27,13 @@ from vllm.utils.tensor_schema import TensorShape
 from aot_vllm.adapters.blocks import frames_at_once, in_blocks
 from aot_vllm.adapters.processing import RETENTION, ReducedVideoProcessor, WithoutRetention
 from aot_vllm.adapters.scores import AttentionScores, scoring_modules
-from aot_vllm.adapters.settings import Reduction, from_ppm
+from aot_vllm.adapters.settings import PluginSettings, Reduction, from_ppm
 from aot_vllm.adapters.telemetry import METER
 from aot_vllm.core.budget import Budget
 from aot_vllm.core.grid import VideoGrid
 from aot_vllm.core.reduce import needs_scores, reduce_video
 from aot_vllm.errors import UnsupportedError
+from aot_vllm.kernels.dispatch import algorithms_for
 
 TOWER_FRAMES = _MAX_FRAMES_PER_VIDEO
 """Most frames that the vision tower processes at a time. vLLM profiles the model's memory with as many."""
@@ -109,11 +110,13 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
                 "serve this checkpoint without --video-pruning-rate"
             )
         self.method = Reduction.of(self.config).method
+        self.kernels = PluginSettings.from_additional_config(vllm_config.additional_config).kernels
         layers = self.vision_tower.vision_model.encoder.layers
         self.scores = AttentionScores(
             scoring_modules(self.method, [layer.self_attn.attn for layer in layers]),
             total_heads=self.config.vision_config.num_attention_heads,
             sum_over_ranks=tensor_model_parallel_all_reduce,
+            kernels=self.kernels,
         )
 
     def _parse_and_validate_video_input(self, **kwargs: object) -> ReducedVideoPixels | None:
@@ -146,7 +149,13 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
             features = self._tower(pixels)
         with METER.timing(features.device):
             reduced = reduce_video(
-                features, local_scores, global_scores, grid=grid, retention=retention, config=self.method
+                features,
+                local_scores,
+                global_scores,
+                grid=grid,
+                retention=retention,
+                config=self.method,
+                algorithms=algorithms_for(features.device, kernels=self.kernels),
             )
         METER.add(reduced)
         return torch.cat((reduced.tokens, self.image_newline[None]))

@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-BASE, DIGITS = 256, 3  # bfloat16 holds every integer up to 256
-"""A coordinate travels as digits in columns of an embedding. Every type of embedding holds them exactly."""
+BITS, DIGITS = 8, 3  # bfloat16 holds every integer up to 256
+"""A coordinate travels as digits to the base 256 in columns of an embedding. Every type of embedding holds them
+exactly."""
 
 
 @dataclass(frozen=True)
@@ -107,11 +108,16 @@ def position_delta(positions: Tensor) -> int:
 
 def with_coordinates(embeddings: Tensor, coordinates: Tensor) -> Tensor:
     """Return embeddings (K, W) followed by their coordinates (K, 3), as digits in further columns."""
-    digits_K3D = torch.stack([coordinates // BASE**digit % BASE for digit in range(DIGITS)], dim=2)
+    digits_K3D = (coordinates.unsqueeze(2) >> _shifts(coordinates.device)) & (2**BITS - 1)
     return torch.cat((embeddings, digits_K3D.flatten(1).to(embeddings.dtype)), dim=1)
 
 
 def coordinates_of(embeddings: Tensor, *, width: int) -> Tensor:
     """Return the coordinates (K, 3) that `with_coordinates` put after the first `width` columns."""
     digits_K3D = embeddings[:, width:].long().unflatten(1, (3, DIGITS))
-    return sum(digits_K3D[:, :, digit] * BASE**digit for digit in range(DIGITS))
+    return (digits_K3D << _shifts(embeddings.device)).sum(dim=2)
+
+
+def _shifts(device: torch.device) -> Tensor:
+    """Return how many bits each digit stands above the lowest, (D,)."""
+    return torch.arange(0, BITS * DIGITS, BITS, device=device)

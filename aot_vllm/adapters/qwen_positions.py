@@ -94,26 +94,36 @@ class PositionedQwenVL:
         multimodal_embeddings: Sequence[Tensor],
         mrope_positions: Tensor,
         num_computed_tokens: int,
-    ) -> tuple[Sequence[Tensor], Tensor, int]:
+    ) -> tuple[Sequence[Tensor], Tensor, int | None]:
         """Return embeddings without coordinates, positions (3, N) with these coordinates filled in, and their delta.
 
         `multimodal_embeddings` are those that enter the language model in this step. Those of videos carry coordinates.
-        Those of images carry none, for their positions are already exact. On a GPU a step with videos waits for the
-        device: both model runners need the delta on the host, and V1 needs the positions there too.
+        Those of images carry none, for their positions are already exact.
+
+        Model Runner V2 holds prompts and positions on the device. It has the exact delta since the prompt arrived, so
+        the delta is None here, and the host does not wait for the device. V1 holds both on the host, and waits.
         """
+        if isinstance(input_ids, Tensor):
+            return *self._settled(input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens), None
         if not multimodal_embeddings:
             return multimodal_embeddings, mrope_positions, position_delta(mrope_positions)
-        width = self._width
         with gpu_sync_allowed():
-            carried = [coordinates_of(rows, width=width) for rows in multimodal_embeddings if rows.shape[1] > width]
-            if carried:
-                device = mrope_positions.device
-                mrope_positions = settle(
-                    mrope_positions,
-                    torch.as_tensor(input_ids, device=device),
-                    torch.cat(carried).to(device),
-                    video_token_id=self.config.video_token_id,
-                    num_computed_tokens=num_computed_tokens,
-                )
-            stripped = [rows[:, :width] for rows in multimodal_embeddings]
-            return stripped, mrope_positions, position_delta(mrope_positions)
+            ids = torch.as_tensor(input_ids, device=mrope_positions.device)
+            stripped, positions = self._settled(ids, multimodal_embeddings, mrope_positions, num_computed_tokens)
+            return stripped, positions, position_delta(positions)
+
+    def _settled(
+        self, input_ids: Tensor, embeddings: Sequence[Tensor], positions: Tensor, num_computed_tokens: int
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """Return embeddings without coordinates, and positions (3, N) with these coordinates filled in."""
+        width = self._width
+        carried = [coordinates_of(rows, width=width) for rows in embeddings if rows.shape[1] > width]
+        if carried:
+            positions = settle(
+                positions,
+                input_ids,
+                torch.cat(carried).to(positions.device),
+                video_token_id=self.config.video_token_id,
+                num_computed_tokens=num_computed_tokens,
+            )
+        return [rows[:, :width] for rows in embeddings], positions

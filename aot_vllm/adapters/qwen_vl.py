@@ -12,26 +12,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from vllm.config import VllmConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from aot_vllm.adapters.blocks import frames_at_once, in_blocks
-from aot_vllm.adapters.compat import let_cpu_runner_recompute_positions, let_proposer_know_reduced_models
+from aot_vllm.adapters.compat import (
+    let_cpu_runner_recompute_positions,
+    let_proposer_know_reduced_models,
+    let_rope_state_keep_known_deltas,
+)
 from aot_vllm.adapters.processing import RETENTION
 from aot_vllm.adapters.qwen_positions import PositionedQwenVL
-from aot_vllm.adapters.scores import AttentionScores, attention_received, scoring_modules
-from aot_vllm.adapters.settings import from_ppm
+from aot_vllm.adapters.scores import AttentionScores, scoring_modules
+from aot_vllm.adapters.settings import PluginSettings, from_ppm
 from aot_vllm.adapters.telemetry import METER
+from aot_vllm.core.attention import attention_received
 from aot_vllm.core.grid import VideoGrid
 from aot_vllm.core.reduce import ReducedVideo, needs_scores, reduce_video
+from aot_vllm.kernels.dispatch import Kernels, algorithms_for
 
 
 class ReducedQwenVL(PositionedQwenVL):
     """A mix-in before a Qwen model: it reduces each video between the vision tower and the language model."""
 
     scores: AttentionScores
+    kernels: Kernels
 
-    def set_up_reduction(self, *, whole_frame: Sequence[int] | None = None) -> None:
+    def set_up_reduction(self, vllm_config: VllmConfig, *, whole_frame: Sequence[int] | None = None) -> None:
         """Prepare the model runner. If anchors are chosen by attention, hook the two scoring layers.
 
         `whole_frame`: the layers of the tower that attend to a whole frame, by default all.
@@ -39,13 +47,16 @@ class ReducedQwenVL(PositionedQwenVL):
         Raises:
             SettingError: the tower does not have a scoring layer that the settings name.
         """
+        self.kernels = PluginSettings.from_additional_config(vllm_config.additional_config).kernels
         let_cpu_runner_recompute_positions()
         let_proposer_know_reduced_models()
+        let_rope_state_keep_known_deltas()
         blocks = self.visual.blocks
         self.scores = AttentionScores(
             scoring_modules(self.method, [block.attn.attn for block in blocks], whole_frame=whole_frame),
             total_heads=self.config.vision_config.num_heads,
             sum_over_ranks=tensor_model_parallel_all_reduce,
+            kernels=self.kernels,
         )
 
     def row_major(self, scores: Tensor, grid: VideoGrid) -> Tensor:
@@ -97,6 +108,7 @@ class ReducedQwenVL(PositionedQwenVL):
                 retention=retention,
                 config=self.method,
                 compared=self._main_width,
+                algorithms=algorithms_for(features.device, kernels=self.kernels),
             )
         METER.add(reduced)
         return reduced

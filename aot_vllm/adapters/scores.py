@@ -1,7 +1,7 @@
 """Attention received by each token, from two layers of a vision tower that runs its own fast attention.
 
 Fast kernels return no attention maps. So hooks take the queries and keys of the two scoring layers and compute
-softmax(Q K^T) again, a few frames at a time. The maps are summed at once and never stored.
+softmax(Q K^T) again, see `aot_vllm.core.attention`.
 """
 
 from __future__ import annotations
@@ -15,15 +15,7 @@ from torch import Tensor, nn
 
 from aot_vllm.config import AOTConfig
 from aot_vllm.errors import SettingError
-
-MAP_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
-"""Most memory for attention maps at a time. A frame of SigLIP-so400m takes 34 MB (16 heads, 729 x 729, float32). On a
-CPU, maps that nearly fit the caches take less than half the time. On a GPU, larger blocks mean fewer launches."""
-
-QUERIES_OF_MAPS = 2
-"""Second bound on that memory, in multiples of the layer's queries; it includes the copies that maps are made from.
-Memory was profiled with the MLP of the layer. The MLP needs more than the attention, by 2.5 (SigLIP-so400m, Qwen3-VL)
-or 3 (Qwen2.5-VL) times the memory of the queries."""
+from aot_vllm.kernels.dispatch import Kernels, algorithms_for
 
 PAPER_LOCAL_DEPTH = 5 / 26
 """Relative depth of the local scoring layer in the released code: layer 5 of the 26 that LLaVA-OneVision executes."""
@@ -61,40 +53,6 @@ def _nearest(layers: Sequence[int], layer: int) -> int:
     return min(layers, key=lambda candidate: (abs(candidate - layer), -candidate))
 
 
-def attention_received(query: Tensor, key: Tensor, *, num_heads: int, scale: float) -> Tensor:
-    """Return the attention that each token receives, summed over queries and heads: (frames, tokens), float32.
-
-    `query`, `key`: (frames, tokens, num_heads * head_size), as they enter the attention module. Tokens attend within
-    their frame. `MAP_BYTES` and `QUERIES_OF_MAPS` bound the memory of maps, down to the map of a single query.
-    """
-    frames, tokens, _ = query.shape
-    map_bytes = min(MAP_BYTES.get(query.device.type, MAP_BYTES["cuda"]), QUERIES_OF_MAPS * query.nbytes)
-    # half-precision logits exist together with their float32 copy, which becomes the map
-    query_bytes = num_heads * tokens * (4 if query.dtype == torch.float32 else 4 + query.itemsize)
-    copies_bytes = 3 * query[0].nbytes  # keys, queries, and scaled queries
-    frames_at_once = max(1, map_bytes // (query_bytes * tokens + copies_bytes))
-    queries_at_once = min(tokens, max(1, map_bytes // query_bytes))
-    received = torch.zeros(frames, tokens, dtype=torch.float32, device=query.device)
-    for frame in range(0, frames, frames_at_once):
-        block = slice(frame, frame + frames_at_once)
-        queries, keys = (part[block].unflatten(-1, (num_heads, -1)).transpose(1, 2) for part in (query, key))
-        for some in queries.split(queries_at_once, dim=2):
-            received[block] += _received_from(some * scale, keys)
-    return received
-
-
-def _received_from(queries: Tensor, keys: Tensor) -> Tensor:
-    """Return the attention that some queries give, (frames, tokens), from (frames, heads, queries or tokens, size).
-
-    The softmax is computed in place, and its denominators are applied in the sum over queries. So there is one map in
-    memory instead of three.
-    """
-    maps = torch.matmul(queries, keys.transpose(-1, -2)).float()
-    maps.sub_(maps.amax(dim=-1, keepdim=True)).exp_()
-    shares = maps.sum(dim=-1, keepdim=True).reciprocal_()
-    return torch.matmul(shares.transpose(-1, -2), maps).sum(dim=(1, 2))
-
-
 def scoring_modules(
     config: AOTConfig, modules: Sequence[nn.Module], *, whole_frame: Sequence[int] | None = None
 ) -> tuple[nn.Module, ...]:
@@ -118,9 +76,15 @@ class AttentionScores:
     """
 
     def __init__(
-        self, modules: Sequence[nn.Module], *, total_heads: int, sum_over_ranks: Callable[[Tensor], Tensor]
+        self,
+        modules: Sequence[nn.Module],
+        *,
+        total_heads: int,
+        sum_over_ranks: Callable[[Tensor], Tensor],
+        kernels: Kernels = "auto",
     ) -> None:
-        """Hook the modules. Outside of `recording` the hooks do nothing."""
+        """Hook the modules. Outside of `recording` the hooks do nothing. `kernels`: see `PluginSettings`."""
+        self._kernels: Kernels = kernels
         self._slots = range(len(modules))
         self._total_heads = total_heads
         self._sum_over_ranks = sum_over_ranks
@@ -136,7 +100,9 @@ class AttentionScores:
             query, key = inputs[:2] if inputs else (named["query"], named["key"])
             if self._tokens_per_frame is not None:
                 query, key = (part.reshape(-1, self._tokens_per_frame, part[0, 0].numel()) for part in (query, key))
-            received = attention_received(query, key, num_heads=module.num_heads, scale=module.scale)
+            received = algorithms_for(query.device, kernels=self._kernels).attention_received(
+                query, key, num_heads=module.num_heads, scale=module.scale
+            )
             if module.num_heads < self._total_heads:
                 received = self._sum_over_ranks(received)
             self._blocks[slot].append(received / self._total_heads)

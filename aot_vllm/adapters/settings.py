@@ -8,6 +8,7 @@ from typing import Any
 
 from aot_vllm.config import AOTConfig, check_retention
 from aot_vllm.errors import SettingError
+from aot_vllm.kernels.dispatch import Kernels, check_kernels
 
 PPM = 1_000_000
 """A retention travels as whole millionths: an integer survives every cast between the processor and the worker."""
@@ -23,12 +24,15 @@ def _flag(name: str, value: object) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class PluginSettings:
-    """The `"aot"` part of `--additional-config`: two switches of the plugin and the settings of the method."""
+    """The `"aot"` part of `--additional-config`: the settings of the plugin and those of the method."""
 
     enabled: bool = True
     """False leaves the rate to vLLM's own pruning. A model without pruning of its own then does not start."""
     allow_untested_vllm: bool = False
     """True starts on a vLLM release that the adapters were not tested with."""
+    kernels: Kernels = "auto"
+    """Who computes the expensive parts of the reduction: `triton`, `torch`, or `auto` for Triton on NVIDIA GPUs. The
+    result is the same up to rounding, so this setting is not part of the method and of no cache key of a video."""
     method: AOTConfig = field(default_factory=AOTConfig)
 
     @classmethod
@@ -44,7 +48,11 @@ class PluginSettings:
         if not isinstance(given, Mapping):
             raise SettingError(f"additional_config['aot'] must be a JSON object, got {given!r}")
         own = {f.name for f in fields(cls)} - {"method"}
-        switches = {name: _flag(name, value) for name, value in given.items() if name in own}
+        switches: dict[str, Any] = {
+            name: check_kernels(value) if name == "kernels" else _flag(name, value)
+            for name, value in given.items()
+            if name in own
+        }
         rest = {name: value for name, value in given.items() if name not in own}
         allowed = own | {f.name for f in fields(AOTConfig)}
         if unknown := sorted(str(name) for name in rest if name not in allowed):

@@ -1,19 +1,21 @@
 """The choice of a frame's anchors: by attention ("token anchors", section 3.2 of the paper), or by diversity.
 
-Dimensions: T frames, P positions of a frame, A anchors of a frame, W windows, E cells of a window (padding included), D
-width.
+Dimensions: T frames, P positions of a frame, A anchors of a frame, k anchors kept of a frame, D width.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from aot_vllm.config import check_integer, check_real
-from aot_vllm.core import cost
 from aot_vllm.core.layout import check_keep
 from aot_vllm.errors import SettingError, ShapeError
+
+TABLE_BYTES = 64 * 2**20
+"""Most memory for tables of positions x positions. A frame of more than 4,096 positions gets no table. Its distances
+are computed from one token at a time, when they are needed."""
 
 
 def select_anchors(
@@ -71,40 +73,92 @@ def select_diverse_anchors(features: Tensor, *, count: int, keep: int | Sequence
     A NaN does not change the number of choices. Entries must be below 1e18 / sqrt(D), where squares overflow. Raises
     `ShapeError` for features that are not (T, P, D), `SettingError` for counts that do not fit them.
     """
+    keep_per_frame = check_diverse(features, count=count, keep=keep)
+    orders: list[Tensor] = []
+    before: tuple[Tensor, Tensor] | None = None
+    for frame, kept in zip(_frames(features), keep_per_frame, strict=True):
+        far_P = frame.rest if before is None else _far_from(*before, frame)
+        order_A = _spread_out(frame, far_P, count=count, starts_afresh=before is None)
+        kept_k = order_A[:kept]
+        before = (frame.tokens.index_select(0, kept_k), frame.squares.index_select(0, kept_k)) if kept else None
+        orders.append(order_A)
+    return torch.stack(orders)
+
+
+def check_diverse(features: Tensor, *, count: int, keep: int | Sequence[int] | None) -> tuple[int, ...]:
+    """Return one count of kept anchors for each frame. Raises for the first argument that does not fit the others."""
     if features.dim() != 3 or 0 in features.shape:
         raise ShapeError(
             f"features must have shape (frames, positions, width), all at least 1, got {tuple(features.shape)}"
         )
     frames, positions, _ = features.shape
     _check_count(count, positions)
-    kept_kD = features[0, :0].float()
-    orders = []
-    for frame_PD, kept in zip(
-        features, check_keep(count if keep is None else keep, frames=frames, anchors=count), strict=True
-    ):
-        tokens_PD = frame_PD.float()
-        order_A = _spread_out(tokens_PD, kept_kD, count)
-        kept_kD = tokens_PD.index_select(0, order_A[:kept])
-        orders.append(order_A)
-    return torch.stack(orders)
+    return check_keep(count if keep is None else keep, frames=frames, anchors=count)
 
 
-def _spread_out(tokens_PD: Tensor, before_kD: Tensor, count: int) -> Tensor:
-    """Return the positions of `count` tokens, each farthest from the tokens before it: (P, D), (k, D) -> (count,).
+@dataclass(frozen=True)
+class _Frame:
+    """Tokens (P, D) in float32, the squares of their lengths (P,), and their squared distances from each other, (P, P).
 
-    The tokens before it are `before_kD` and all earlier choices. If `before_kD` is empty, the first choice is the token
-    farthest from the rest.
+    `distances` is None if that table would be too large. A token's distance from itself is negative infinity there.
+    `rest` (P,) is the sum of the distances from each token to all others, up to a summand that all have in common.
     """
-    distance_PP = cost.squared_distances(tokens_PD, tokens_PD)
-    is_first = len(before_kD) == 0
-    far_P = distance_PP.mean(dim=1) if is_first else cost.squared_distances(tokens_PD, before_kD).amin(dim=1)
-    distance_PP.fill_diagonal_(-torch.inf)  # a chosen token is never the farthest again
+
+    tokens: Tensor
+    squares: Tensor
+    rest: Tensor
+    distances: Tensor | None
+
+
+def _frames(features_TPD: Tensor) -> Iterator[_Frame]:
+    """Yield every frame. Tables and float32 copies are made in blocks of frames of at most `TABLE_BYTES`."""
+    _, positions, width = features_TPD.shape
+    if 4 * positions**2 > TABLE_BYTES:
+        for frame_PD in features_TPD:
+            tokens_PD = frame_PD.float()
+            squares_P = torch.linalg.vector_norm(tokens_PD, dim=1).square_()
+            rest_P = positions * squares_P - 2 * (tokens_PD @ tokens_PD.sum(dim=0))
+            yield _Frame(tokens_PD, squares_P, rest_P, None)
+        return
+    copied = 0 if features_TPD.dtype == torch.float32 else width
+    at_once = max(1, TABLE_BYTES // (4 * positions * (positions + copied)))
+    for block_TPD in features_TPD.split(at_once):
+        tokens_TPD = block_TPD.float()
+        distances_TPP = torch.bmm(tokens_TPD, tokens_TPD.transpose(1, 2))
+        squares_TP = distances_TPP.diagonal(dim1=1, dim2=2).clone()
+        distances_TPP.mul_(-2).add_(squares_TP.unsqueeze(2)).add_(squares_TP.unsqueeze(1))
+        rest_TP = distances_TPP.sum(dim=2)
+        distances_TPP.diagonal(dim1=1, dim2=2).fill_(-torch.inf)  # a chosen token is never the farthest again
+        yield from map(_Frame, tokens_TPD, squares_TP, rest_TP, distances_TPP)
+
+
+def _far_from(tokens_kD: Tensor, squares_k: Tensor, frame: _Frame) -> Tensor:
+    """Return the squared distance from every token of a frame to the nearest of k tokens, (P,). Ignores NaN."""
+    nearest_kP = torch.addmm(squares_k.unsqueeze(1), tokens_kD, frame.tokens.T, alpha=-2)
+    return nearest_kP.nan_to_num_(torch.inf, torch.inf, -torch.inf).amin(dim=0).add_(frame.squares)
+
+
+def _spread_out(frame: _Frame, far_P: Tensor, *, count: int, starts_afresh: bool) -> Tensor:
+    """Return the positions of `count` tokens, each farthest from the tokens before it, (count,).
+
+    `far_P` ranks the tokens for the first choice. It also counts for later choices, unless the frame `starts_afresh`.
+    """
     chosen: list[Tensor] = []
     for _ in range(count):
-        chosen.append(far_P.argmax(dim=0, keepdim=True))
-        row_P = distance_PP.index_select(0, chosen[-1])[0]
-        far_P = row_P if is_first and len(chosen) == 1 else torch.fmin(far_P, row_P)  # fmin drops NaN
+        best_1 = far_P.argmax(dim=0, keepdim=True)
+        row_P = _distances_from(frame, best_1)
+        far_P = row_P if starts_afresh and not chosen else torch.fmin(far_P, row_P)  # fmin drops NaN
+        chosen.append(best_1)
     return torch.cat(chosen)
+
+
+def _distances_from(frame: _Frame, position_1: Tensor) -> Tensor:
+    """Return the squared distances from one token to all others, (P,), and negative infinity for the token itself."""
+    if frame.distances is not None:
+        return frame.distances.index_select(0, position_1)[0]
+    products_P = frame.tokens @ frame.tokens.index_select(0, position_1)[0]
+    row_P = products_P.mul_(-2).add_(frame.squares.index_select(0, position_1)).add_(frame.squares)
+    return row_P.index_fill_(0, position_1, -torch.inf)
 
 
 def _check_count(count: int, positions: int) -> None:
@@ -115,33 +169,24 @@ def _check_count(count: int, positions: int) -> None:
 
 def _best_of_each_window(scores_TP: Tensor, *, rows: int, cols: int, window: int, local_count: float) -> Tensor:
     """Return a (T, P) mask of the best tokens of each window: `local_count` divided by the windows, rounded down."""
-    frames, positions = scores_TP.shape
-    cells_WE = _window_cells(rows, cols, window, scores_TP.device)
-    share = min(int(local_count // cells_WE.shape[0]), cells_WE.shape[1])
-    # Windows are padded to one size. The padding cells refer to one column past the frame, which always ranks last.
-    padded_TP = torch.nn.functional.pad(_finite(scores_TP), (0, 1), value=-torch.inf)
-    order_TWE = padded_TP[:, cells_WE].argsort(dim=2, descending=True, stable=True)[:, :, :share]
-    best_TWE = cells_WE.expand(frames, -1, -1).gather(2, order_TWE)
-    chosen_TP = torch.zeros(frames, positions + 1, dtype=torch.bool, device=scores_TP.device)
-    return chosen_TP.scatter_(1, best_TWE.flatten(1), True)[:, :positions]
+    device = scores_TP.device
+    row_windows, col_windows = -(-rows // window), -(-cols // window)
+    window_P = _runs(rows, row_windows, device).mul_(col_windows).unsqueeze(1).add(_runs(cols, col_windows, device))
+    share = int(local_count // (row_windows * col_windows))
+    # Sort by score, then by window: both sorts are stable. The rank within a window is the distance to its start.
+    best_TP = _finite(scores_TP).argsort(dim=1, descending=True, stable=True)
+    sorted_TP, place_TP = window_P.flatten()[best_TP].sort(dim=1, stable=True)
+    rank_P = torch.arange(rows * cols, device=device) - torch.searchsorted(sorted_TP[0], sorted_TP[0])
+    chosen_TP = (rank_P < share).expand_as(best_TP)
+    return torch.zeros_like(chosen_TP).scatter_(1, best_TP.gather(1, place_TP), chosen_TP)
 
 
-@lru_cache(maxsize=64)
-def _window_cells(rows: int, cols: int, window: int, device: torch.device) -> Tensor:
-    """Return the positions in each window, (W, E), ascending. A padding cell has the position `rows * cols`."""
-    windows = [
-        [row * cols + col for row in in_rows for col in in_cols]
-        for in_rows in _cut(rows, window)
-        for in_cols in _cut(cols, window)
-    ]
-    size = max(map(len, windows))
-    return torch.tensor([cells + [rows * cols] * (size - len(cells)) for cells in windows], device=device)
+def _runs(side: int, runs: int, device: torch.device) -> Tensor:
+    """Return the run of each cell of a side, (side,), if it is cut into runs whose lengths differ by at most 1.
 
-
-def _cut(side: int, window: int) -> list[range]:
-    """Return `side` cells cut into ceil(side / window) runs whose lengths differ by at most 1."""
-    runs = -(-side // window)
-    return [range(run * side // runs, (run + 1) * side // runs) for run in range(runs)]
+    Run i starts at cell floor(i * side / runs).
+    """
+    return torch.arange(runs - 1, side * runs, runs, device=device).div_(side, rounding_mode="floor")
 
 
 def _finite(scores_TP: Tensor) -> Tensor:

@@ -74,8 +74,8 @@ def _allocate(frames: int, positions: int, total: int, clips: int, kappa: float,
     else:
         anchors, keep, originals = _shares(total, positions, num_clips, later_frames, doubled_clips, kappa)
 
-    anchors_per_clip = tuple(sorted(_spread(anchors, num_clips), reverse=True))
-    kept, doubled = iter(_spread(keep, later_frames)), iter(_spread(originals, doubled_clips))
+    anchors_per_clip = tuple(sorted(spread(anchors, num_clips), reverse=True))
+    kept, doubled = iter(spread(keep, later_frames)), iter(spread(originals, doubled_clips))
     originals_per_clip = tuple(next(doubled) if doubled_clips and length > 1 else 0 for length in clip_lengths)
     keep_per_frame = tuple(next(kept) if step else 0 for length in clip_lengths for step in range(length))
     per_frame = list(keep_per_frame)
@@ -129,6 +129,6 @@ def _shares(
     return anchors, keep, originals
 
 
-def _spread(tokens: int, places: int) -> tuple[int, ...]:
+def spread(tokens: int, places: int) -> tuple[int, ...]:
     """Return `places` counts whose sum is `tokens`. They differ by at most 1, and the larger ones are evenly spaced."""
     return tuple((place + 1) * tokens // places - place * tokens // places for place in range(places))

@@ -4,7 +4,6 @@ Dimensions: B problems, T frames, P positions of a frame, M tokens, N anchors, A
 """
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,24 +26,13 @@ def cosine(tokens_BMD: Tensor, anchors_BND: Tensor, token_norms_BM: Tensor, anch
     return product_BMN.div_(token_norms_BM.unsqueeze(2)).div_(anchor_norms_BN.unsqueeze(1))
 
 
-def squared_distances(x_MD: Tensor, y_ND: Tensor) -> Tensor:
-    """Return squared Euclidean distances, (M, N), of float32 features. Rounding may move a distance of 0 off 0."""
-    x_squares_M, y_squares_N = x_MD.square().sum(dim=1), y_ND.square().sum(dim=1)
-    return torch.addmm(x_squares_M.unsqueeze(1), x_MD, y_ND.T, alpha=-2).add_(y_squares_N)
-
-
 def spatial_distance(anchors_TA: Tensor, *, rows: int, cols: int) -> Tensor:
     """Return the distance on the unit square from every position to every anchor, (T, P, A), in [0, sqrt(2)]."""
-    distances_PP = _distances(rows, cols, anchors_TA.device)
-    return distances_PP.index_select(0, anchors_TA.flatten()).unflatten(0, anchors_TA.shape).transpose(1, 2)
-
-
-@lru_cache(maxsize=16)
-def _distances(rows: int, cols: int, device: torch.device) -> Tensor:
-    """Return the distances between all positions, (P, P), with the grid stretched over the unit square."""
-    ys, xs = (torch.linspace(0, 1, n, dtype=torch.float32, device=device) for n in (rows, cols))
-    places_P2 = torch.cartesian_prod(ys, xs)
-    return (places_P2.unsqueeze(1) - places_P2).norm(dim=2)
+    ys, xs = (torch.linspace(0, 1, n, dtype=torch.float32, device=anchors_TA.device) for n in (rows, cols))
+    places_P2 = torch.cartesian_prod(ys, xs).view(rows * cols, 2)
+    anchors_TA2 = places_P2.index_select(0, anchors_TA.flatten()).view(*anchors_TA.shape, 2)
+    # Computed from differences. The alternative, by products, would lose half of the digits.
+    return torch.cdist(anchors_TA2, places_P2, compute_mode="donot_use_mm_for_euclid_dist").transpose(1, 2)
 
 
 def temporal_discount(frames_apart: int, *, sigma: float) -> float:

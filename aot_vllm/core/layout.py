@@ -1,13 +1,14 @@
 """Where the tokens of a reduced video go: index tensors that follow from counts alone.
 
-The tensors are made on the host, once for each layout and device. No index depends on data, so nothing is read back
-from the device.
+No index depends on data, so nothing is read back from the device. Nor does the host wait for the device to take what
+it sends: evenly spread counts are computed on the device, and the layout of clips is one copy from pinned memory, once
+for each layout and device.
 
 Dimensions: T frames, A anchors of a frame, C clips (the longest first), n clips running at a step, K tokens that
 survive.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from aot_vllm.config import check_integer
+from aot_vllm.core.budget import spread
 from aot_vllm.errors import SettingError
 
 
@@ -81,6 +83,35 @@ def check_counts(name: str, counts: Sequence[int], expected: int, anchors: int) 
     return tuple(counts)
 
 
+def counts_on(counts: Sequence[int], device: torch.device) -> Tensor:
+    """Return counts, (T,), on a device, without waiting for it.
+
+    A budget spreads the tokens of all frames but the first evenly. Such counts are computed on the device. Any others
+    are copied.
+    """
+    first, later = counts[0], tuple(counts[1:])
+    if not any(later):
+        counts_T = torch.zeros(len(counts), dtype=torch.long, device=device)
+        counts_T[0].fill_(first)
+        return counts_T
+    tokens = sum(later)
+    if later != spread(tokens, len(later)):
+        return copied(counts, device)
+    ends = torch.arange(-tokens, len(counts) * tokens, tokens, device=device).div_(len(later), rounding_mode="floor")
+    counts_T = ends[1:] - ends[:-1]
+    counts_T[0].fill_(first)
+    return counts_T
+
+
+def copied(values: Sequence[int], device: torch.device) -> Tensor:
+    """Return a copy of integers on a device, (n,). On a GPU it is made from pinned memory, so the host does not wait.
+
+    PyTorch keeps the pinned memory until the copy is done.
+    """
+    host = torch.tensor(values, dtype=torch.long, device="cpu", pin_memory=device.type == "cuda")
+    return host.to(device, non_blocking=True)
+
+
 @lru_cache(maxsize=64)
 def clip_layout(
     clip_lengths: tuple[int, ...],
@@ -106,21 +137,33 @@ def clip_layout(
     keep_by_step = [[keep_per_frame[frame] for frame in frames] for frames in frames_by_step[1:]]
     sections = _sections(clip_lengths, [originals, *keep_by_step], longest_first, num_anchors, merged_first)
 
-    def index(values: Iterable[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.long, device=device)
-
+    lists = [
+        frames_by_step[0],
+        originals,
+        list(range(num_anchors)),
+        [key_frames[s.clip] + s.step for s in sections for _ in s.candidates],
+        list(chain.from_iterable(s.candidates for s in sections)),
+        list(_merged_rows(sections, longest_first)),
+        *frames_by_step[1:],
+        *keep_by_step,
+    ]
+    tensors = copied(list(chain.from_iterable(lists)), device).split([len(values) for values in lists])
+    firsts, counts, ranks, frames, candidates, merged_rows = tensors[:6]
+    num_steps = len(keep_by_step)
     return ClipLayout(
-        key_frames=index(frames_by_step[0]),
+        key_frames=firsts,
         steps=tuple(
-            Step(step, index(frames), index(keep).unsqueeze(1), least_kept=min(keep), most_kept=max(keep))
-            for step, (frames, keep) in enumerate(zip(frames_by_step[1:], keep_by_step, strict=True), start=1)
+            Step(step, in_step, keeps.unsqueeze(1), least_kept=min(keep), most_kept=max(keep))
+            for step, (in_step, keeps, keep) in enumerate(
+                zip(tensors[6 : 6 + num_steps], tensors[6 + num_steps :], keep_by_step, strict=True), start=1
+            )
         ),
-        originals=index(originals).unsqueeze(1),
+        originals=counts.unsqueeze(1),
         most_originals=max(originals),
-        ranks=index(range(num_anchors)),
-        frames=index(key_frames[s.clip] + s.step for s in sections for _ in s.candidates),
-        candidates=index(chain.from_iterable(s.candidates for s in sections)),
-        merged_rows=index(_merged_rows(sections, longest_first)),
+        ranks=ranks,
+        frames=frames,
+        candidates=candidates,
+        merged_rows=merged_rows,
     )
 
 

@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from aot_vllm.config import AOTConfig
-from aot_vllm.core.anchors import select_anchors, select_diverse_anchors
+from aot_vllm.core.algorithms import TORCH, Algorithms
+from aot_vllm.core.anchors import select_anchors
 from aot_vllm.core.budget import Budget, budget
 from aot_vllm.core.grid import VideoGrid
-from aot_vllm.core.transport import absorb_frames, merge_across_frames
+from aot_vllm.core.transport import merge_across_frames
 from aot_vllm.errors import ShapeError
 
 
@@ -63,6 +64,7 @@ def reduce_video(
     retention: float,
     config: AOTConfig | None = None,
     compared: int | None = None,
+    algorithms: Algorithms = TORCH,
 ) -> ReducedVideo:
     """Return the reduced video: features (T, P, D) and scores (T, P) to exactly `budget(...).total` tokens.
 
@@ -72,6 +74,9 @@ def reduce_video(
 
     `compared`: some models give the language model several features per token, side by side in D. The transport plan
     is computed from the first `compared` columns alone and merges all columns. By default it is computed from all.
+
+    `algorithms`: who computes the expensive parts, by default PyTorch. Kernels give the same choice of tokens, unless
+    two tokens are equally good up to rounding.
 
     Raises `ShapeError` for tensors that do not fit the grid, `SettingError` for a retention outside its range.
     Section 3 of the paper.
@@ -85,12 +90,21 @@ def reduce_video(
 
     parts = list(_parts(counts))
     if config.anchors == "diverse":
-        order_TA = _diverse_order(features[:, :, :compared], counts)
+        order_TA = _diverse_order(features[:, :, :compared], counts, algorithms)
         anchors = [_diverse_anchors(order_TA, part) for part in parts]
     else:
         anchors = [_attended_anchors(local_scores, global_scores, part, grid=grid, config=config) for part in parts]
     survivors = [
-        _merge_part(features, chosen, part, counts=counts, grid=grid, config=config, compared=compared)
+        _merge_part(
+            features,
+            chosen,
+            part,
+            counts=counts,
+            grid=grid,
+            config=config,
+            compared=compared,
+            algorithms=algorithms,
+        )
         for chosen, part in zip(anchors, parts, strict=True)
     ]
     tokens_KD, frames_K, cells_K, iterations, converged = (
@@ -130,7 +144,7 @@ def _parts(counts: Budget) -> Iterator[_Part]:
         first_clip = end_clip
 
 
-def _diverse_order(features: Tensor, counts: Budget) -> Tensor:
+def _diverse_order(features: Tensor, counts: Budget, algorithms: Algorithms) -> Tensor:
     """Return the anchors of every frame in the order of their choice, (T, A).
 
     A is the number of anchors in the first clip, which is the largest. A clip with fewer anchors takes the first ones.
@@ -139,7 +153,7 @@ def _diverse_order(features: Tensor, counts: Budget) -> Tensor:
     anchors_per_frame = [num_anchors for num_anchors, length in clips for _ in range(length)]
     # A key frame that is emitted twice has more tokens in the budget than it has distinct positions.
     distinct_per_frame = list(map(min, counts.per_frame, anchors_per_frame))
-    return select_diverse_anchors(features, count=anchors_per_frame[0], keep=distinct_per_frame)
+    return algorithms.select_diverse_anchors(features, count=anchors_per_frame[0], keep=distinct_per_frame)
 
 
 def _diverse_anchors(order_TA: Tensor, part: _Part) -> _Anchors:
@@ -181,12 +195,13 @@ def _merge_part(
     grid: VideoGrid,
     config: AOTConfig,
     compared: int | None,
+    algorithms: Algorithms,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return a part's surviving tokens, their frames and positions, and the iterations and convergence of its solves.
 
     Phase I merges within frames (section 3.2), phase II across frames (section 3.3).
     """
-    within = absorb_frames(
+    within = algorithms.absorb_frames(
         features[part.frames], anchors.positions, rows=grid.rows, cols=grid.cols, config=config, compared=compared
     )
     across = merge_across_frames(
@@ -200,11 +215,16 @@ def _merge_part(
     )
     return (
         across.tokens,
-        across.frames + part.frames.start,
+        across.frames + part.frames.start if part.frames.start else across.frames,
         anchors.positions[across.frames, across.slots],
-        torch.cat([within.iterations, across.iterations]),
-        torch.cat([within.converged, across.converged]),
+        _joined(within.iterations, across.iterations),
+        _joined(within.converged, across.converged),
     )
+
+
+def _joined(one: Tensor, other: Tensor) -> Tensor:
+    """Return both, one after the other, without a copy if one is empty."""
+    return torch.cat([one, other]) if len(one) and len(other) else one if len(one) else other
 
 
 def _unchanged(features: Tensor, grid: VideoGrid, counts: Budget) -> ReducedVideo:

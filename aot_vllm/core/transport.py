@@ -6,13 +6,22 @@ running at a step, K tokens that survive, k tokens kept of a frame.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from aot_vllm.config import AOTConfig
 from aot_vllm.core import cost
-from aot_vllm.core.layout import ClipLayout, Step, check_clip_lengths, check_counts, check_keep, clip_layout
+from aot_vllm.core.layout import (
+    ClipLayout,
+    Step,
+    check_clip_lengths,
+    check_counts,
+    check_keep,
+    clip_layout,
+    counts_on,
+)
 from aot_vllm.core.sinkhorn import TransportPlan, sinkhorn
 from aot_vllm.errors import ShapeError
 
@@ -63,33 +72,50 @@ def absorb_frames(
 
     The plan is computed from the first `compared` columns of `features`, by default from all. All columns are merged.
     """
-    _check_within(features, anchors, positions=rows * cols)
-    anchors_TAD = _rows_at(features, anchors)
-    if anchors.shape[1] == rows * cols or config.mass == config.nearest_weight == 0:
-        nothing = anchors[0, :0]
+    check_within(features, anchors, positions=rows * cols)
+    anchors_TAD = rows_at(features, anchors)
+    nothing = anchors[0, :0]
+    if merges_nothing(anchors, positions=rows * cols, config=config):
         return FrameTokens(anchors_TAD, iterations=nothing, converged=nothing.bool())
 
     anchors_TAD = anchors_TAD.float()
-
     similarity_TPA = _similarity(features[..., :compared], anchors_TAD[..., :compared])
     source_TP = torch.ones_like(similarity_TPA[:, :, 0]).scatter_(1, anchors, 0)
-    nearest_TP = similarity_TPA.argmax(dim=2)
+    nearest_TP = similarity_TPA.argmax(dim=2) if config.nearest_weight else None
+    if config.mass:
+        solution = _match_within(similarity_TPA, source_TP, anchors, rows=rows, cols=cols, config=config)
+        plan_TPA, iterations, converged = solution.plan.mul_(config.mass), solution.iterations, solution.converged
+    else:
+        plan_TPA, iterations, converged = similarity_TPA.zero_(), nothing, nothing.bool()
+    weight_TPA, own_TA = _absorption(plan_TPA, nearest_TP, source_TP, nearest_weight=config.nearest_weight)
+    merged_TAD = anchors_TAD.mul_(own_TA.unsqueeze(2))
+    for block in _blocks(features):
+        merged_TAD[block].baddbmm_(weight_TPA[block].transpose(1, 2), features[block].float())
+    return FrameTokens(merged_TAD.to(features.dtype), iterations, converged)
+
+
+def merges_nothing(anchors: Tensor, *, positions: int, config: AOTConfig) -> bool:
+    """Return whether the anchors stay what they are: no other token is left, or no other token carries mass."""
+    return anchors.shape[1] == positions or config.mass == config.nearest_weight == 0
+
+
+def _match_within(
+    similarity_TPA: Tensor, source_TP: Tensor, anchors_TA: Tensor, *, rows: int, cols: int, config: AOTConfig
+) -> TransportPlan:
+    """Return the transport of the other tokens of each frame onto its anchors. Overwrites the similarities.
+
+    All frames are stopped jointly, as in the released code.
+    """
     cost_TPA = similarity_TPA.neg_().add_(1)
-    cost_TPA += cost.spatial_distance(anchors, rows=rows, cols=cols).mul_(config.spatial_weight)
-    solution = sinkhorn(
+    cost_TPA += cost.spatial_distance(anchors_TA, rows=rows, cols=cols).mul_(config.spatial_weight)
+    return sinkhorn(
         cost_TPA,
-        row_mass=source_TP / (rows * cols - anchors.shape[1]),
+        row_mass=source_TP / (rows * cols - anchors_TA.shape[1]),
         epsilon=config.epsilon,
         iterations=config.iterations,
         tolerance=config.tolerance,
         joint=True,
     )
-    solution.plan.mul_(config.mass)
-    weight_TPA, own_TA = _absorption(solution, nearest_TP, source_TP, nearest_weight=config.nearest_weight)
-    merged_TAD = anchors_TAD.mul_(own_TA.unsqueeze(2))
-    for block in _blocks(features):
-        merged_TAD[block].baddbmm_(weight_TPA[block].transpose(1, 2), features[block].float())
-    return FrameTokens(merged_TAD.to(features.dtype), solution.iterations, solution.converged)
 
 
 def _similarity(features_TPD: Tensor, anchors_TAD: Tensor) -> Tensor:
@@ -103,23 +129,27 @@ def _similarity(features_TPD: Tensor, anchors_TAD: Tensor) -> Tensor:
 
 
 def _absorption(
-    solution: TransportPlan, nearest_TP: Tensor, source_TP: Tensor, *, nearest_weight: float
+    plan_TPA: Tensor, nearest_TP: Tensor | None, source_TP: Tensor, *, nearest_weight: float
 ) -> tuple[Tensor, Tensor]:
     """Return the weight of every token in every merged anchor, (T, P, A), and of the anchor itself, (T, A).
 
     A merged anchor blends two means: the mean weighted by the plan, and the plain mean of the anchor and its nearest
-    tokens. Both are linear in the tokens, so one matrix holds both. Overwrites the plan.
+    tokens. Both are linear in the tokens, so one matrix holds both. Overwrites the plan. `nearest_TP` is read if the
+    second mean has a weight.
     """
-    carried_TA = 1 + solution.plan.sum(dim=1)
+    carried_TA = 1 + plan_TPA.sum(dim=1)
+    by_plan_TA = (1 - nearest_weight) / carried_TA
+    weight_TPA = plan_TPA.mul_(by_plan_TA.unsqueeze(1))
+    if nearest_TP is None:
+        return weight_TPA, by_plan_TA
     counted_TA = torch.ones_like(carried_TA).scatter_add_(1, nearest_TP, source_TP)
-    by_plan_TA, by_nearest_TA = (1 - nearest_weight) / carried_TA, nearest_weight / counted_TA
-    weight_TPA = solution.plan.mul_(by_plan_TA.unsqueeze(1))
+    by_nearest_TA = nearest_weight / counted_TA
     weight_TP = by_nearest_TA.gather(1, nearest_TP) * source_TP
     weight_TPA.scatter_add_(2, nearest_TP.unsqueeze(2), weight_TP.unsqueeze(2))
     return weight_TPA, by_plan_TA + by_nearest_TA
 
 
-def _rows_at(features_TPD: Tensor, positions_TA: Tensor) -> Tensor:
+def rows_at(features_TPD: Tensor, positions_TA: Tensor) -> Tensor:
     """Return a copy of the features at some positions of each frame, (T, A, D).
 
     `index_select` copies whole rows. Indexing both dimensions at once copies element by element on the CPU, which is
@@ -156,8 +186,8 @@ def merge_across_frames(
     - `originals`: anchors of the key frame as they were, one count for each clip. By default all if `config.emit` is
       `both`, otherwise none. If not all, those that absorbed most.
     - `keep`: tokens kept of each later frame, one count for all frames or one for each. Counts of key frames are
-      ignored. A frame keeps its tokens of lowest `ranks`, (T, A). By default these are the tokens that match the key
-      frame least.
+      ignored. A frame keeps its tokens of lowest `ranks`, (T, A), which rank the slots of a frame from 0 to A - 1. By
+      default these are the tokens that match the key frame least.
     - Merged anchors of the key frame. They absorbed all other tokens of the later frames. If `config.kappa` is 1, those
       tokens are dropped instead.
 
@@ -166,7 +196,17 @@ def merge_across_frames(
 
     Raises `ShapeError` for tokens that are not (T, A, D), `SettingError` for counts that do not fit them. Section 3.3.
     """
-    layout = _checked_layout(tokens, clip_lengths, keep, originals, config)
+    keep_per_frame, originals = _check_across(tokens, clip_lengths, keep, originals, config)
+    if ranks is not None and config.kappa == 1 and config.emit == "compact" and not any(originals):
+        return _keep_by_rank(tokens, ranks, clip_lengths=clip_lengths, keep_per_frame=keep_per_frame)
+    layout = clip_layout(
+        tuple(clip_lengths),
+        keep_per_frame,
+        originals,
+        tokens.shape[1],
+        tokens.device,
+        merged_first=config.emit == "compact",
+    )
     tokens_TAD = tokens.float()
     norms_TA = cost.norms(tokens_TAD[..., :compared])
     merged_CAD = tokens_TAD.index_select(0, layout.key_frames)
@@ -194,6 +234,29 @@ def merge_across_frames(
     by_absorbed_CA = absorbed_CA.argsort(dim=1, descending=True, stable=True)
     slots.insert(0, _first(by_absorbed_CA, layout.originals, most=layout.most_originals, ranks=layout.ranks))
     return _line_up(tokens, merged_CAD, slots, solutions, layout)
+
+
+def _keep_by_rank(
+    tokens_TAD: Tensor, ranks_TA: Tensor, *, clip_lengths: Sequence[int], keep_per_frame: Sequence[int]
+) -> ClipTokens:
+    """Return the tokens of lowest rank of every frame, and all tokens of key frames, in the order of the input.
+
+    Nothing moves between frames, so no layout of steps is needed.
+    """
+    num_anchors = ranks_TA.shape[1]
+    counts = list(keep_per_frame)
+    for key_frame in list(accumulate(clip_lengths, initial=0))[:-1]:
+        counts[key_frame] = num_anchors
+    is_dropped_TA = ranks_TA >= counts_on(counts, ranks_TA.device).unsqueeze(1)
+    kept_K = is_dropped_TA.flatten().argsort(stable=True)[: sum(counts)]
+    nothing = kept_K[:0]
+    return ClipTokens(
+        tokens=tokens_TAD.flatten(0, 1).index_select(0, kept_K),
+        frames=kept_K // num_anchors,
+        slots=kept_K % num_anchors,
+        iterations=nothing,
+        converged=nothing.bool(),
+    )
 
 
 def _match(x_nAD: Tensor, y_nAD: Tensor, x_norms_nA: Tensor, *, discount: float, config: AOTConfig) -> TransportPlan:
@@ -244,14 +307,14 @@ def _line_up(
     )
 
 
-def _checked_layout(
+def _check_across(
     tokens: Tensor,
     clip_lengths: Sequence[int],
     keep: int | Sequence[int],
     originals: Sequence[int] | None,
     config: AOTConfig,
-) -> ClipLayout:
-    """Return the layout for these arguments. Raises for the first argument that does not fit."""
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the counts of kept tokens and of originals. Raises for the first argument that does not fit."""
     if tokens.dim() != 3 or 0 in tokens.shape:
         raise ShapeError(f"tokens must have shape (frames, anchors, width), all at least 1, got {tuple(tokens.shape)}")
     frames, num_anchors, _ = tokens.shape
@@ -259,18 +322,10 @@ def _checked_layout(
     if originals is None:
         originals = (num_anchors if config.emit == "both" else 0,) * len(lengths)
     keep_per_frame = check_keep(keep, frames=frames, anchors=num_anchors)
-    check_counts("originals", originals, len(lengths), num_anchors)
-    return clip_layout(
-        lengths,
-        keep_per_frame,
-        tuple(originals),
-        num_anchors,
-        tokens.device,
-        merged_first=config.emit == "compact",
-    )
+    return keep_per_frame, check_counts("originals", originals, len(lengths), num_anchors)
 
 
-def _check_within(features: Tensor, anchors: Tensor, *, positions: int) -> None:
+def check_within(features: Tensor, anchors: Tensor, *, positions: int) -> None:
     """Raise `ShapeError` unless features, anchors and grid fit each other."""
     if features.dim() != 3 or features.shape[1] != positions or 0 in features.shape:
         raise ShapeError(f"features must have shape (frames, {positions}, width), got {tuple(features.shape)}")

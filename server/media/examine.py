@@ -3,14 +3,15 @@
 import os
 from dataclasses import dataclass
 
-from server.errors import MediaRefused
+from server.errors import GatewayError, MediaRefused, Overloaded
 from server.media.facts import Facts, ReadError
-from server.media.identify import HEAD_BYTES, FileType, identify
+from server.media.identify import HEAD_BYTES, TAKEN_VIDEOS, FileType, identify
 from server.media.part import Kind
 from server.media.reader import Reader
 from server.observe.metrics import Metrics
 
 REMEMBERED_FACTS = 4096
+NO_ROOM = "no_room"
 _INVALID: dict[Kind, str] = {"video": "invalid_video", "image": "invalid_image", "audio": "invalid_audio"}
 
 
@@ -66,10 +67,13 @@ def type_of(descriptor: int, kind: Kind, *, subject: str = "data") -> FileType:
     found = identify(os.pread(descriptor, HEAD_BYTES, 0), kind)
     if found is None:
         article = "a" if kind == "video" else "an"
-        raise MediaRefused(f"the {subject} is not {article} {kind} of a type that this gateway accepts")
+        accepted = f": {TAKEN_VIDEOS}" if kind == "video" else ""
+        raise MediaRefused(f"the {subject} is not {article} {kind} of a type that this gateway accepts{accepted}")
     return found
 
 
-def refusal(exc: ReadError, kind: Kind) -> MediaRefused:
+def refusal(exc: ReadError, kind: Kind) -> GatewayError:
     """Return what a client is told about a medium that could not be read."""
+    if exc.code == NO_ROOM:
+        return Overloaded("the store for videos is full, try again later")
     return MediaRefused(str(exc), code=exc.code or _INVALID[kind])

@@ -22,10 +22,14 @@ class Handover:
 
     @property
     def most_frames(self) -> int:
-        """The most frames of a video: the alias's bound or the model's own, and never more than were profiled."""
+        """The most frames that a request may ask for.
+
+        That is the alias's bound or the model's own. It is never more than the engine has profiled its memory with,
+        unless the model samples more frames by itself.
+        """
         own = self.rules.sampling
         default = own.num_frames if isinstance(own, UniformSampling) else own.max_frames
-        return min(self.sampling.max_frames or default or self.rules.max_frames, self.rules.max_frames)
+        return min(self.sampling.max_frames or default or self.rules.max_frames, max(default or 1, self.rules.max_frames))
 
     @property
     def likely_bytes(self) -> int:

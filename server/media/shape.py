@@ -29,7 +29,8 @@ class VideoShape:
     def tokens_after(self, rules: VideoRules, retention: float) -> int:
         """Return the number of tokens that are left: that share of all, rounded, and at least one a unit of frames."""
         units, per_unit = self._grid(rules)
-        return max(units, round(retention * units * per_unit)) + rules.tokens.extra
+        tokens = units * per_unit
+        return max(units, min(tokens, round(retention * tokens))) + rules.tokens.extra
 
     def _grid(self, rules: VideoRules) -> tuple[int, int]:
         """Return the units of frames that tokens are made of, and the tokens of a unit."""

@@ -180,9 +180,41 @@ def test_a_vllm_without_the_proposers_method_is_refused_by_name(monkeypatch):
         compat.let_proposer_know_reduced_models()
 
 
+ROPE = "vllm.v1.worker.gpu.mm.rope"
+
+
+def test_a_delta_of_none_leaves_the_delta_that_is_known(monkeypatch):
+    stored = []
+
+    class RopeState:
+        prefill_delta = SimpleNamespace(np=[7, -30])
+
+        def update_prefill_positions(self, req_idx, positions, delta):
+            stored.append((req_idx, positions, delta))
+
+    module = ModuleType(ROPE)
+    module.RopeState = RopeState
+    monkeypatch.setitem(sys.modules, ROPE, module)
+    for _ in range(2):
+        compat.let_rope_state_keep_known_deltas()
+    RopeState().update_prefill_positions(1, "positions", None)
+    RopeState().update_prefill_positions(0, "positions", 5)
+    assert stored == [(1, "positions", -30), (0, "positions", 5)]
+
+
+def test_a_vllm_without_the_rope_states_method_is_refused_by_name(monkeypatch):
+    monkeypatch.setitem(sys.modules, ROPE, ModuleType(ROPE))
+    with pytest.raises(UnsupportedError, match=r"has no RopeState\.update_prefill_positions, .*vllm 0\.32\.\*"):
+        compat.let_rope_state_keep_known_deltas()
+
+
 @pytest.mark.parametrize(
     ("module", "function"),
-    [(RUNNER, compat.let_cpu_runner_recompute_positions), (PROPOSER, compat.let_proposer_know_reduced_models)],
+    [
+        (RUNNER, compat.let_cpu_runner_recompute_positions),
+        (PROPOSER, compat.let_proposer_know_reduced_models),
+        (ROPE, compat.let_rope_state_keep_known_deltas),
+    ],
 )
 def test_a_module_that_vllm_has_not_loaded_is_not_loaded(monkeypatch, module, function):
     monkeypatch.delitem(sys.modules, module, raising=False)

@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 from aot_vllm import AOTConfig
-from aot_vllm.adapters import scores
-from aot_vllm.adapters.scores import AttentionScores, attention_received, scoring_layers
+from aot_vllm.adapters.scores import AttentionScores, scoring_layers
+from aot_vllm.core import attention
+from aot_vllm.core.attention import attention_received
 from aot_vllm.errors import SettingError
 
 FRAMES, TOKENS, HEADS, SIZE = 7, 9, 4, 8
@@ -49,13 +50,13 @@ def test_attention_received_is_the_column_sum_of_the_maps():
 def test_the_memory_bound_does_not_change_the_scores(monkeypatch, map_bytes):
     query, key = queries_and_keys()
     whole = attention_received(query, key, num_heads=HEADS, scale=0.3)
-    monkeypatch.setitem(scores.MAP_BYTES, "cpu", map_bytes)
+    monkeypatch.setitem(attention.MAP_BYTES, "cpu", map_bytes)
     torch.testing.assert_close(attention_received(query, key, num_heads=HEADS, scale=0.3), whole)
 
 
 def test_no_more_maps_exist_at_a_time_than_the_bound_allows(monkeypatch):
     copies = 3 * TOKENS * HEADS * SIZE * 4
-    monkeypatch.setitem(scores.MAP_BYTES, "cpu", 2 * (HEADS * TOKENS * TOKENS * 4 + copies))
+    monkeypatch.setitem(attention.MAP_BYTES, "cpu", 2 * (HEADS * TOKENS * TOKENS * 4 + copies))
     largest = []
     original = torch.matmul
     monkeypatch.setattr(torch, "matmul", lambda a, b: largest.append(original(a, b).numel()) or original(a, b))
@@ -66,7 +67,7 @@ def test_no_more_maps_exist_at_a_time_than_the_bound_allows(monkeypatch):
 def test_a_frame_whose_maps_exceed_the_bound_is_processed_in_groups_of_queries(monkeypatch):
     query, key = queries_and_keys()
     whole = attention_received(query, key, num_heads=HEADS, scale=0.3)
-    monkeypatch.setitem(scores.MAP_BYTES, "cpu", 2 * HEADS * TOKENS * 4)
+    monkeypatch.setitem(attention.MAP_BYTES, "cpu", 2 * HEADS * TOKENS * 4)
     largest = []
     original = torch.matmul
     monkeypatch.setattr(torch, "matmul", lambda a, b: largest.append(original(a, b).numel()) or original(a, b))

@@ -19,6 +19,14 @@ def test_switches_of_the_plugin_and_settings_of_the_method_are_given_side_by_sid
     assert settings == PluginSettings(enabled=False, method=AOTConfig(kappa=0.5, clips=2))
 
 
+def test_who_computes_is_a_setting_of_the_plugin_and_changes_no_cache_key():
+    settings = PluginSettings.from_additional_config({"aot": {"kernels": "torch", "mass": 0.1}})
+    assert settings == PluginSettings(kernels="torch", method=AOTConfig(mass=0.1))
+    assert settings.method.digest() == AOTConfig(mass=0.1).digest()
+    with pytest.raises(SettingError, match="kernels must be one of auto, triton, torch, got 'cuda'"):
+        PluginSettings.from_additional_config({"aot": {"kernels": "cuda"}})
+
+
 def test_an_attached_reduction_is_read_back():
     hf_config = SimpleNamespace()
     reduction = Reduction(retention=0.125, method=AOTConfig(emit="compact", local_layer=3))

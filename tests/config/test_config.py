@@ -53,8 +53,10 @@ def test_the_message_gives_the_allowed_range():
 
 
 def test_the_ends_of_closed_ranges_are_allowed():
-    AOTConfig(global_ratio=0, nearest_weight=1, kappa=0, tolerance=0, spatial_weight=0, mass=0, window=1, clips=1)
-    AOTConfig(global_ratio=1, nearest_weight=0, kappa=1)
+    lowest = {"global_ratio": 0, "nearest_weight": 0, "kappa": 0, "tolerance": 0, "spatial_weight": 0, "mass": 0}
+    highest = {"global_ratio": 1, "nearest_weight": 1, "kappa": 1}
+    for ends in (lowest | {"window": 1, "clips": 1}, highest):
+        assert AOTConfig(**ends).settings().items() >= ends.items()
 
 
 def test_unknown_keys_are_named_together_with_the_allowed_ones():

@@ -179,6 +179,19 @@ def test_extreme_epsilons_give_finite_tokens(epsilon):
     assert merge_across_frames(merged, clip_lengths=[4], keep=3, config=config).tokens.isfinite().all()
 
 
+def test_without_mass_nothing_is_solved_and_the_nearest_tokens_are_merged():
+    grid = VideoGrid(2, 3, 4)
+    features, anchors = video(1, grid)[0], draw_anchors(1, grid, 3)
+    merged = transport.absorb_frames(features, anchors, rows=3, cols=4, config=AOTConfig(mass=0, nearest_weight=1.0))
+    assert merged.iterations.numel() == merged.converged.numel() == 0
+    similarity = transport._similarity(features, transport.rows_at(features, anchors))
+    nearest = similarity.argmax(2).scatter(1, anchors, torch.arange(3).expand(2, 3))
+    expected = torch.stack(
+        [torch.stack([f[n == j].mean(0) for j in range(3)]) for f, n in zip(features, nearest, strict=True)]
+    )
+    torch.testing.assert_close(merged.tokens, expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_rounded_once_at_the_end(dtype):
     features = noise(6, 4, 30, 8).to(dtype)

@@ -1,10 +1,8 @@
-"""What is under `deploy/prometheus`, and the program that checks it."""
+"""What is under `deploy/prometheus`."""
 
 import re
-import shutil
 from pathlib import Path
 
-import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -16,11 +14,6 @@ ALERTS = {rule["alert"]: rule for rule in RULES if "alert" in rule}
 RECORDED = {rule["record"]: rule["expr"] for rule in RULES if "record" in rule}
 GROUPS = [group["name"] for group in sorted(_GROUPS, key=lambda group: "record" not in group["rules"][0])]
 """Recording ones first."""
-
-needs_promtool = pytest.mark.skipif(
-    shutil.which("promtool") is None,
-    reason="NOT TESTED: promtool is not installed (Debian has it in the package prometheus)",
-)
 
 
 def metrics_in(expression):

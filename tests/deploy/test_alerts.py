@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import pytest
 import yaml
 
-from tests.deploy.rules import ALERTS, GROUPS, PROMETHEUS, RECORDED, ROOT, RULE_FILES, needs_promtool
+from tests.deploy.rules import ALERTS, GROUPS, PROMETHEUS, RECORDED, ROOT, RULE_FILES
+from tests.programs import needs
 
 GATEWAY = 'job="aot-gateway", instance="gateway:8080"'
 ENGINE = 'job="aot-engine", instance="engine:8000"'
@@ -187,7 +188,7 @@ def scenario(name, series, *, fires, labels=None, after, interval="1m"):
     }
 
 
-@needs_promtool
+@needs("promtool")
 def test_the_configuration_and_its_rules_are_valid():
     checked = promtool("check", "config", "prometheus.yml")
     assert checked.returncode == 0, checked.stdout + checked.stderr
@@ -195,7 +196,7 @@ def test_the_configuration_and_its_rules_are_valid():
     assert rules.returncode == 0, rules.stdout + rules.stderr
 
 
-@needs_promtool
+@needs("promtool")
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_an_alert_fires_when_it_should_and_only_then(tmp_path, name):
     case = CASES[name]
@@ -209,7 +210,7 @@ def test_an_alert_fires_when_it_should_and_only_then(tmp_path, name):
     promtool_tests(tmp_path / "test.yml", tests, interval=case.interval)
 
 
-@needs_promtool
+@needs("promtool")
 @pytest.mark.parametrize("pair", BURNS, ids=" and ".join)
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_each_pair_of_windows_fires_by_itself_and_neither_window_without_the_other(tmp_path, objective, pair):

@@ -4,7 +4,6 @@ import copy
 import ipaddress
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -20,12 +19,11 @@ from server.settings import PREFIX, Settings, refuse_unknown_names
 from tests.deploy.custom_kinds import validate
 from tests.deploy.files import ROOT
 from tests.deploy.rules import ALERTS, PROMETHEUS, RECORDED
+from tests.programs import needs
 
 MANIFESTS = ROOT / "deploy" / "kubernetes"
 WORKLOADS = {"Deployment", "StatefulSet", "Job"}
-with_kubectl = pytest.mark.skipif(
-    shutil.which("kubectl") is None, reason="NOT TESTED: kubectl is not installed, so that nothing renders"
-)
+with_kubectl = needs("kubectl")
 
 
 def read(text: str) -> list[dict]:

@@ -17,6 +17,7 @@ from server import configuration
 from server.keys import digest_of
 from tests.deploy.files import ROOT, composed
 from tests.deploy.rules import ALERTS
+from tests.programs import needs
 from tests.server.clips import clip
 from tests.server.engine_double import EngineDouble
 from tests.server.harness import GatewayProcess
@@ -65,7 +66,7 @@ async def gateway(tmp_path):
             yield running.url.removeprefix("http://")
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="NOT TESTED: curl is not installed")
+@needs("curl")
 async def test_a_first_question_is_answered_with_what_was_saved(gateway, tmp_path):
     (tmp_path / "clip.mp4").write_bytes(clip())
     told = [

@@ -2,7 +2,6 @@
 
 import re
 import shlex
-import shutil
 import subprocess
 import time
 from urllib.parse import urlsplit
@@ -12,13 +11,11 @@ import pytest
 
 from tests.deploy.files import ROOT, composed
 from tests.deploy.rules import ALERTS, RECORDED
+from tests.programs import needs
 
 SERVICE = composed(AOT_MODEL="m")["services"]["prometheus"]
 
-pytestmark = pytest.mark.skipif(
-    shutil.which("prometheus") is None,
-    reason="NOT TESTED: Prometheus is not installed (Debian has it in the package prometheus)",
-)
+pytestmark = needs("prometheus", "promtool")
 
 
 @pytest.fixture(scope="module")

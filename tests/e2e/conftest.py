@@ -1,16 +1,15 @@
 """Engines are started one at a time in this process; a test that asks for another one closes the last."""
 
-import gc
 import json
 
 import pytest
 
-from tests.e2e.checkpoints import checkpoint
+from demo.tiny_checkpoints import checkpoint
 
 
 def pytest_collection_modifyitems(config, items):
     runner = config.getoption("--runner")
-    others = [item for item in items if (mark := item.get_closest_marker("only_on")) and mark.args != (runner,)]
+    others = [item for item in items if left_to_another(item, runner)]
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if item not in others]
@@ -19,6 +18,12 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.engine)
             # vLLM and transformers warn about their own insides
             item.add_marker(pytest.mark.filterwarnings("default"))
+
+
+def left_to_another(item, runner):
+    """Return whether a test runs with the other model runner only."""
+    mark = item.get_closest_marker("only_on")
+    return mark.args != (runner,) if mark else runner == "v1" and item.get_closest_marker("any_runner") is not None
 
 
 class EngineHolder:
@@ -38,7 +43,6 @@ class EngineHolder:
         if self.engine is not None:
             self.engine.close()
         self.key, self.engine = None, None
-        gc.collect()
 
 
 @pytest.fixture(scope="session")

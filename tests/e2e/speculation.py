@@ -11,7 +11,7 @@ sys.path.insert(0, os.path.abspath(os.path.join(os.path.dirname(__file__), "..",
 
 
 def main():
-    from tests.e2e.checkpoints import checkpoint
+    from demo.tiny_checkpoints import checkpoint
     from tests.e2e.engines import Engine
     from tests.e2e.qwen import made, qwen_request
 

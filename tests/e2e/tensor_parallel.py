@@ -11,7 +11,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join([ROOT, os.environ.get("PYTHONPATH", "
 
 
 def main():
-    from tests.e2e.checkpoints import checkpoint
+    from demo.tiny_checkpoints import checkpoint
     from tests.e2e.engines import Engine
     from tests.e2e.ranks import requests_to
 

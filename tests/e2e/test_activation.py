@@ -10,9 +10,9 @@ from aot_vllm.adapters.registry import ARCHITECTURES, reduced_architecture
 from aot_vllm.adapters.settings import Reduction
 from aot_vllm.config import AOTConfig
 from aot_vllm.errors import SettingError, UnsupportedError
-from tests.e2e.checkpoints import checkpoint
+from demo.tiny_checkpoints import checkpoint
 
-pytestmark = pytest.mark.only_on("v1")
+pytestmark = pytest.mark.any_runner
 
 
 @pytest.fixture

@@ -7,17 +7,17 @@ import sys
 import httpx
 import pytest
 
+from demo.tiny_checkpoints import checkpoint
 from tests.conftest import is_built_for_cpu
 from tests.deploy.containers import ENGINE_KEY, KEY, SERVICES, dockerfile, entrypoint, environment, placed, prepare
 from tests.deploy.files import ROOT, health_command
-from tests.e2e.checkpoints import checkpoint
 from tests.e2e.engines import free_port, process
 from tests.e2e.with_gateway.seen import BEFORE, after, metric
 from tests.server.clips import clip, data_url
 
 pytestmark = [
-    pytest.mark.only_on("v1"),
-    pytest.mark.skipif(not is_built_for_cpu(), reason="NOT TESTED: the vLLM that is installed is not the one for CPUs"),
+    pytest.mark.any_runner,
+    pytest.mark.skipif(not is_built_for_cpu(), reason="the profile for CPUs, with another vLLM than that for CPUs"),
 ]
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from demo.clip import write_clip
 from demo.task import KINDS
-from tests.e2e.checkpoints import ROOT, checkpoint
+from demo.tiny_checkpoints import ROOT, checkpoint
 
-pytestmark = pytest.mark.only_on("v1")
+pytestmark = pytest.mark.any_runner
 
 MARK = "AOT_DEMO_TEST"
 """An environment variable that all processes of a demo inherit."""

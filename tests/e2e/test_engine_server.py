@@ -9,7 +9,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from demo.clip import write_clip
-from tests.e2e.checkpoints import checkpoint
+from demo.tiny_checkpoints import checkpoint
 from tests.e2e.engines import free_port, process, serve_command
 
 FRAMES = 32
@@ -167,7 +167,7 @@ def qwen_server(tmp_path_factory):
         yield client
 
 
-@pytest.mark.only_on("v1")
+@pytest.mark.any_runner
 def test_qwens_timestamps_and_markers_are_counted_neither_before_nor_after(qwen_server, clips):
     def counted(response):
         return response.json()["usage"]["prompt_tokens_details"]["multimodal_tokens"]["video"]

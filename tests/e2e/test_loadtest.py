@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from tests.e2e.checkpoints import ROOT, checkpoint
+from demo.tiny_checkpoints import ROOT, checkpoint
 
-pytestmark = pytest.mark.only_on("v1")
+pytestmark = pytest.mark.any_runner
 
 
 def test_it_prints_what_users_get_whole_and_reduced(tmp_path):

@@ -11,7 +11,7 @@ import torch
 
 from tests.e2e.memory import peak_bytes
 
-pytestmark = pytest.mark.only_on("v1")
+pytestmark = pytest.mark.any_runner
 
 CHECKPOINTS = {"llava-onevision": "tiny", "qwen2.5-vl": "qwen2.5-vl", "qwen3-vl": "qwen3-vl"}
 WIDTHS = {

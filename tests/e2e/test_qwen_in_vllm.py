@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from aot_vllm import VideoGrid, budget
-from tests.e2e.checkpoints import checkpoint
+from demo.tiny_checkpoints import checkpoint
 from tests.e2e.engines import BY_ATTENTION, Answer, agree, image, in_float32, rounding, video
 from tests.e2e.qwen import Probe, metadata, qwen_request
 

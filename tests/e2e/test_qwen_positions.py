@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from tests.e2e.checkpoints import checkpoint
+from demo.tiny_checkpoints import checkpoint
 from tests.e2e.engines import EAGER, agree, image, rounding, video
 from tests.e2e.qwen import Probe, qwen_request, survivors
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from aot_vllm import VideoGrid, budget
-from tests.e2e.checkpoints import checkpoint
+from demo.tiny_checkpoints import checkpoint
 from tests.e2e.engines import BY_ATTENTION, Answer, agree, image, in_float32, request, rounding, video
 
 RATE = 0.75

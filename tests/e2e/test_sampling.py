@@ -19,7 +19,7 @@ def asked(sampling, retention=None):
     return {**question, "multi_modal_data": {"video": [(clip, about)]}, "mm_processor_kwargs": kwargs}
 
 
-@pytest.mark.only_on("v1")
+@pytest.mark.any_runner
 @pytest.mark.parametrize("name", ["qwen2.5-vl", "qwen3-vl"])
 def test_what_is_left_is_a_share_of_the_frames_that_a_request_has_sampled(start_engine, name):
     samplings = [{"fps": 1.0}, {"fps": 0.5}, {"num_frames": 8, "fps": None}]

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from demo.clip import write_clip
-from tests.e2e.checkpoints import checkpoint
+from demo.tiny_checkpoints import checkpoint
 from tests.e2e.engines import free_port, process, serve_command
 
 SECRET = "known to both gateways"

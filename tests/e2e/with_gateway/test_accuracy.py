@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from tests.e2e.checkpoints import ROOT
+from demo.tiny_checkpoints import ROOT
 from tests.e2e.with_gateway.clients import environment
 
-pytestmark = pytest.mark.only_on("v1")
+pytestmark = pytest.mark.any_runner
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 from demo.clip import write_clip
 from tests.e2e.with_gateway.seen import BEFORE, after, metric, wait_until
 
-pytestmark = pytest.mark.only_on("v1")
+pytestmark = pytest.mark.any_runner
 
 
 @pytest.fixture

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.checkpoints import checkpoint
+from demo.tiny_checkpoints import checkpoint
 from tests.e2e.with_gateway.clients import environment
 from tests.e2e.with_gateway.seen import BEFORE, after, metric, wait_until
+from tests.programs import needs
 
-pytestmark = pytest.mark.only_on("v1")
+pytestmark = pytest.mark.any_runner
 
 CLIENTS = Path(environment.__file__).parent
 SAVED = {"before": BEFORE, "after": after(0.15), "retention": 0.15}
@@ -29,8 +30,6 @@ def python_3():
 
 def node():
     folder = environment.node_modules()
-    if folder is None:
-        pytest.skip("NOT TESTED on this machine: the clients for Node, for want of Node and npm")
     for script in CLIENTS.glob("*.mjs"):  # modules are looked for beside the script
         shutil.copy(script, folder)
     return folder
@@ -43,8 +42,8 @@ def node():
         pytest.param(python_3, "openai_sdk.py", id="openai-python 3"),
         pytest.param(python_2, "litellm_sdk.py", id="LiteLLM's SDK"),
         pytest.param(python_2, "langchain_chat.py", id="LangChain's ChatOpenAI"),
-        pytest.param(node, "openai_node.mjs", id="openai-node"),
-        pytest.param(node, "vercel_ai.mjs", id="Vercel's AI SDK"),
+        pytest.param(node, "openai_node.mjs", id="openai-node", marks=needs("node", "npm")),
+        pytest.param(node, "vercel_ai.mjs", id="Vercel's AI SDK", marks=needs("node", "npm")),
     ],
 )
 def test_a_published_client_gets_answers_streams_usage_and_errors_and_may_leave(
@@ -79,15 +78,13 @@ def test_a_published_client_gets_answers_streams_usage_and_errors_and_may_leave(
     assert metric(engine, "vllm:request_success_total", finished_reason="length") - finished == 2
 
 
+@needs("curl")
 def test_curl_streams_an_answer_and_its_usage(gateway, clip_url, tmp_path):
-    curl = shutil.which("curl")
-    if curl is None:
-        pytest.skip("NOT TESTED on this machine: curl, which is not installed")
     content = [{"type": "video_url", "video_url": {"url": clip_url}}, {"type": "text", "text": "What happens?"}]
     request = {"model": "fast", "messages": [{"role": "user", "content": content}], "max_tokens": 4, "stream": True}
     body = tmp_path / "request.json"
     body.write_text(json.dumps({**request, "stream_options": {"include_usage": True}}))
-    command = [curl, "-sSN", "--max-time", "60", "-D", "-", "-H", "content-type: application/json"]
+    command = ["curl", "-sSN", "--max-time", "60", "-D", "-", "-H", "content-type: application/json"]
     done = subprocess.run(
         [*command, "--data", f"@{body}", f"{gateway}/v1/chat/completions"], capture_output=True, text=True, check=True
     )

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.checkpoints import ROOT, checkpoint
+from demo.tiny_checkpoints import ROOT, checkpoint
 from tests.e2e.with_gateway.seen import metric
 
-pytestmark = pytest.mark.only_on("v1")
+pytestmark = pytest.mark.any_runner
 
 FRAMES = 16
 

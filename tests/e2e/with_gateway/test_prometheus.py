@@ -2,7 +2,6 @@
 
 import base64
 import math
-import shutil
 import time
 
 import httpx
@@ -14,14 +13,9 @@ from demo.clip import write_clip
 from tests.deploy.dashboards import queries
 from tests.deploy.rules import ALERTS, PROMETHEUS, RECORDED, RULE_FILES, metrics_in
 from tests.e2e.engines import free_port, process
+from tests.programs import needs
 
-pytestmark = [
-    pytest.mark.only_on("v1"),
-    pytest.mark.skipif(
-        shutil.which("prometheus") is None,
-        reason="NOT TESTED: Prometheus is not installed (Debian has it in the package prometheus)",
-    ),
-]
+pytestmark = [pytest.mark.any_runner, needs("prometheus")]
 
 VARIABLES = {
     "$__rate_interval": "30s",

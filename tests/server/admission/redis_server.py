@@ -1,24 +1,18 @@
 """A Redis server for the tests, on a free loopback port. It writes nothing to disk."""
 
-import shutil
 import socket
 import subprocess
 import time
 
-import pytest
-
+from tests.programs import require
 from tests.server.harness import free_port
-
-NEEDED = "redis-server is not installed (Debian: apt-get install redis-server): limits shared in Redis go untested"
 
 
 class RedisServer:
     """A Redis server that can be stopped, and started again on the same port."""
 
     def __init__(self, directory):
-        self._program = shutil.which("redis-server")
-        if self._program is None:
-            pytest.skip(NEEDED)
+        require("redis-server")
         self._directory = directory
         self._port = free_port()
         self.url = f"redis://127.0.0.1:{self._port}/0"
@@ -27,7 +21,7 @@ class RedisServer:
     def start(self):
         options = ["--port", str(self._port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         self._process = subprocess.Popen(
-            [self._program, *options, "--dir", str(self._directory)], stdout=subprocess.DEVNULL
+            ["redis-server", *options, "--dir", str(self._directory)], stdout=subprocess.DEVNULL
         )
         deadline = time.monotonic() + 20
         while True:

@@ -61,10 +61,7 @@ def lmms_eval() -> Path:
     return made("lmms", ("lmms_requirements.txt",), commands, sys.version + shared) / "bin" / "python"
 
 
-def node_modules() -> Path | None:
-    """Return the directory above the Node clients' `node_modules`; None on a machine without Node and npm."""
-    npm = shutil.which("npm")
-    if npm is None or shutil.which("node") is None:
-        return None
+def node_modules() -> Path:
+    """Return the directory above the Node clients' `node_modules`."""
     version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout
-    return made("node", NODE_FILES, [[npm, "ci", "--no-audit", "--no-fund", "--ignore-scripts"]], version)
+    return made("node", NODE_FILES, [["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"]], version)

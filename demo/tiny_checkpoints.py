@@ -1,4 +1,6 @@
-"""Tiny checkpoints with random weights, made once and found again by the digest of what makes them."""
+"""Tiny checkpoints with random weights, for tests and benchmarks. Each is made once, and again if its maker changes."""
+
+from __future__ import annotations
 
 import fcntl
 import hashlib
@@ -11,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from demo import checkpoint as maker
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".cache" / "checkpoints"
 QWEN_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -222,7 +224,7 @@ MAKERS = {
 }
 
 
-def checkpoint(name):
+def checkpoint(name: str) -> Path:
     """Return the directory of a tiny checkpoint, made now if it isn't there; safe across processes."""
     sources = Path(maker.__file__).read_bytes() + Path(__file__).read_bytes()
     digest = hashlib.sha256(sources + transformers.__version__.encode()).hexdigest()[:12]

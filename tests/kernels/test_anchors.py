@@ -1,0 +1,97 @@
+"""Greedy k-center in one launch is that of `core`: the same tokens in the same order."""
+
+import pytest
+import torch
+
+from aot_vllm import VideoGrid
+from aot_vllm.core import anchors
+from tests.strategies import noise, video
+
+
+def both(kernels, device, features, **arguments):
+    chosen = kernels.select_diverse_anchors(features.to(device), **arguments)
+    return chosen.cpu(), anchors.select_diverse_anchors(features, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("frames", "positions", "width", "count"),
+    [(1, 1, 4, 1), (3, 1, 4, 1), (4, 3, 2, 3), (4, 63, 16, 9), (5, 196, 24, 12), (2, 729, 16, 6), (2, 2000, 8, 3)],
+)
+def test_the_choice_is_that_of_core(kernels, device, frames, positions, width, count):
+    features = video(positions, VideoGrid(frames, positions, 1), width)[0]
+    keep = [count - frame % 2 for frame in range(frames)]
+    chosen, expected = both(kernels, device, features, count=count, keep=keep)
+    assert torch.equal(chosen, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features_give_the_choice_of_core(kernels, device, dtype):
+    features = video(1, VideoGrid(3, 7, 7), 16)[0].to(dtype)
+    chosen, expected = both(kernels, device, features, count=6)
+    assert torch.equal(chosen, expected)
+
+
+def test_ties_go_to_the_lowest_position(kernels, device):
+    """Products of small integers are exact, so equal distances are equal bits."""
+    features = (noise(3, 4, 40, 3) * 1.5).round()
+    features[2] = features[1]
+    chosen, expected = both(kernels, device, features, count=11)
+    assert torch.equal(chosen, expected)
+
+
+def test_constant_frames_give_every_position_once(kernels, device):
+    chosen, expected = both(kernels, device, torch.ones(3, 20, 4), count=20)
+    assert torch.equal(chosen, expected)
+    assert (chosen.sort(dim=1).values == torch.arange(20)).all()
+
+
+def test_after_a_frame_that_keeps_nothing_the_next_frame_starts_afresh(kernels, device):
+    features = video(5, VideoGrid(4, 5, 5), 8)[0]
+    chosen, expected = both(kernels, device, features, count=4, keep=[2, 0, 4, 1])
+    assert torch.equal(chosen, expected)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter, which computes with NumPy
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_nan_changes_neither_the_count_nor_the_choice(kernels, device, value):
+    features = noise(6, 3, 30, 8)
+    features[1, 7, 2] = value
+    chosen, expected = both(kernels, device, features, count=8)
+    assert (chosen.sort(dim=1).values.diff(dim=1) > 0).all()
+    assert torch.equal(chosen, expected)
+
+
+def test_blocks_of_frames_change_nothing(kernels, device, monkeypatch):
+    from aot_vllm.kernels import anchors as kernel
+
+    features = video(7, VideoGrid(7, 5, 5), 8)[0]
+    whole = kernels.select_diverse_anchors(features.to(device), count=5, keep=3)
+    for frames_at_once in (1, 3):
+        monkeypatch.setattr(kernel, "BLOCK_BYTES", frames_at_once * 8 * 25**2)
+        blocks = kernels.select_diverse_anchors(features.to(device), count=5, keep=3)
+        assert torch.equal(blocks, whole)
+
+
+def test_strided_features_are_read_as_they_lie(kernels, device):
+    features = video(8, VideoGrid(3, 4, 5), 16)[0]
+    strided = features.transpose(0, 1).contiguous().transpose(0, 1)
+    chosen, expected = both(kernels, device, strided[:, :, ::2], count=5)
+    assert torch.equal(chosen, expected)
+
+
+def test_without_a_table_the_choice_is_the_same(kernels, device, monkeypatch):
+    features = video(9, VideoGrid(4, 6, 6), 16)[0]
+    chosen, expected = both(kernels, device, features, count=7, keep=[7, 0, 3, 5])
+    monkeypatch.setattr(anchors, "TABLE_BYTES", 1)
+    without, also = both(kernels, device, features, count=7, keep=[7, 0, 3, 5])
+    assert torch.equal(without, chosen)
+    assert torch.equal(also, expected)
+
+
+def test_tensors_that_do_not_fit_are_refused_as_by_core(kernels):
+    from aot_vllm.errors import SettingError, ShapeError
+
+    with pytest.raises(ShapeError, match="features must have shape"):
+        kernels.select_diverse_anchors(torch.ones(3, 4), count=1)
+    with pytest.raises(SettingError, match="keep must have 1 counts"):
+        kernels.select_diverse_anchors(torch.ones(1, 3, 4), count=1, keep=[1, 1])
