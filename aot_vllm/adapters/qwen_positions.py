@@ -13,6 +13,7 @@ from vllm.multimodal.inputs import MultiModalFeatureSpec
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.utils.torch_utils import async_tensor_h2d
 
+from aot_vllm.adapters.compat import let_rope_state_keep_known_deltas
 from aot_vllm.adapters.positions import (
     VisionRun,
     coordinates_of,
@@ -104,6 +105,7 @@ class PositionedQwenVL:
         the delta is None here, and the host does not wait for the device. V1 holds both on the host, and waits.
         """
         if isinstance(input_ids, Tensor):
+            let_rope_state_keep_known_deltas()  # not before: V2 loads that module after the model
             return *self._settled(input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens), None
         if not multimodal_embeddings:
             return multimodal_embeddings, mrope_positions, position_delta(mrope_positions)

@@ -17,11 +17,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from aot_vllm.adapters.blocks import frames_at_once, in_blocks
-from aot_vllm.adapters.compat import (
-    let_cpu_runner_recompute_positions,
-    let_proposer_know_reduced_models,
-    let_rope_state_keep_known_deltas,
-)
+from aot_vllm.adapters.compat import let_cpu_runner_recompute_positions, let_proposer_know_reduced_models
 from aot_vllm.adapters.processing import RETENTION
 from aot_vllm.adapters.qwen_positions import PositionedQwenVL
 from aot_vllm.adapters.scores import AttentionScores, scoring_modules
@@ -50,7 +46,6 @@ class ReducedQwenVL(PositionedQwenVL):
         self.kernels = PluginSettings.from_additional_config(vllm_config.additional_config).kernels
         let_cpu_runner_recompute_positions()
         let_proposer_know_reduced_models()
-        let_rope_state_keep_known_deltas()
         blocks = self.visual.blocks
         self.scores = AttentionScores(
             scoring_modules(self.method, [block.attn.attn for block in blocks], whole_frame=whole_frame),
