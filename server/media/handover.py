@@ -29,7 +29,9 @@ class Handover:
         """
         own = self.rules.sampling
         default = own.num_frames if isinstance(own, UniformSampling) else own.max_frames
-        return min(self.sampling.max_frames or default or self.rules.max_frames, max(default or 1, self.rules.max_frames))
+        return min(
+            self.sampling.max_frames or default or self.rules.max_frames, max(default or 1, self.rules.max_frames)
+        )
 
     @property
     def likely_bytes(self) -> int:
