@@ -211,6 +211,7 @@ def merge_across_frames(
     norms_TA = cost.norms(tokens_TAD[..., :compared])
     merged_CAD = tokens_TAD.index_select(0, layout.key_frames)
     absorbed_CA = torch.zeros_like(merged_CAD[:, :, 0])
+    state = (tokens_TAD, merged_CAD, norms_TA, absorbed_CA)
     slots, solutions = [], []
     for step in layout.steps:
         if step.least_kept == len(layout.ranks):
@@ -218,22 +219,43 @@ def merge_across_frames(
             continue
         order_nA = None if ranks is None else ranks.index_select(0, step.frames).argsort(dim=1, stable=True)
         if order_nA is None or config.kappa < 1:
-            x_nAD, y_nAD = tokens_TAD.index_select(0, step.frames), merged_CAD[: len(step.frames)]
-            discount = cost.temporal_discount(step.frames_apart, sigma=config.temporal_sigma)
-            solution = _match(
-                x_nAD[..., :compared], y_nAD[..., :compared], norms_TA[step.frames], discount=discount, config=config
+            order_nA, solution = _absorb_step(
+                state, step, order_nA, ranks_A=layout.ranks, config=config, compared=compared
             )
             solutions.append(solution)
-            share_nAA = solution.plan / solution.plan.sum(dim=2, keepdim=True).clamp_min_(SMALLEST)
-            if order_nA is None:  # a low largest share means a poor match: the token carries change
-                order_nA = share_nAA.amax(dim=2).argsort(dim=1, stable=True)
-            if config.kappa < 1:
-                absorbed_CA[: len(step.frames)] += _absorb(x_nAD, y_nAD, share_nAA, order_nA, step, layout.ranks)
         slots.append(_first(order_nA, step.keep, most=step.most_kept, ranks=layout.ranks))
 
     by_absorbed_CA = absorbed_CA.argsort(dim=1, descending=True, stable=True)
     slots.insert(0, _first(by_absorbed_CA, layout.originals, most=layout.most_originals, ranks=layout.ranks))
     return _line_up(tokens, merged_CAD, slots, solutions, layout)
+
+
+def _absorb_step(
+    state: tuple[Tensor, Tensor, Tensor, Tensor],
+    step: Step,
+    order_nA: Tensor | None,
+    *,
+    ranks_A: Tensor,
+    config: AOTConfig,
+    compared: int | None,
+) -> tuple[Tensor, TransportPlan]:
+    """Match one later frame of every clip with the key frames, which absorb what the frame doesn't keep.
+
+    `state` holds tokens (T, A, D), merged anchors (C, A, D), norms (T, A) and absorbed mass (C, A); merged anchors and
+    mass change in place. Returns the order in which the frames keep their tokens, (n, A), and the solution.
+    """
+    tokens_TAD, merged_CAD, norms_TA, absorbed_CA = state
+    x_nAD, y_nAD = tokens_TAD.index_select(0, step.frames), merged_CAD[: len(step.frames)]
+    discount = cost.temporal_discount(step.frames_apart, sigma=config.temporal_sigma)
+    solution = _match(
+        x_nAD[..., :compared], y_nAD[..., :compared], norms_TA[step.frames], discount=discount, config=config
+    )
+    share_nAA = solution.plan / solution.plan.sum(dim=2, keepdim=True).clamp_min_(SMALLEST)
+    if order_nA is None:  # a low largest share means a poor match: the token carries change
+        order_nA = share_nAA.amax(dim=2).argsort(dim=1, stable=True)
+    if config.kappa < 1:
+        absorbed_CA[: len(step.frames)] += _absorb(x_nAD, y_nAD, share_nAA, order_nA, step, ranks_A)
+    return order_nA, solution
 
 
 def _keep_by_rank(

@@ -309,56 +309,14 @@ def _absorption(
     slots = power_of_2(count)
     shape = {"NEAREST": with_nearest, "TOKENS": max(1, min(power_of_2(positions), TILE // slots)), "ANCHORS": slots}
     num_warps = 8 if slots <= TILE else 16
-    grid_rows = positions // cols
-    launch(
-        _scalings,
-        (frames,),
-        weight_TPA,
-        norms_TP,
-        anchors_TA,
-        unit_TP,
-        rows_TP,
-        columns,
-        moved,
-        nearest_TP,
-        positions,
-        count,
-        cols,
-        1 / max(1, grid_rows - 1),
-        1 / max(1, cols - 1),
-        config.spatial_weight,
-        config.epsilon,
-        iterations,
-        cost.SHORTEST,
-        SMALLEST,
-        torch.finfo(torch.float32).max,
-        num_warps=num_warps,
-        **shape,
-    )
+    buffers = (weight_TPA, norms_TP, anchors_TA, unit_TP, rows_TP, columns, moved, nearest_TP)
+    sizes = (positions, count, cols, 1 / max(1, positions // cols - 1), 1 / max(1, cols - 1))
+    settings = (config.spatial_weight, config.epsilon, iterations)
+    limits = (cost.SHORTEST, SMALLEST, torch.finfo(torch.float32).max)
+    launch(_scalings, (frames,), *buffers, *sizes, *settings, *limits, num_warps=num_warps, **shape)
     num_iterations, converged = empty(1, dtype=torch.long), empty(1, dtype=torch.bool)
-    launch(
-        _weights,
-        (frames,),
-        weight_TPA,
-        unit_TP,
-        columns,
-        moved,
-        nearest_TP,
-        own_TA,
-        num_iterations,
-        converged,
-        frames,
-        positions,
-        count,
-        iterations,
-        config.tolerance,
-        config.mass,
-        config.nearest_weight,
-        SMALLEST,
-        SOLVED=config.mass > 0,
-        STEPS=power_of_2(max(1, iterations)),
-        FRAMES=FRAMES,
-        num_warps=num_warps,
-        **shape,
-    )
+    results = (weight_TPA, unit_TP, columns, moved, nearest_TP, own_TA, num_iterations, converged)
+    numbers = (frames, positions, count, iterations, config.tolerance, config.mass, config.nearest_weight, SMALLEST)
+    constants = {"SOLVED": config.mass > 0, "STEPS": power_of_2(max(1, iterations)), "FRAMES": FRAMES}
+    launch(_weights, (frames,), *results, *numbers, num_warps=num_warps, **constants, **shape)
     return weight_TPA, own_TA, num_iterations, converged
