@@ -29,9 +29,8 @@ class Handover:
         """
         own = self.rules.sampling
         default = own.num_frames if isinstance(own, UniformSampling) else own.max_frames
-        return min(
-            self.sampling.max_frames or default or self.rules.max_frames, max(default or 1, self.rules.max_frames)
-        )
+        profiled = max(default or 1, self.rules.max_frames)
+        return min(self.sampling.max_frames or default or profiled, profiled)
 
     @property
     def likely_bytes(self) -> int:
