@@ -9,14 +9,16 @@ def register() -> None:
     """Register AOT's model classes in this process, and activate AOT in engines that set `--video-pruning-rate`.
 
     Runs in every vLLM process (API server, engine core, workers, the model inspector), possibly more than once. No
-    in-tree model is replaced. Without a pruning rate, vLLM behaves as if the plugin were not installed.
+    in-tree model is replaced. Without a pruning rate, vLLM behaves as if the plugin were not installed, except that it
+    reads the frames files that a gateway hands over.
 
     Raises:
         UnsupportedError: vLLM lacks a function that the plugin needs.
     """
     from aot_vllm.adapters.activation import activate
-    from aot_vllm.adapters.compat import after_engine_config
+    from aot_vllm.adapters.compat import after_engine_config, load_frames_files
     from aot_vllm.adapters.registry import register_models
 
     register_models()
+    load_frames_files()
     after_engine_config(activate)

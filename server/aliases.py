@@ -1,52 +1,104 @@
-"""Model aliases: the names that clients use for models, and the retention that each alias allows."""
+"""The names clients know models by, and what a request may ask of each: the retention, and which frames are sampled."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from server.errors import RetentionRefused
+from server.errors import RetentionRefused, SamplingRefused
 
 FINEST_RETENTION = 0.01  # engines cache results by retention in hundredths: finer steps would only add cache misses
 
 
 @dataclass(frozen=True)
-class Target:
-    """What a request becomes at the engine: the engine's name for the model, and the retention.
+class Sampling:
+    """Which frames of a video a request asks for; None leaves it to the model."""
 
-    `retention` is a multiple of 0.01. None means the engine's own default.
+    frames: int | None = None
+    fps: float | None = None
+    start_seconds: float | None = None
+    end_seconds: float | None = None
+    """Frames before `start_seconds` and from `end_seconds` on are not sampled."""
+    max_frames: int | None = None
+    """The operator's bound on frames; None is the model's own."""
+
+    @property
+    def is_default(self) -> bool:
+        """Whether all is left to the model."""
+        return self == Sampling()
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a request asks for in `aot`."""
+
+    retention: float | None = None
+    tokens: int | None = None
+    """At most so many video tokens in all; the retention follows."""
+    sampling: Sampling = Sampling()
+
+
+@dataclass(frozen=True)
+class Target:
+    """What one request is answered by: the engine's name for a model, the retention and the frames that it gets.
+
+    `retention` is in hundredths; None is the engine's own default. `max_tokens`, if it is set, decides the retention
+    once the videos are known, between `min_retention` and `max_retention`.
     """
 
     engine_model: str
-    retention: float | None
+    retention: float | None = None
+    max_tokens: int | None = None
+    min_retention: float = FINEST_RETENTION
+    max_retention: float = 1.0
+    sampling: Sampling = Sampling()
 
 
 @dataclass(frozen=True)
 class Alias:
-    """A model under the name that clients use.
-
-    `retention` is the default for requests that name none. A request may choose any value from `min_retention` to
-    `max_retention`.
-    """
+    """A model as clients name it: the engine's name for it, and what it gives and allows."""
 
     name: str
     engine_model: str
     retention: float | None = None
     min_retention: float = 0.0
     max_retention: float = 1.0
+    max_frames: int | None = None
 
-    def target(self, asked: float | None = None) -> Target:
-        """Return the target of a request that asks for the retention `asked`. None means the alias's default.
+    def target(self, asked: Asked | None = None) -> Target:
+        """Return what answers a request.
 
-        Raises RetentionRefused if `asked` is outside the bounds of the alias.
+        Raises RetentionRefused or SamplingRefused if what is asked lies outside the bounds of the alias.
         """
+        asked = asked or Asked()
+        sampling = self._sampling(asked.sampling)
+        if asked.tokens is not None:
+            return Target(
+                self.engine_model,
+                max_tokens=asked.tokens,
+                min_retention=max(FINEST_RETENTION, self.min_retention),
+                max_retention=self.max_retention,
+                sampling=sampling,
+            )
+        return Target(self.engine_model, self._retention(asked.retention), sampling=sampling)
+
+    def _retention(self, asked: float | None) -> float | None:
         if asked is None:
-            return Target(self.engine_model, self.retention)
+            return self.retention
         if not (asked > 0 and self.min_retention <= asked <= self.max_retention):
             low = f"[{self.min_retention:g}" if self.min_retention > 0 else "(0"
             raise RetentionRefused(
                 f"aot.retention must be in {low}, {self.max_retention:g}] for this model, got {asked:g}",
                 param="aot.retention",
             )
-        return Target(self.engine_model, max(FINEST_RETENTION, round(asked, 2)))
+        return max(FINEST_RETENTION, round(asked, 2))
+
+    def _sampling(self, asked: Sampling) -> Sampling:
+        if self.max_frames is None:
+            return asked
+        if asked.frames is not None and asked.frames > self.max_frames:
+            raise SamplingRefused(
+                f"aot.frames must be in [1, {self.max_frames}] for this model, got {asked.frames}", param="aot.frames"
+            )
+        return Sampling(asked.frames, asked.fps, asked.start_seconds, asked.end_seconds, self.max_frames)
 
 
 def pass_through(models: Iterable[str]) -> dict[str, Alias]:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
@@ -34,8 +35,9 @@ from server.errors import ConfigurationError
 from server.media.examine import Examiner
 from server.media.facts import Limits
 from server.media.fetch import Fetcher, HostRules, Network
+from server.media.frames import Sampler
 from server.media.intake import Intake
-from server.media.probe import Prober
+from server.media.reader import Reader
 from server.media.store import MediaStore
 from server.media.uploads import FileStore
 from server.observe.metrics import Metrics
@@ -75,7 +77,7 @@ def create_app(
     drain = drain or Drain(settings.drain_seconds)
     counts = Counts(shared_storage(settings.limits_backend.get_secret_value()), metrics=metrics)
     engines = _engines(settings, config, metrics)
-    media = _media(settings, metrics, network)
+    media = _media(settings, metrics, network, engines.pool)
 
     @contextlib.asynccontextmanager
     async def running(_app: FastAPI) -> AsyncIterator[None]:
@@ -132,7 +134,7 @@ class _Media:
     """The objects that handle media."""
 
     fetcher: Fetcher
-    prober: Prober
+    reader: Reader
     store: MediaStore | None
     uploads: FileStore | None
     intake: Intake
@@ -141,7 +143,7 @@ class _Media:
     async def running(self) -> AsyncIterator[None]:
         """Keep the fetcher open and sweep the stores periodically, until the block ends."""
         async with contextlib.AsyncExitStack() as stack:
-            stack.callback(self.prober.close)
+            stack.callback(self.reader.close)
             await stack.enter_async_context(self.fetcher)
             for keeper in (self.store, self.uploads):
                 if keeper is not None:
@@ -168,15 +170,20 @@ def _engines(settings: Settings, config: Configuration, metrics: Metrics) -> _En
     )
 
 
-def _media(settings: Settings, metrics: Metrics, network: Network | None) -> _Media:
+def _media(settings: Settings, metrics: Metrics, network: Network | None, pool: EnginePool) -> _Media:
     limits = Limits(
         max_seconds=settings.media_max_seconds,
         max_pixels=settings.media_max_pixels,
         max_frames=settings.media_max_frames,
         sampled_frames=settings.media_sampled_frames,
     )
-    prober = Prober(limits=limits, seconds=settings.media_probe_seconds)
-    examiner = Examiner(prober, metrics=metrics)
+    reader = Reader(
+        limits=limits,
+        seconds=settings.media_read_seconds,
+        num_workers=settings.media_readers or os.cpu_count() or 1,
+        max_frames_bytes=settings.media_max_decoded_bytes,
+    )
+    examiner = Examiner(reader, metrics=metrics)
     fetcher = Fetcher(
         rules=HostRules(
             allow=frozenset(settings.media_allow_hosts),
@@ -193,6 +200,9 @@ def _media(settings: Settings, metrics: Metrics, network: Network | None) -> _Me
     intake = Intake(
         fetcher=fetcher,
         examiner=examiner,
+        sampler=Sampler(reader, store=store, metrics=metrics),
+        pool=pool,
+        full_size=settings.media_full_size,
         store=store,
         uploads=uploads,
         max_bytes=settings.media_max_bytes,
@@ -200,7 +210,7 @@ def _media(settings: Settings, metrics: Metrics, network: Network | None) -> _Me
         secret=_secret(settings),
         metrics=metrics,
     )
-    return _Media(fetcher=fetcher, prober=prober, store=store, uploads=uploads, intake=intake)
+    return _Media(fetcher=fetcher, reader=reader, store=store, uploads=uploads, intake=intake)
 
 
 def _store(settings: Settings) -> MediaStore | None:

@@ -49,6 +49,7 @@ class ModelEntry(Section):
     retention: Share | None = None
     min_retention: Share | None = None
     max_retention: Share | None = None
+    max_frames: Amount | None = None
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -61,7 +62,14 @@ class ModelEntry(Section):
 
     def alias(self, name: str) -> Alias:
         """Return the alias that this entry defines under `name`."""
-        return Alias(name, self.engine_model, self.retention, self.min_retention or 0.0, self.max_retention or 1.0)
+        return Alias(
+            name,
+            self.engine_model,
+            self.retention,
+            self.min_retention or 0.0,
+            self.max_retention or 1.0,
+            self.max_frames,
+        )
 
 
 class Key(Section):

@@ -5,7 +5,8 @@ ConfigurationError            the gateway does not start; the message is for the
 GatewayError
 ├── InvalidRequest            the client can correct the request
 │   ├── ForbiddenField        a field that only the operator may set
-│   ├── RetentionRefused      `aot.retention` is not a number within the alias's bounds
+│   ├── RetentionRefused      `aot.retention` or `aot.tokens` is not a number within the alias's bounds
+│   ├── SamplingRefused       `aot.frames`, `fps`, `start` or `end` does not fit the model or the video
 │   └── MediaRefused          a video, image or audio clip is not allowed or not readable
 │       └── FetchFailed       the host of a media URL did not deliver the file
 ├── Unauthorized              no valid API key
@@ -70,6 +71,10 @@ class ForbiddenField(InvalidRequest):
 
 class RetentionRefused(InvalidRequest):
     """The request's retention is not a number within the bounds of its model."""
+
+
+class SamplingRefused(InvalidRequest):
+    """The frames that the request asks for can't be sampled."""
 
 
 class MediaRefused(InvalidRequest):
@@ -177,6 +182,7 @@ VERDICTS: dict[type[GatewayError], Verdict] = {
     InvalidRequest: Verdict(400, "invalid_request_error", "invalid_request"),
     ForbiddenField: Verdict(400, "invalid_request_error", "forbidden_field", code="forbidden_field"),
     RetentionRefused: Verdict(400, "invalid_request_error", "retention", code="invalid_retention"),
+    SamplingRefused: Verdict(400, "invalid_request_error", "sampling", code="invalid_sampling"),
     MediaRefused: Verdict(400, "invalid_request_error", "media", code="invalid_media"),
     FetchFailed: Verdict(400, "invalid_request_error", "media_fetch", code="media_fetch_failed"),
     Unauthorized: Verdict(401, "invalid_request_error", "unauthorized", code="invalid_api_key"),

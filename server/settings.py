@@ -116,12 +116,14 @@ class Settings(BaseSettings):
     media_allow_http: bool = False
     media_max_bytes: int = Field(default=64 * MIB, ge=1024)
     media_max_seconds: float = Field(default=600, gt=0)
-    media_max_pixels: int = Field(default=3840 * 2160, ge=1)
+    media_max_pixels: int = Field(default=4096 * 2304, ge=1)
     media_max_frames: int = Field(default=100_000, ge=1)
     media_sampled_frames: int = Field(default=32, ge=1)
-    media_max_decoded_bytes: int = Field(default=1024 * MIB, ge=1024)
+    media_max_decoded_bytes: int = Field(default=640 * MIB, ge=1024)  # vLLM 0.33 takes 716 MB in a request
+    media_full_size: bool = False
     media_fetch_seconds: float = Field(default=30, gt=0)
-    media_probe_seconds: float = Field(default=10, gt=0)
+    media_read_seconds: float = Field(default=30, gt=0)
+    media_readers: int | None = Field(default=None, ge=1)
     media_store_bytes: int = Field(default=10_240 * MIB, ge=1024)
     media_store_seconds: float = Field(default=3600, gt=0)
     media_secret: SecretStr | None = Field(default=None, min_length=16)

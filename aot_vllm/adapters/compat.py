@@ -12,8 +12,11 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from aot_vllm.errors import UnsupportedError
+from aot_vllm.frames import MAGIC, HandedOverVideo, is_frames_file, map_frames, read_frames
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from vllm.config import ModelConfig, VllmConfig
 
 _MARK = "_aot_wrapped"
@@ -55,6 +58,51 @@ def after_engine_config(activate: Callable[[VllmConfig, float | None], None]) ->
 
     setattr(create_engine_config, _MARK, True)
     EngineArgs.create_engine_config = create_engine_config
+
+
+def load_frames_files() -> None:
+    """Make vLLM read a video whose first bytes are those of a frames file with `aot_vllm.frames`, and no other video.
+
+    Without this function, a frames file would go to the decoder that vLLM chose for the model's processor, and that
+    refuses it. vLLM has a registry of loaders, but one loader serves all videos of a server, and
+    `VideoMediaIO.load_file` reads a whole file before any loader sees it. What vLLM keeps as a video's original bytes
+    serves only its hash. For a frames file these are 40 bytes, which stand for its content and metadata. Needed for
+    0.32. Delete it once a loader can be chosen by content and receives the path of a file.
+
+    Raises:
+        UnsupportedError: vLLM has no `VideoMediaIO.load_bytes` or `VideoMediaIO.load_file`.
+    """
+    from vllm.multimodal.media import MediaWithBytes
+    from vllm.multimodal.media import video as media
+    from vllm.multimodal.video_decoders import check_frame_pixel_limit
+
+    video_io: Any = getattr(media, "VideoMediaIO", None)
+    load_bytes, load_file = (getattr(video_io, name, None) for name in ("load_bytes", "load_file"))
+    if load_bytes is None or load_file is None:
+        raise UnsupportedError(
+            f"vLLM {vllm_version()} has no VideoMediaIO.load_bytes and load_file, through which aot-vllm reads the "
+            "frames that a gateway hands over; install vllm 0.32.*, or uninstall aot-vllm to serve without it"
+        )
+    if getattr(load_file, _MARK, False):
+        return
+
+    def media_of(video: HandedOverVideo) -> Any:
+        height, width = video.frames.shape[1:3]
+        check_frame_pixel_limit(width, height)
+        return MediaWithBytes((video.frames, video.metadata), video.identity)
+
+    @functools.wraps(load_bytes)
+    def load_frames_bytes(self: Any, data: bytes) -> Any:
+        return media_of(read_frames(data)) if is_frames_file(data) else load_bytes(self, data)
+
+    @functools.wraps(load_file)
+    def load_frames_file(self: Any, filepath: Path) -> Any:
+        with filepath.open("rb") as file:
+            handed_over = is_frames_file(file.read(len(MAGIC)))
+        return media_of(map_frames(filepath)) if handed_over else load_file(self, filepath)
+
+    setattr(load_frames_file, _MARK, True)
+    video_io.load_bytes, video_io.load_file = load_frames_bytes, load_frames_file
 
 
 def stock_pruning_methods(model_config: ModelConfig) -> tuple[str, ...]:

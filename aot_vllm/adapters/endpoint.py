@@ -1,4 +1,4 @@
-"""The `vllm.endpoint_plugins` entry point: savings in response headers, and counters on `/metrics`.
+"""The `vllm.endpoint_plugins` entry point: savings in headers, counters on `/metrics`, and what the engine tells.
 
 Headers are sent before the first byte of a body, so streams carry them too. The videos of a request are known once its
 prompt is rendered, which happens in a task of the handler. So the middleware puts a mutable object into a context
@@ -14,10 +14,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from fastapi import HTTPException
 from vllm.logger import init_logger
 
 from aot_vllm.adapters.activation import WORKER_EXTENSION
 from aot_vllm.adapters.compat import is_first_api_server, observe_rendered_chats
+from aot_vllm.adapters.description import describe_engine
 from aot_vllm.adapters.telemetry import LEDGER, VideoSavings, WorkerTotals, count
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ logger = init_logger("vllm.aot")
 
 CHAT_PATH = "/v1/chat/completions"
 METRICS_PATH = "/metrics"
+ENGINE_PATH = "/v1/aot/engine"
+"""Under `/v1`, which vLLM's API key guards."""
 STATISTICS_TIMEOUT_SECONDS = 2.0
 """A busy engine answers between two steps. After this time a scrape shows the values of the previous scrape."""
 
@@ -101,24 +105,38 @@ class AOTEndpoint:
     def __init__(self) -> None:
         """Start without an engine; `init_state` gives it."""
         self._engine: EngineClient | None = None
+        self._description: dict[str, Any] | None = None
         self._worker_totals = WorkerTotals()
         self._refreshing = asyncio.Lock()
 
     def attach_router(self, app: FastAPI) -> None:
-        """Add the middleware. AOT adds no routes."""
+        """Add the middleware, and the route on which the engine tells a gateway what it needs to know."""
         app.add_middleware(SavingsMiddleware, endpoint=self)
+        app.add_api_route(ENGINE_PATH, self.describe, methods=["GET"])
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        """Observe rendered chats. If the workers have AOT's extension, ask them for statistics at each scrape.
+        """Observe rendered chats and describe the engine. If the workers have AOT's extension, ask them at each scrape.
 
         Only the first of several API servers asks, because each would count the same reductions.
         """
         observe_rendered_chats(state, note_rendered)
         if engine_client is None:
             return
+        self._description = describe_engine(
+            engine_client.vllm_config,
+            models=list(args.served_model_name or [args.model]),
+            request_kwargs_trusted=args.trust_request_mm_kwargs,
+            prompt_tokens_details=args.enable_prompt_tokens_details,
+        )
         extended = engine_client.vllm_config.parallel_config.worker_extension_cls == WORKER_EXTENSION
         if extended and is_first_api_server(engine_client.vllm_config):
             self._engine = engine_client
+
+    async def describe(self) -> dict[str, Any]:
+        """Return what the engine tells about itself, see `describe_engine`; 404 on a server without an engine."""
+        if self._description is None:
+            raise HTTPException(404, "this server has no engine")
+        return self._description
 
     async def refresh_counters(self) -> None:
         """Update the counters with the workers' statistics, or leave them if the engine does not answer in time."""

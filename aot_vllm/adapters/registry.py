@@ -19,6 +19,11 @@ def reduced_architecture(architecture: str) -> str:
     return f"AOT{architecture}"
 
 
+def original_architecture(architecture: str) -> str:
+    """Return the in-tree architecture behind one of AOT's names, any other name as it is."""
+    return next((name for name in ARCHITECTURES if reduced_architecture(name) == architecture), architecture)
+
+
 def register_models() -> None:
     """Register AOT's classes under names of their own, so that no in-tree model is replaced."""
     from vllm.model_executor.models import ModelRegistry

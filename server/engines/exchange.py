@@ -10,6 +10,7 @@ from time import perf_counter
 import aiohttp
 
 from server.engines.pool import Attempt, Engine, EnginePool
+from server.engines.profile import VideoRules
 from server.engines.savings import Savings
 from server.engines.session import Connecting, EngineSession
 from server.errors import EngineFailed, EngineTimeout, EngineUnavailable, GatewayError, engine_error
@@ -39,6 +40,8 @@ class Call:
     has_video: bool
     key: str | None = None
     """The affinity key: calls with the same key go to the same engine, as long as its load allows."""
+    rules: VideoRules | None = None
+    """The rules by which frames were sampled from its videos. None if it holds the videos themselves."""
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -112,7 +115,9 @@ class Exchanges:
         reason, refusal = "", GatewayError("")
         while len(tried) < MAX_ATTEMPTS:
             try:
-                attempt = held.enter_context(self._pool.attempt(call.model, key=call.key, without=tried))
+                attempt = held.enter_context(
+                    self._pool.attempt(call.model, key=call.key, rules=call.rules, without=tried)
+                )
             except EngineUnavailable:
                 if not tried:
                     raise

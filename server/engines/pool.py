@@ -12,6 +12,8 @@ import aiohttp
 
 from server.engines import routing
 from server.engines.breaker import Breaker
+from server.engines.profile import PATH as PROFILE_PATH
+from server.engines.profile import EngineProfile, VideoRules, read_profile
 from server.engines.session import EngineSession
 from server.errors import EngineUnavailable
 from server.observe.metrics import Metrics
@@ -34,7 +36,14 @@ class Engine:
     silent_checks: int = 0
     reports_savings: bool = True
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
+    profile: EngineProfile | None = None
+    """What the engine tells about itself. None if it tells nothing, for example because it runs without the plugin."""
     breaker: Breaker = field(default_factory=Breaker)
+
+    @property
+    def video_rules(self) -> VideoRules | None:
+        """The rules for sampling frames for this engine. None if the engine wants the video itself."""
+        return None if self.profile is None else self.profile.video_rules
 
 
 class Attempt:
@@ -93,25 +102,53 @@ class EnginePool:
         """The cards of all models by name. An engine that is down counts with the models it served last."""
         return {name: card for engine in reversed(self.engines) for name, card in engine.models.items()}
 
+    def video_rules(self, model: str) -> VideoRules | None:
+        """Return the rules for sampling frames that all engines of a model share.
+
+        None if one of these engines wants the video itself, or if they disagree, as during a rolling upgrade.
+        """
+        serving = [engine for engine in self.engines if engine.healthy and model in engine.models]
+        told = [engine.video_rules for engine in serving]
+        return told[0] if told and all(rules == told[0] for rules in told) else None
+
     @contextmanager
-    def attempt(self, model: str, *, key: str | None = None, without: Collection[Engine] = ()) -> Iterator[Attempt]:
+    def attempt(
+        self,
+        model: str,
+        *,
+        key: str | None = None,
+        rules: VideoRules | None = None,
+        without: Collection[Engine] = (),
+    ) -> Iterator[Attempt]:
         """Choose an engine for a request and count the request there until the block ends.
 
         Takes the arguments of `choose` and raises its errors.
         """
-        attempt = Attempt(self.choose(model, key=key, without=without), self)
+        attempt = Attempt(self.choose(model, key=key, rules=rules, without=without), self)
         try:
             yield attempt
         finally:
             attempt.end()
 
-    def choose(self, model: str, *, key: str | None = None, without: Collection[Engine] = ()) -> Engine:
+    def choose(
+        self,
+        model: str,
+        *,
+        key: str | None = None,
+        rules: VideoRules | None = None,
+        without: Collection[Engine] = (),
+    ) -> Engine:
         """Return the engine for a request to `model`. `key` is the affinity key of its media.
 
-        Engines in `without` have been tried already and are left out.
+        If frames were sampled for the request, `rules` are the rules that were used: engines with other rules are left
+        out. So are the engines in `without`, which have been tried already.
         Raises EngineUnavailable if no engine is left that is up and serves the model.
         """
-        serving = [engine for engine in self.engines if engine.healthy and model in engine.models]
+        serving = [
+            engine
+            for engine in self.engines
+            if engine.healthy and model in engine.models and (rules is None or engine.video_rules == rules)
+        ]
         candidates = [engine for engine in serving if engine not in without and engine.breaker.admits]
         if not candidates:
             waits = [engine.breaker.seconds_to_trial() for engine in serving]
@@ -163,6 +200,7 @@ class EnginePool:
                 healthy = answer.status == 200
             if healthy:
                 await self._discover(engine, limit)
+                await self._read_profile(engine, limit)
                 healthy = bool(engine.models)
         except TimeoutError:
             engine.silent_checks += 1
@@ -185,6 +223,20 @@ class EnginePool:
         if cards and cards.keys() != engine.models.keys():
             logger.info("engine serves these models", extra={"engine": engine.name, "models": sorted(cards)})
         engine.models = cards or engine.models
+
+    async def _read_profile(self, engine: Engine, limit: aiohttp.ClientTimeout) -> None:
+        async with self._session.http.get(f"{engine.url}{PROFILE_PATH}", timeout=limit) as answer:
+            try:
+                profile = read_profile(await answer.json(content_type=None)) if answer.status == 200 else None
+            except ValueError:
+                profile = None
+        before, engine.profile = engine.video_rules, profile
+        if engine.video_rules != before or not engine.healthy:
+            logger.info(
+                "engine is handed %s",
+                "videos as they are" if engine.video_rules is None else "frames",
+                extra={"engine": engine.name, "frames_format": profile and profile.frames_format},
+            )
 
     def _set(self, engine: Engine, *, healthy: bool) -> None:
         if engine.healthy != healthy:

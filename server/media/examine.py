@@ -1,16 +1,17 @@
-"""Examines media: identifies the type by the first bytes, then probes the content."""
+"""Examines media: identifies the type by the first bytes, then has the reader look into the content."""
 
 import os
 from dataclasses import dataclass
 
-from server.errors import MediaRefused
-from server.media.facts import Facts, ProbeError
-from server.media.identify import HEAD_BYTES, FileType, identify
+from server.errors import GatewayError, MediaRefused, Overloaded
+from server.media.facts import Facts, ReadError
+from server.media.identify import HEAD_BYTES, TAKEN_VIDEOS, FileType, identify
 from server.media.part import Kind
-from server.media.probe import Prober
+from server.media.reader import Reader
 from server.observe.metrics import Metrics
 
 REMEMBERED_FACTS = 4096
+NO_ROOM = "no_room"
 _INVALID: dict[Kind, str] = {"video": "invalid_video", "image": "invalid_image", "audio": "invalid_audio"}
 
 
@@ -23,11 +24,11 @@ class Examined:
 
 
 class Examiner:
-    """Examines media, and caches the facts about the REMEMBERED_FACTS media that were probed last."""
+    """Examines media, and caches the facts about the REMEMBERED_FACTS media that were examined last."""
 
-    def __init__(self, prober: Prober, *, metrics: Metrics) -> None:
+    def __init__(self, reader: Reader, *, metrics: Metrics) -> None:
         """Start with an empty cache."""
-        self._prober = prober
+        self._reader = reader
         self._probes = metrics.probes
         self._facts: dict[tuple[Kind, str], Facts] = {}
 
@@ -36,14 +37,11 @@ class Examiner:
     ) -> Examined:
         """Return the type and the facts of the medium in the open file `descriptor`, whose offset is 0.
 
-        `digest` is the SHA-256 of the content. Content with a known digest is not probed again, because the requests
+        `digest` is the SHA-256 of the content. Content with a known digest is not read again, because the requests
         of a conversation are often about the same video.
         Raises MediaRefused, whose message names the `subject`, if the content is not a readable medium of this kind.
         """
-        found = identify(os.pread(descriptor, HEAD_BYTES, 0), kind)
-        if found is None:
-            article = "a" if kind == "video" else "an"
-            raise MediaRefused(f"the {subject} is not {article} {kind} of a type that this gateway accepts")
+        found = type_of(descriptor, kind, subject=subject)
         facts = None if digest is None else self._facts.get((kind, digest))
         if facts is None:
             facts = await self._probe(descriptor, kind, found)
@@ -54,11 +52,28 @@ class Examiner:
     async def _probe(self, descriptor: int, kind: Kind, found: FileType) -> Facts:
         self._probes.inc()
         try:
-            return await self._prober.probe(descriptor, kind=kind, demuxer=found.demuxer)
-        except ProbeError as exc:
-            raise MediaRefused(str(exc), code=exc.code or _INVALID[kind]) from exc
+            return await self._reader.examine(descriptor, kind=kind, demuxer=found.demuxer)
+        except ReadError as exc:
+            raise refusal(exc, kind) from exc
 
     def _remember(self, kind: Kind, digest: str, facts: Facts) -> None:
         self._facts[kind, digest] = facts
         if len(self._facts) > REMEMBERED_FACTS:
             del self._facts[next(iter(self._facts))]
+
+
+def type_of(descriptor: int, kind: Kind, *, subject: str = "data") -> FileType:
+    """Return the type of an open file, by its first bytes; raise MediaRefused if it is no type of this kind."""
+    found = identify(os.pread(descriptor, HEAD_BYTES, 0), kind)
+    if found is None:
+        article = "a" if kind == "video" else "an"
+        accepted = f": {TAKEN_VIDEOS}" if kind == "video" else ""
+        raise MediaRefused(f"the {subject} is not {article} {kind} of a type that this gateway accepts{accepted}")
+    return found
+
+
+def refusal(exc: ReadError, kind: Kind) -> GatewayError:
+    """Return what a client is told about a medium that could not be read."""
+    if exc.code == NO_ROOM:
+        return Overloaded("the store for videos is full, try again later")
+    return MediaRefused(str(exc), code=exc.code or _INVALID[kind])

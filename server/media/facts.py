@@ -1,45 +1,42 @@
-"""The facts that the probe finds out about a medium, and the limits for them."""
+"""What is found out about a medium, and what it is allowed to be."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits for a video. Those that apply to sound also hold for audio clips."""
+    """What videos, and where it applies audio clips, are allowed."""
 
     max_seconds: float
     max_pixels: int
-    """Width x height of a frame."""
+    """Width x height."""
     max_frames: int
     sampled_frames: int
-    """The largest number of frames that an engine samples from a video."""
+    """How many frames of a video an engine looks at, at most."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts about a medium.
-
-    A video's duration, frames and size are measured on its packets, so that a header can't understate them.
-    """
+    """What a medium holds. A video's duration, frames and size come from its packets, whatever the header claims."""
 
     container: str
     codec: str
     width: int = 0
+    """As displayed."""
     height: int = 0
     duration_seconds: float = 0.0
+    """Of a video, how long its pictures last."""
     frames: int = 0
+    """How many are shown."""
     fps: float = 0.0
     decoded_bytes: int = 0
-    """The size in an engine's memory: three bytes per pixel of the sampled frames, four bytes per audio sample."""
+    """What it takes in an engine's memory: three bytes a pixel of the sampled frames, four a sample of audio."""
 
 
-class ProbeError(Exception):
-    """The medium can't be read, it exceeds a limit, or the probe itself failed or timed out.
-
-    The message is for the client.
-    """
+class ReadError(Exception):
+    """The medium can't be read, breaks a limit, or reading it broke or outran its own. The text is fit for a client."""
 
     def __init__(self, message: str, *, code: str | None = None) -> None:
-        """Keep the error code for the client. None means the general code for the medium's kind."""
+        """Keep the code that the client gets, if the kind's own does not say enough."""
         super().__init__(message)
         self.code = code

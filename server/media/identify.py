@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from server.media.part import Kind
 
-HEAD_BYTES = 512
+HEAD_BYTES = 1024
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,25 @@ QUICKTIME = FileType("video/quicktime", ".mov", "mov")
 WEBM = FileType("video/webm", ".webm", "webm")
 MATROSKA = FileType("video/x-matroska", ".mkv", "matroska")
 TRANSPORT_STREAM = FileType("video/mp2t", ".ts", "mpegts")
+BLU_RAY_STREAM = FileType("video/mp2t", ".m2ts", "mpegts")
+TAKEN_VIDEOS = "MP4, QuickTime, WebM, Matroska, AVI, MPEG (TS, M2TS, PS, no container), Ogg, FLV, ASF (WMV), GIF, WebP"
+"""For those who sent something else."""
+
+# What streams without a container begin with: a delimiter, or the first parameter set.
+_H264_UNITS = (b"\x09", b"\x27", b"\x67")
+_HEVC_UNITS = (b"\x40\x01", b"\x46\x01")
 
 _STARTS: dict[Kind, tuple[tuple[bytes, FileType], ...]] = {
     "video": (
         (b"FLV\x01", FileType("video/x-flv", ".flv", "flv")),
         (b"\x00\x00\x01\xba", FileType("video/mpeg", ".mpg", "mpeg")),
+        (b"\x00\x00\x01\xb3", FileType("video/mpeg", ".m2v", "mpegvideo")),  # without a container
+        *((b"\x00\x00\x00\x01" + unit, FileType("video/h264", ".h264", "h264")) for unit in _H264_UNITS),
+        *((b"\x00\x00\x00\x01" + unit, FileType("video/h265", ".h265", "hevc")) for unit in _HEVC_UNITS),
         (b"OggS", FileType("video/ogg", ".ogv", "ogg")),
+        (b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", FileType("video/x-ms-asf", ".wmv", "asf")),
+        (b"GIF87a", FileType("image/gif", ".gif", "gif")),
+        (b"GIF89a", FileType("image/gif", ".gif", "gif")),
     ),
     "image": (
         (b"\x89PNG\r\n\x1a\n", FileType("image/png", ".png")),
@@ -45,6 +58,7 @@ _STARTS: dict[Kind, tuple[tuple[bytes, FileType], ...]] = {
 }
 _RIFF: dict[tuple[Kind, bytes], FileType] = {
     ("video", b"AVI "): FileType("video/x-msvideo", ".avi", "avi"),
+    ("video", b"WEBP"): FileType("image/webp", ".webp", "webp"),
     ("image", b"WEBP"): FileType("image/webp", ".webp"),
     ("audio", b"WAVE"): FileType("audio/wav", ".wav", "wav"),
 }
@@ -75,6 +89,15 @@ def _video_container(head: bytes) -> FileType | None:
         return QUICKTIME
     if head[:4] == b"\x1a\x45\xdf\xa3":
         return WEBM if b"webm" in head[:64] else MATROSKA
-    if head[:1] == b"\x47" and head[188:189] == b"\x47" and head[376:377] == b"\x47":
-        return TRANSPORT_STREAM
+    return _transport_stream(head)
+
+
+def _transport_stream(head: bytes) -> FileType | None:
+    """Return the type of what consists of packets of one size; a recording may begin inside of one."""
+    for size, sync_at, found in ((188, 0, TRANSPORT_STREAM), (192, 4, BLU_RAY_STREAM)):
+        if head[sync_at : sync_at + 2 * size + 1 : size] == b"\x47" * 3:
+            return found
+    for size, found in ((188, TRANSPORT_STREAM), (192, BLU_RAY_STREAM)):
+        if any(head[at::size].count(b"\x47") == len(head[at::size]) >= 5 for at in range(size)):
+            return found
     return None

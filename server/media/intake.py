@@ -15,13 +15,20 @@ from typing import Protocol
 import pybase64
 
 from server.admission.buffers import Buffer
+from server.aliases import Target
+from server.engines.pool import EnginePool
+from server.engines.profile import VideoRules
 from server.errors import GatewayError, InvalidRequest, MediaRefused
-from server.media.examine import Examiner
+from server.media.examine import Examiner, type_of
 from server.media.facts import Facts
 from server.media.fetch import Fetcher
 from server.media.file import COPY_BYTES, MediaFile, in_memory, on_disk, too_large
+from server.media.frames import Sampler
+from server.media.frames_file import FramesHeader
+from server.media.handover import Handover, handover
 from server.media.identify import FileType
 from server.media.part import Kind, MediaPart
+from server.media.shape import VideoShape
 from server.media.share import Shared
 from server.media.store import MediaStore
 from server.media.threads import off_loop
@@ -61,9 +68,14 @@ class Taken:
     """The affinity key, a hash of the videos' content. Requests with the same key go to the same engine."""
     video_seconds: float = 0.0
     longest_video: Facts | None = None
+    rules: VideoRules | None = None
+    """The rules by which frames were sampled from the videos. None if the engine gets the videos themselves."""
+    shapes: tuple[VideoShape, ...] = ()
+    """The frames of each video."""
 
 
 NOTHING = Taken()
+NO_FACTS = Facts(container="", codec="")
 
 
 @dataclass(frozen=True)
@@ -73,6 +85,7 @@ class _Asked:
     tenant: str
     record: RequestRecord
     buffer: Buffer
+    way: Handover | None
 
 
 @dataclass
@@ -84,9 +97,12 @@ class _Tally:
     decoded_bytes: int = 0
     digests: list[str] = field(default_factory=list)
     videos: list[Facts] = field(default_factory=list)
+    shapes: list[VideoShape] = field(default_factory=list)
 
-    def taken(self) -> Taken:
+    def taken(self, way: Handover | None) -> Taken:
         return Taken(
+            rules=None if way is None else way.rules,
+            shapes=tuple(self.shapes),
             key=self._key(),
             video_seconds=sum(facts.duration_seconds for facts in self.videos),
             longest_video=max(self.videos, key=lambda facts: facts.duration_seconds, default=None),
@@ -106,6 +122,9 @@ class Intake:
         *,
         fetcher: Fetcher,
         examiner: Examiner,
+        sampler: Sampler,
+        pool: EnginePool,
+        full_size: bool,
         store: MediaStore | None,
         uploads: Uploads | None,
         max_bytes: int,
@@ -115,11 +134,15 @@ class Intake:
     ) -> None:
         """Limit the media of a request, together, to `max_bytes`, and to `max_decoded_bytes` in an engine's memory.
 
-        `secret` is the HMAC key for the names under which engines cache videos. Without it nobody can guess or forge
-        the name of another tenant's video.
+        Engines of `pool` that tell how they sample are handed frames, other engines the videos themselves. With
+        `full_size` frames keep their size. `secret` is the HMAC key for the names under which engines cache videos.
+        Without it nobody can guess or forge the name of another tenant's video.
         """
         self._fetcher = fetcher
         self._examiner = examiner
+        self._sampler = sampler
+        self._pool = pool
+        self._full_size = full_size
         self._store = store
         self._uploads = uploads
         self._max_bytes = max_bytes
@@ -130,15 +153,20 @@ class Intake:
 
     @asynccontextmanager
     async def taken(
-        self, media: Sequence[MediaPart], *, tenant: str, record: RequestRecord, buffer: Buffer
+        self, media: Sequence[MediaPart], *, target: Target, tenant: str, record: RequestRecord, buffer: Buffer
     ) -> AsyncIterator[Taken]:
         """Check each medium, and replace it in the request by a URL that the engine may read. Yields a summary.
 
         Files in the store stay there until the block ends. Data URLs that are added to the request count in `buffer`,
         and times in `record`.
-        Raises MediaRefused, with the medium's place as `param`, and Overloaded if the buffer or the store is full.
+        Raises MediaRefused, with the medium's place as `param`, SamplingRefused for frames that the target's engines
+        can't be given, and Overloaded if the buffer or the store is full.
         """
-        asked, tally = _Asked(tenant, record, buffer), _Tally()
+        way = None
+        if any(part.kind == "video" for part in media):
+            rules = self._pool.video_rules(target.engine_model)
+            way = handover(rules, target.sampling, full_size=self._full_size)
+        asked, tally = _Asked(tenant, record, buffer, way), _Tally()
         async with AsyncExitStack() as files:
             for place, part in enumerate(media):  # one after another, which bounds the memory
                 try:
@@ -147,7 +175,7 @@ class Intake:
                     await self._take(part, asked, files, tally)
                 except MediaRefused as exc:
                     raise MediaRefused(exc.message, param=part.param, code=exc.code) from exc
-            yield tally.taken()
+            yield tally.taken(way)
 
     async def _take(self, part: MediaPart, asked: _Asked, files: AsyncExitStack, tally: _Tally) -> None:
         if part.kind == "video":
@@ -155,37 +183,54 @@ class Intake:
             if tally.num_videos > MAX_VIDEOS:
                 raise MediaRefused(f"a request must hold at most {MAX_VIDEOS} videos")
         async with self._clip(part, asked) as clip:
-            if clip.url != part.value:
-                asked.buffer.grow(len(clip.url))
             tally.size_bytes += clip.file.size_bytes
             if tally.size_bytes > self._max_bytes:
                 raise MediaRefused(
                     f"the media of the request are larger than {self._max_bytes} bytes", code="media_too_large"
                 )
-            tally.decoded_bytes += clip.facts.decoded_bytes
-            if tally.decoded_bytes > self._max_decoded_bytes:
-                raise MediaRefused(
-                    f"the media of the request take {tally.decoded_bytes} bytes when decoded, "
-                    f"at most {self._max_decoded_bytes} are allowed",
-                    code="media_too_large",
-                )
             if part.kind == "video":
-                await self._hand_over_video(part, clip, asked.tenant, files)
-                tally.digests.append(clip.file.digest)
-                tally.videos.append(clip.facts)
-            elif part.source == "url":
+                await self._take_video(part, clip, asked, files, tally)
+                return
+            tally.decoded_bytes += clip.facts.decoded_bytes
+            self._check_decoded(tally)
+            if clip.url != part.value:
+                asked.buffer.grow(len(clip.url))
+            if part.source == "url":
                 part.replace(clip.url)
             else:
                 part.is_plain = True
 
-    async def _hand_over_video(self, part: MediaPart, clip: Clip, tenant: str, files: AsyncExitStack) -> None:
-        url = clip.url
-        if self._store is not None:
-            url = (await files.enter_async_context(self._store.held(clip.file, suffix=clip.type.suffix))).as_uri()
-        name = hmac.digest(self._secret, f"{tenant} {clip.file.digest}".encode(), "sha256")
-        part.replace(url, uuid=name.hex())
+    async def _take_video(
+        self, part: MediaPart, clip: Clip, asked: _Asked, files: AsyncExitStack, tally: _Tally
+    ) -> None:
+        if asked.way is None:
+            tally.decoded_bytes += clip.facts.decoded_bytes
+            self._check_decoded(tally)
+            name, url, facts = clip.file.digest, clip.url, clip.facts
+            if self._store is not None:
+                url = (await files.enter_async_context(self._store.held(clip.file, suffix=clip.type.suffix))).as_uri()
+        else:
+            room = self._max_decoded_bytes - tally.decoded_bytes
+            with asked.record.phase("probe"):
+                frames = await files.enter_async_context(self._sampler.frames_of(clip.file, asked.way, max_bytes=room))
+            tally.decoded_bytes += frames.header.pixels_bytes
+            tally.shapes.append(VideoShape.of(frames.header))
+            name, url, facts = frames.name, frames.url, _facts_in(frames.header)
+        if url != part.value:
+            asked.buffer.grow(len(url))
+        part.replace(url, uuid=hmac.digest(self._secret, f"{asked.tenant} {name}".encode(), "sha256").hex())
+        tally.digests.append(clip.file.digest)
+        tally.videos.append(facts)
         self._metrics.video_bytes.observe(clip.file.size_bytes)
-        self._metrics.video_duration.observe(clip.facts.duration_seconds)
+        self._metrics.video_duration.observe(facts.duration_seconds)
+
+    def _check_decoded(self, tally: _Tally) -> None:
+        if tally.decoded_bytes > self._max_decoded_bytes:
+            raise MediaRefused(
+                f"the media of the request take {tally.decoded_bytes} bytes when decoded, "
+                f"at most {self._max_decoded_bytes} are allowed",
+                code="media_too_large",
+            )
 
     @asynccontextmanager
     async def _clip(self, part: MediaPart, asked: _Asked) -> AsyncIterator[Clip]:
@@ -195,7 +240,9 @@ class Intake:
         elif part.source == "base64" or scheme == "data":
             opened = self._given(part, asked)
         elif scheme in ("http", "https"):
-            opened = self._downloads.held(f"{part.kind} {part.value}", partial(self._fetched, part, asked))
+            opened = self._downloads.held(
+                f"{part.kind} {asked.way is None} {part.value}", partial(self._fetched, part, asked)
+            )
         else:
             raise MediaRefused(f"the {part.kind} URL must be an https or a data URL", code="invalid_media_url")
         async with opened as clip:
@@ -211,7 +258,7 @@ class Intake:
         with in_memory(max_bytes=self._max_bytes) as file:
             with asked.record.phase("parse"):
                 await off_loop(_decode, data, begin, file, part.kind, size_bytes=len(data))
-            yield await self._examined(file, part, asked.record)
+            yield await self._examined(file, part, asked)
 
     @asynccontextmanager
     async def _uploaded(self, part: MediaPart, asked: _Asked) -> AsyncIterator[Clip]:
@@ -229,7 +276,7 @@ class Intake:
                     await asyncio.to_thread(_copy, path, file)
                 except OSError as exc:
                     raise MediaRefused("the file could not be read: it may have been deleted just now") from exc
-            yield await self._examined(file, part, asked.record)
+            yield await self._examined(file, part, asked)
 
     @asynccontextmanager
     async def _fetched(self, part: MediaPart, asked: _Asked) -> AsyncIterator[Clip]:
@@ -237,14 +284,16 @@ class Intake:
         with on_disk(self._folder, max_bytes=self._max_bytes) as file:
             with asked.record.phase("fetch"):
                 await self._fetcher.fetch(part.value, file)
-            yield await self._examined(file, part, asked.record)
+            yield await self._examined(file, part, asked)
 
     @property
     def _folder(self) -> Path | None:
         return None if self._store is None else self._store.directory
 
-    async def _examined(self, file: MediaFile, part: MediaPart, record: RequestRecord) -> Clip:
-        with record.phase("probe"):
+    async def _examined(self, file: MediaFile, part: MediaPart, asked: _Asked) -> Clip:
+        if part.kind == "video" and asked.way is not None:  # the reader looks into it while it samples frames
+            return Clip(file, type_of(file.descriptor(), "video"), NO_FACTS, "")
+        with asked.record.phase("probe"):
             found = await self._examiner.examine(file.descriptor(), kind=part.kind, digest=file.digest)
         url = ""
         if part.kind != "video" or self._store is None:
@@ -259,6 +308,19 @@ class Intake:
         if part.source == "base64":
             return prefix + part.value
         return await off_loop(file.encoded, partial(_encode, prefix), size_bytes=file.size_bytes)
+
+
+def _facts_in(header: FramesHeader) -> Facts:
+    """Return what a frames file says about its video."""
+    return Facts(
+        container="",
+        codec="",
+        width=header.source_width,
+        height=header.source_height,
+        duration_seconds=header.duration,
+        frames=header.total_num_frames,
+        fps=header.fps,
+    )
 
 
 def _begin_of_base64(part: MediaPart) -> int:

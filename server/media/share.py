@@ -50,11 +50,11 @@ class _Lease(Generic[T]):
         self.ready: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         self.holders = 0
         self._unused = asyncio.Event()
-        self._task = asyncio.create_task(self._keep(opened))
+        self._task = asyncio.create_task(self._keep(opened()))
 
-    async def _keep(self, opened: Callable[[], AbstractAsyncContextManager[T]]) -> None:
+    async def _keep(self, opening: AbstractAsyncContextManager[T]) -> None:
         try:
-            async with opened() as thing:
+            async with opening as thing:
                 self.ready.set_result(thing)
                 await self._unused.wait()
         except BaseException as exc:

@@ -1,6 +1,7 @@
-"""The media store: a directory of videos that engines read.
+"""The media store: a directory of videos, and of frames sampled from them, that engines read.
 
-Files are named by the SHA-256 of their content, written atomically, and bounded in total size and in age.
+A video is named by the SHA-256 of its content, frames by that of how they were made. Files are written atomically, and
+bounded in total size and in age.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ import os
 import re
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import IO
@@ -21,7 +22,7 @@ from server.media.threads import opened_off_loop
 
 logger = logging.getLogger(__name__)
 
-_OURS = re.compile(r"[0-9a-f]{64}\.[a-z0-9]{2,5}|\.incoming-.*")
+_OURS = re.compile(r"[0-9a-f]{64}\.[a-z0-9]{2,6}|\.incoming-.*")
 
 
 class MediaStore:
@@ -36,6 +37,7 @@ class MediaStore:
         self._max_bytes = max_bytes
         self._max_age_seconds = max_age_seconds
         self._writing = asyncio.Lock()
+        self._reserved_bytes = 0
 
     @asynccontextmanager
     async def held(self, media: MediaFile, *, suffix: str) -> AsyncIterator[Path]:
@@ -48,6 +50,39 @@ class MediaStore:
             file = await opened_off_loop(self._placed, path, media)
         with file:
             yield path
+
+    @asynccontextmanager
+    async def held_as(
+        self, name: str, make: Callable[[int], Awaitable[None]], *, most_bytes: int
+    ) -> AsyncIterator[IO[bytes]]:
+        """Yield the file called `name`, open. The file stays in the store until the block ends.
+
+        If it is missing, `make` writes it into the descriptor that it gets, at most `most_bytes`. Raises Overloaded if
+        the store is full, and what `make` raises.
+        """
+        path = self.directory / name
+        file = await asyncio.to_thread(_locked, path)
+        if file is None:
+            file = await self._made(path, make, most_bytes)
+        with file:
+            yield file
+
+    async def _made(self, path: Path, make: Callable[[int], Awaitable[None]], most_bytes: int) -> IO[bytes]:
+        async with self._writing:
+            await asyncio.to_thread(self._make_room, most_bytes)
+            self._reserved_bytes += most_bytes
+        with ExitStack() as undo:
+            try:
+                handle, incoming = tempfile.mkstemp(prefix=".incoming-", dir=self.directory)
+                undo.callback(Path(incoming).unlink, missing_ok=True)
+                file = undo.enter_context(os.fdopen(handle, "r+b"))
+                fcntl.flock(file, fcntl.LOCK_SH)
+                await make(file.fileno())
+            finally:
+                self._reserved_bytes -= most_bytes
+            _publish(file, incoming, path)
+            undo.pop_all()
+        return file
 
     async def sweep(self) -> None:
         """Delete files that are too old, unless a request holds them."""
@@ -79,13 +114,13 @@ class MediaStore:
             fcntl.flock(file, fcntl.LOCK_SH)
             media.copy_to(file)
             file.flush()
-            os.fchmod(file.fileno(), 0o644)  # the engine runs as another user
-            Path(incoming).replace(path)
+            _publish(file, incoming, path)
             undo.pop_all()
         return file
 
     def _make_room(self, size_bytes: int) -> None:
         """Evict files until there is room for `size_bytes`; raise Overloaded if requests hold too much."""
+        size_bytes += self._reserved_bytes
         if self._evict(size_bytes) + size_bytes > self._max_bytes:
             raise Overloaded("the store for videos is full, try again later")
 
@@ -108,8 +143,14 @@ class MediaStore:
         return total
 
 
-def _locked(path: Path, size_bytes: int) -> IO[bytes] | None:
-    """Return the file at `path`, open, locked and marked as just used; None if it is missing or incomplete."""
+def _publish(file: IO[bytes], incoming: str, path: Path) -> None:
+    """Give a file that has been written its name."""
+    os.fchmod(file.fileno(), 0o644)  # the engine runs as another user
+    os.replace(incoming, path)
+
+
+def _locked(path: Path, size_bytes: int | None = None) -> IO[bytes] | None:
+    """Return the file at `path`, open, locked and marked as just used; None if it is missing or has another size."""
     with ExitStack() as undo:
         try:
             file = undo.enter_context(path.open("rb"))
@@ -117,7 +158,9 @@ def _locked(path: Path, size_bytes: int) -> IO[bytes] | None:
             return None
         fcntl.flock(file, fcntl.LOCK_SH)
         stat = os.fstat(file.fileno())
-        if not stat.st_nlink or stat.st_size != size_bytes:  # evicted before it was locked, or truncated by a crash
+        if not stat.st_nlink:  # evicted before it was locked
+            return None
+        if size_bytes is not None and stat.st_size != size_bytes:  # truncated by a crash
             return None
         with suppress(PermissionError):  # the file belongs to another gateway, which runs as another user
             os.utime(file.fileno())

@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 from uuid import uuid4
 
-from server.aliases import Target
+from server.aliases import Asked, Target
 from server.engines.savings import Savings
 from server.engines.streams import ChatStream
 from server.errors import ForbiddenField, InvalidRequest
 from server.media.part import Kind, MediaPart, Source
+from server.requests.aot import read_aot
 from server.requests.fields import (
     ask_for_usage,
     dump_json,
     parse_json_object,
-    read_retention,
     read_stream_fields,
 )
 from server.requests.parameters import OPERATOR_FIELDS
@@ -38,7 +38,7 @@ class ParsedChat:
     model: str
     stream: bool
     usage_wanted: bool
-    retention: float | None
+    asked: Asked
     media: list[MediaPart] = field(default_factory=list)
 
     @property
@@ -91,7 +91,7 @@ def parse_chat_request(body: bytes | bytearray) -> ParsedChat:
     Large data URLs are set aside first, so that the JSON parser has little to read. If one of them turns out not to be
     a medium, the whole body is parsed again, with nothing set aside.
     Raises InvalidRequest if the body is not a chat request, ForbiddenField for a part or field that clients may not
-    send, and RetentionRefused if `aot.retention` is not a number.
+    send, and the errors of `read_aot`.
     """
     light, payloads = _set_aside(body)
     chat = _read_request(light)
@@ -134,7 +134,7 @@ def _read_request(body: bytes | bytearray) -> ParsedChat:
         model=model,
         stream=stream,
         usage_wanted=usage_wanted,
-        retention=read_retention(fields.get("aot")),
+        asked=read_aot(fields.get("aot")),
         media=list(_media_parts(fields["messages"])),
     )
 

@@ -4,7 +4,8 @@ import json
 import math
 from typing import Any
 
-from server.errors import InvalidRequest, RetentionRefused
+from server.errors import InvalidRequest
+from server.requests.aot import read_aot
 
 MOST_VALUES = 500_000  # parsing more would block the event loop, and take a hundred times the body's size in memory
 
@@ -65,26 +66,6 @@ def parse_json_object(body: bytes | bytearray) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise InvalidRequest("the request body must be a JSON object")
     if constants:
-        read_retention(fields.get("aot"))  # if the retention is the wrong number, this raises the error that says so
+        read_aot(fields.get("aot"))  # names the place if it is the one that matters
         raise InvalidRequest(f"the request body is not valid JSON: it holds {constants[0]}")
     return fields
-
-
-def read_retention(aot: object) -> float | None:
-    """Return `aot.retention`, None if it is missing; raise RetentionRefused if it is not a number in (0, 1]."""
-    if aot is None:
-        return None
-    if not isinstance(aot, dict):
-        raise RetentionRefused('aot must be an object like {"retention": 0.15}', param="aot")
-    unknown = [name for name in aot if name != "retention"]
-    if unknown:
-        raise RetentionRefused(f"aot has no key {unknown[0][:80]!r}; it takes retention", param="aot.retention")
-    value = aot.get("retention")
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-        raise RetentionRefused("aot.retention must be a number in (0, 1]", param="aot.retention")
-    if not 0 < value <= 1:
-        shown = f", got {value:g}" if abs(value) < 10**6 else ""
-        raise RetentionRefused(f"aot.retention must be in (0, 1]{shown}", param="aot.retention")
-    return float(value)

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from server.aliases import Target
+from server.aliases import Asked, Target
 from server.engines.savings import Savings
 from server.engines.streams import EventStream
 
@@ -15,8 +15,8 @@ class ParsedRequest(Protocol):
     fields: dict[str, Any]
     model: str
     stream: bool
-    retention: float | None
-    """The retention that the request asks for. None if it names none."""
+    asked: Asked
+    """What the request wants of the reduction and the sampling."""
 
     @property
     def has_video(self) -> bool:

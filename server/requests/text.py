@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from server.aliases import Target
+from server.aliases import Asked, Target
 from server.engines.savings import Savings
 from server.engines.streams import ChatStream, EventStream, ResponseStream
 from server.errors import ForbiddenField, InvalidRequest
@@ -27,7 +27,7 @@ class ParsedText:
     model: str
     stream: bool
     usage_wanted: bool
-    retention: float | None = None
+    asked: Asked = Asked()  # noqa: RUF009 - it is frozen
     has_video: bool = False
 
     def address_to(self, target: Target) -> None:

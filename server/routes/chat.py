@@ -5,7 +5,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 from server.aliases import Target
-from server.errors import FetchFailed, MediaRefused, RetentionRefused
+from server.errors import FetchFailed, MediaRefused, RetentionRefused, SamplingRefused
 from server.media.intake import Intake, Taken
 from server.media.llm_d import video_headers
 from server.openapi import BY_ENGINES, SAVINGS, RawRoute
@@ -31,7 +31,11 @@ class ChatCompletions(Generation[ParsedChat]):
     def taken_in(self, passage: Passage[ParsedChat]) -> AbstractAsyncContextManager[Taken]:
         """Take in the request's videos, images and audio clips."""
         return self.intake.taken(
-            passage.request.media, tenant=passage.caller.tenant, record=passage.record, buffer=passage.buffer
+            passage.request.media,
+            target=passage.target,
+            tenant=passage.caller.tenant,
+            record=passage.record,
+            buffer=passage.buffer,
         )
 
     def engine_headers(self, target: Target, taken: Taken) -> Mapping[str, str]:
@@ -48,7 +52,7 @@ class ChatCompletions(Generation[ParsedChat]):
             self,
             create_chat_completion,
             summary="Answer a conversation about videos, whole or as a stream",
-            kinds=(*BY_ENGINES, RetentionRefused, MediaRefused, FetchFailed),
+            kinds=(*BY_ENGINES, RetentionRefused, SamplingRefused, MediaRefused, FetchFailed),
             headers=SAVINGS,
         )
 

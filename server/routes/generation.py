@@ -27,6 +27,7 @@ from server.observe.metrics import Metrics
 from server.observe.record import OTHER, RequestRecord
 from server.requests.outgoing import ParsedRequest, outgoing
 from server.requests.parameters import Bounds, check_parameters
+from server.requests.retention import settle_retention
 from server.routes.answer import Answer, with_savings
 
 R = TypeVar("R", bound=ParsedRequest)
@@ -117,22 +118,24 @@ class Generation(ABC, Generic[R]):
             record.model = OTHER
             raise
         record.model, record.engine_model = alias.name, alias.engine_model
-        return request, alias.target(request.retention)
+        return request, alias.target(request.asked)
 
     async def _serve(self, passage: Passage[R], answer: Answer) -> bytes:
         """Serve the request, and return the last piece of the answer instead of sending it.
 
         All copies of a video are released as early as possible.
         """
-        request, target, record = passage.request, passage.target, passage.record
+        request, record = passage.request, passage.record
         async with self.taken_in(passage) as taken:
             await passage.allowance.take_video(taken.video_seconds)
+            target = settle_retention(passage.target, taken.rules, taken.shapes)
             call = Call(
                 path=self.path,
                 model=target.engine_model,
                 is_stream=request.stream,
                 has_video=request.has_video,
                 key=taken.key,
+                rules=taken.rules,
                 headers=self.engine_headers(target, taken),
             )
             with record.phase("parse"):

@@ -48,7 +48,11 @@ class Responses(Generation[ParsedResponse]):
     def taken_in(self, passage: Passage[ParsedResponse]) -> AbstractAsyncContextManager[Taken]:
         """Take in the images of the request."""
         return self.intake.taken(
-            passage.request.media, tenant=passage.caller.tenant, record=passage.record, buffer=passage.buffer
+            passage.request.media,
+            target=passage.target,
+            tenant=passage.caller.tenant,
+            record=passage.record,
+            buffer=passage.buffer,
         )
 
     @property

@@ -29,6 +29,12 @@ def known_videos():
         LEDGER.write(mm_hash, savings)
 
 
+@pytest.fixture(autouse=True)
+def description(monkeypatch):
+    """Let the engine tell what it was described with."""
+    monkeypatch.setattr(endpoint, "describe_engine", lambda vllm_config, **told: told)
+
+
 class Engine:
     """The part of vLLM's engine client that the endpoint uses, with totals that a worker would report."""
 
@@ -48,7 +54,7 @@ class Engine:
 
 
 @asynccontextmanager
-async def server(engine=None):
+async def server(engine=None, served_model_name=None):
     """Yield a client of an API server that renders chats as vLLM does: in a task of the handler's own."""
     app, state, plugin = FastAPI(), State(), AOTEndpoint()
 
@@ -71,9 +77,12 @@ async def server(engine=None):
     app.add_api_route("/metrics", metrics, response_model=None)
     app.add_api_route("/v1/models", lambda: {"data": []})
     plugin.attach_router(app)
-    await plugin.init_state(engine, state, Namespace())
+    await plugin.init_state(engine, state, Namespace(served_model_name=served_model_name, **ARGUMENTS))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://server") as client:
         yield client
+
+
+ARGUMENTS = {"model": "org/model", "trust_request_mm_kwargs": True, "enable_prompt_tokens_details": False}
 
 
 async def ask(client, *videos, **fields):
@@ -215,6 +224,19 @@ async def test_a_busy_engine_does_not_hold_up_a_scrape_nor_is_it_asked_twice_at_
         engine.answer = engine.report
         await counters(client)
         assert len(engine.asked) == 2
+
+
+@pytest.mark.parametrize(("served", "models"), [(None, ["org/model"]), (["a", "b"], ["a", "b"])])
+async def test_an_engine_tells_its_names_and_its_flags(served, models):
+    async with server(Engine(), served) as client:
+        response = await client.get("/v1/aot/engine")
+    assert response.status_code == 200
+    assert response.json() == {"models": models, "request_kwargs_trusted": True, "prompt_tokens_details": False}
+
+
+async def test_a_server_without_an_engine_tells_nothing():
+    async with server() as client:
+        assert (await client.get("/v1/aot/engine")).status_code == 404
 
 
 def test_the_plugin_loads_where_text_is_generated():

@@ -118,6 +118,8 @@ class EngineDouble:
     """The engine double. Tests set its behaviour, and read the requests that it received."""
 
     models: list[str] = field(default_factory=lambda: ["llava"])
+    profile: Any = None
+    """What it tells of itself; None for an engine without the plugin."""
     healthy: bool = True
     headers: dict[str, str] = field(default_factory=lambda: dict(SAVED))
     completion: bytes = field(default_factory=lambda: json.dumps(COMPLETION, ensure_ascii=False).encode())
@@ -144,6 +146,7 @@ class EngineDouble:
         app.router.add_post("/double", self._tell)
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/v1/aot/engine", self._profile)
         for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
             app.router.add_post(path, self._generate)
         self.runner = runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.2)
@@ -180,6 +183,9 @@ class EngineDouble:
     async def _models(self, request: web.Request) -> web.Response:
         cards = [{"id": m, "object": "model", "root": "/secret/path", "max_model_len": 4096} for m in self.models]
         return web.json_response({"object": "list", "data": cards})
+
+    async def _profile(self, request: web.Request) -> web.Response:
+        return web.json_response(self.profile, status=404 if self.profile is None else 200)
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         self.running += 1

@@ -119,7 +119,7 @@ def outcome(body):
     """The processing of a body before it is sent to the engine."""
     try:
         chat = parse_chat_request(body)
-        chat.address_to(Alias("llava", "engine-llava").target(chat.retention))
+        chat.address_to(Alias("llava", "engine-llava").target(chat.asked))
         return chat, b"".join(chat.serialise())
     except GatewayError as exc:
         answer = answer_to(exc)

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.errors import InvalidRequest
-from server.media.facts import Facts, Limits, ProbeError
+from server.media.facts import Facts, Limits, ReadError
 from server.media.file import in_memory
 from server.media.identify import identify
-from server.media.probe import Prober
+from server.media.reader import Reader
 from server.requests.chat import parse_chat_request
 from tests.server.clips import clip, data_url, picture, sound
 
@@ -89,15 +89,15 @@ async def test_a_damaged_file_has_facts_or_is_refused(name):
     chance = random.Random(name)  # a fixed seed: the same files every time
     kind = KINDS.get(name, "video")
     demuxer = identify(SEEDS[name][:512], kind).demuxer
-    prober = Prober(limits=LIMITS, seconds=3, num_workers=2)
+    reader = Reader(limits=LIMITS, seconds=3, num_workers=2)
     outcomes = []
 
     async def probe(data):
         with in_memory(max_bytes=10**7) as file:
             file.write(data)
             try:
-                return await prober.probe(file.descriptor(), kind=kind, demuxer=demuxer)
-            except ProbeError as exc:
+                return await reader.examine(file.descriptor(), kind=kind, demuxer=demuxer)
+            except ReadError as exc:
                 return exc
 
     try:
@@ -106,7 +106,7 @@ async def test_a_damaged_file_has_facts_or_is_refused(name):
             outcomes += await asyncio.gather(*(probe(damaged(SEEDS[name], chance)) for _ in range(2)))
         assert isinstance(await probe(SEEDS[name]), Facts)
     finally:
-        prober.close()
+        reader.close()
     for facts in outcomes:
         if isinstance(facts, Facts):
             assert 0 <= facts.duration_seconds <= LIMITS.max_seconds

@@ -1,6 +1,6 @@
 import pytest
 
-from server.media.identify import identify
+from server.media.identify import HEAD_BYTES, identify
 from tests.server.clips import clip, picture, sound
 
 
@@ -29,10 +29,22 @@ from tests.server.clips import clip, picture, sound
         (b"#EXTM3U\n#EXT-X-VERSION:3\n", "video", None),
         (b"ffconcat version 1.0\nfile /etc/passwd", "video", None),
         (b"<html>", "video", None),
-        (b"GIF89a", "video", None),
+        (picture(kind="GIF"), "video", "image/gif"),
+        (picture(kind="WEBP"), "video", "image/webp"),
+        (b"\x00\x00\x01\xb3", "video", "video/mpeg"),
+        (clip("asf", "wmv2"), "video", "video/x-ms-asf"),
+        (clip("mpegts", "mpeg2video", fps=25)[188 * 2 + 100 :], "video", "video/mp2t"),
+        (clip("mpegts", "mpeg2video", fps=25, options=(("mpegts_m2ts_mode", "1"),)), "video", "video/mp2t"),
         (b"", "video", None),
     ],
 )
 def test_files_are_known_by_their_first_bytes(head, kind, mime):
-    found = identify(head[:512], kind)
+    found = identify(head[:HEAD_BYTES], kind)
     assert (found and found.mime) == mime
+
+
+def test_a_transport_stream_is_known_by_the_size_of_its_packets():
+    blu_ray = clip("mpegts", "mpeg2video", fps=25, options=(("mpegts_m2ts_mode", "1"),))
+    assert identify(blu_ray[:HEAD_BYTES], "video").suffix == ".m2ts"
+    assert identify(blu_ray[50 : 50 + HEAD_BYTES], "video").suffix == ".m2ts"
+    assert identify(b"G" * 100 + b"A" * 924, "video") is None

@@ -15,7 +15,7 @@ from server.errors import InvalidRequest, MediaRefused, UnknownFile
 from server.keys import digest_of, new_key
 from server.media.examine import Examiner
 from server.media.facts import Limits
-from server.media.probe import Prober
+from server.media.reader import Reader
 from server.media.uploads import ABANDONED_SECONDS, FileStore
 from server.observe.metrics import Metrics
 from server.settings import Settings
@@ -151,7 +151,7 @@ async def test_without_a_directory_there_are_no_files_and_the_message_says_why(e
     ("content", "code"),
     [
         (b"", "invalid_media"),
-        (b"GIF89a", "invalid_media"),
+        (b"\x89PNG\r\n\x1a\n", "invalid_media"),
         (b"#EXTM3U\nhttp://10.0.0.1/x.ts\n", "invalid_media"),
         (clip()[:700], "invalid_video"),
         (clip(frames=24), "video_too_long"),
@@ -329,14 +329,14 @@ async def test_a_body_larger_than_any_file_may_be_is_a_413(engine, directory):
 @asynccontextmanager
 async def store(directory, **settings):
     limits = Limits(max_seconds=60, max_pixels=2**23, max_frames=100_000, sampled_frames=32)
-    prober = Prober(limits=limits, seconds=10)
+    reader = Reader(limits=limits, seconds=10)
     bounds = {"max_bytes": 2**20, "tenant_bytes": 2**30}
     try:
         yield FileStore(
-            directory, examiner=Examiner(prober, metrics=Metrics(CollectorRegistry())), **{**bounds, **settings}
+            directory, examiner=Examiner(reader, metrics=Metrics(CollectorRegistry())), **{**bounds, **settings}
         )
     finally:
-        prober.close()
+        reader.close()
 
 
 async def added(files, tenant="acme", expires_after_seconds=None):

@@ -22,7 +22,7 @@ def parse(fields):
 
 def sent(fields, alias=None):
     chat = parse(fields)
-    chat.address_to((alias or Alias("llava", "llava")).target(chat.retention))
+    chat.address_to((alias or Alias("llava", "llava")).target(chat.asked))
     return json.loads(b"".join(chat.serialise()))
 
 
@@ -75,7 +75,7 @@ def test_a_retention_is_a_number_above_0_up_to_1_or_refused(value):
     is_good = isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
     if is_good:
         chat = parse_chat_request(body)
-        assert chat.retention == value
+        assert chat.asked.retention == value
     else:
         with pytest.raises(RetentionRefused) as caught:
             parse_chat_request(body)
@@ -92,10 +92,11 @@ def test_each_wrong_spelling_of_a_retention_names_the_parameter(text):
     assert caught.value.param == "aot.retention"
 
 
-def test_an_unknown_key_beside_the_retention_is_refused():
-    with pytest.raises(RetentionRefused, match="'epsilon'") as caught:
+def test_an_unknown_key_of_aot_is_refused():
+    with pytest.raises(InvalidRequest, match="'epsilon'") as caught:
         parse(ask(aot={"retention": 0.1, "epsilon": 1}))
-    assert caught.value.param == "aot.retention"
+    assert caught.value.param == "aot.epsilon"
+    assert caught.value.code == "invalid_aot"
 
 
 @pytest.mark.parametrize("value", ["fast", 0.1, [], True])

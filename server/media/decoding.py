@@ -1,0 +1,121 @@
+"""Decodes chosen frames of a video, and of the others no more than it takes."""
+
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from server.media.timeline import PacketTimes, first_key
+
+if TYPE_CHECKING:
+    from av import VideoFrame, VideoStream
+    from av.container import InputContainer
+    from av.video.codeccontext import VideoCodecContext
+
+    from server.media.opening import VideoPacket
+
+    Opening = Callable[[], AbstractContextManager[tuple[InputContainer, VideoStream, Iterator[VideoPacket]]]]
+
+# Decoders of these skip frames that no other refers to, and are no worse for it. HEVC's may be referred to by frames of
+# a higher temporal layer; others skip none, or keep what they learn from each frame.
+_SKIPPING_CODECS = ("h264", "mpeg1video", "mpeg2video", "mpeg4")
+_ONE_KEY_CODECS = ("gif",)  # each frame is drawn over the last
+
+
+class FalseKeyError(Exception):
+    """A packet is marked as a key frame and isn't."""
+
+
+class Decoder:
+    """Decodes chosen frames. It reads the file anew each time, and feeds the decoder from key frames on."""
+
+    def __init__(self, opening: "Opening", packets: Sequence[PacketTimes], *, codec: str) -> None:
+        """Take what opens the video, and its packets' times; frames are known by the number of their packet."""
+        self._opening = opening
+        self._packets = packets
+        self._skips = codec in _SKIPPING_CODECS
+        first = first_key(packets)
+        keys = [number for number, packet in enumerate(packets) if packet.is_key]
+        self._keys = [first] if codec in _ONE_KEY_CODECS or not keys else keys
+
+    def frames(self, wanted: Collection[int], *, keys_back: int = 0) -> Iterator[tuple[int, "VideoFrame"]]:
+        """Give the frames that can be decoded, each behind its number, in no certain order.
+
+        Decoding begins `keys_back` key frames earlier than it should have to. What raises av.FFmpegError while
+        decoding is passed over. Raises FalseKeyError if a frame isn't what decoding can begin with.
+        """
+        segments = self._segments(wanted, keys_back)
+        if not segments:
+            return
+        start, end = segments.pop(0)
+        with self._opening() as (_, stream, packets):
+            context, new_extradata = stream.codec_context, None
+            for number, packet in enumerate(packets):
+                if packet.has_sidedata("new_extradata"):
+                    new_extradata = packet.get_sidedata("new_extradata")
+                if number < start:
+                    continue
+                if new_extradata is not None and not packet.has_sidedata("new_extradata"):
+                    packet.set_sidedata(new_extradata)  # what was passed over told how to decode this one
+                new_extradata, packet.opaque = None, number
+                context.skip_frame = "NONREF" if self._skips and number not in wanted else "DEFAULT"
+                yield from self._chosen(_decoded(context, packet), wanted, start)
+                if number == end:
+                    yield from self._chosen(_decoded(context, None), wanted, start)
+                    if not segments:
+                        return
+                    context.flush_buffers()
+                    start, end = segments.pop(0)
+            yield from self._chosen(_decoded(context, None), wanted, start)
+
+    def order(self) -> list[int]:
+        """Return the numbers of all frames in the order in which they come out."""
+        numbers = []
+        with self._opening() as (_, stream, packets):
+            context = stream.codec_context
+            for number, packet in enumerate(packets):
+                packet.opaque = number
+                numbers += [_number(frame) for frame in _decoded(context, packet)]
+            numbers += [_number(frame) for frame in _decoded(context, None)]
+        return list(dict.fromkeys(numbers))
+
+    def _chosen(
+        self, frames: Iterator["VideoFrame"], wanted: Collection[int], start: int
+    ) -> Iterator[tuple[int, "VideoFrame"]]:
+        for frame in frames:
+            number = _number(frame)
+            if number == start and not frame.key_frame and start != self._keys[0]:
+                raise FalseKeyError
+            if number in wanted:
+                yield number, frame
+
+    def _segments(self, wanted: Collection[int], keys_back: int) -> list[tuple[int, int]]:
+        """Return the first and the last packet of each part that has to be decoded."""
+        segments: list[tuple[int, int]] = []
+        for number in sorted(wanted):
+            start = self._start(number, keys_back)
+            if segments and start <= segments[-1][1]:
+                segments[-1] = min(start, segments[-1][0]), number
+            else:
+                segments.append((start, number))
+        return segments
+
+    def _start(self, number: int, keys_back: int) -> int:
+        at = bisect_right(self._keys, number) - 1
+        shown, key_shown = self._packets[number].pts, self._packets[self._keys[max(at, 0)]].pts
+        if shown is not None and key_shown is not None and shown < key_shown:
+            at -= 1  # shown before its key frame, it may refer to frames before that
+        return self._keys[max(at - keys_back, 0)]
+
+
+def _decoded(context: "VideoCodecContext", packet: "VideoPacket | None") -> Iterator["VideoFrame"]:
+    from av import FFmpegError
+
+    try:
+        yield from context.decode(packet)
+    except FFmpegError:
+        return
+
+
+def _number(frame: "VideoFrame") -> int:
+    return frame.opaque if isinstance(frame.opaque, int) else -1

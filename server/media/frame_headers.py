@@ -1,0 +1,88 @@
+"""What the headers of encoded frames say: how large the frames are, and whether they are shown."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from av import VideoStream
+
+    from server.media.opening import VideoPacket
+
+    SizeReader = Callable[[VideoPacket | None], tuple[int, int]]  # of a packet, or the end; (0, 0) if it tells none
+
+# Decoders of these don't read the headers of frames that they skip, or skip none; but there are parsers that do.
+PARSED_CODECS = ("h264", "hevc", "av1")
+_VP9_HEADER_BYTES = 16
+
+
+def parser(stream: "VideoStream") -> "SizeReader":
+    """Return what reads sizes with the codec's parser, some of them one packet later."""
+    from av import CodecContext, Packet
+    from av.bitstream import BitStreamFilterContext
+
+    codec = stream.codec_context.codec.canonical_name
+    parser: Any = CodecContext.create(codec, "r")
+    as_stream: Any = None
+    if codec == "hevc":  # in files its frames have no start codes, without which its parser finds none
+        as_stream = BitStreamFilterContext("hevc_mp4toannexb", stream)
+    else:
+        parser.extradata = stream.codec_context.extradata
+
+    def size_in(packet: "VideoPacket | None") -> tuple[int, int]:
+        parser.width = parser.height = 0  # what is set already, parsers don't tell
+        if as_stream is None or packet is None:
+            parser.parse(packet)
+        else:
+            for piece in as_stream.filter(Packet(bytes(packet))):
+                parser.parse(piece)
+        return parser.width, parser.height
+
+    return size_in
+
+
+def vp9_size(packet: "VideoPacket | None") -> tuple[int, int]:
+    """Return what the header of a VP9 key frame says; others take the size of an earlier one (VP9 bitstream, 6.2)."""
+    bits = _vp9_bits(b"" if packet is None else bytes(packet))
+    profile = int(bits[2]) + 2 * int(bits[3])
+    at = 4 + (profile == 3)
+    if bits[:2] != "10" or bits[at : at + 2] != "00":  # shows an earlier frame, or is not a key frame
+        return 0, 0
+    at += 4 + 24 + (profile >= 2)  # the flags, the sync code, the bit depth
+    is_rgb = bits[at : at + 3] == "111"
+    at += 3 + (not is_rgb) + (profile % 2) * (1 if is_rgb else 3)  # the colour space, its range, the subsampling
+    return int(bits[at : at + 16], 2) + 1, int(bits[at + 16 : at + 32], 2) + 1
+
+
+def is_shown(codec: str, packet: "VideoPacket") -> bool:
+    """Return whether a packet has a frame that is displayed. In other codecs than these, each has."""
+    if codec == "vp8":
+        return bool(bytes(packet)[0] & 0x10)  # RFC 6386, 9.1
+    if codec == "vp9":
+        return any(_vp9_is_shown(frame) for frame in _vp9_frames(bytes(packet)))
+    return True
+
+
+def _vp9_frames(data: bytes) -> list[bytes]:
+    """Return the frames of a superframe, which tells their sizes at its end (VP9 bitstream, Annex B)."""
+    marker = data[-1]
+    count, size_bytes = (marker & 7) + 1, (marker >> 3 & 3) + 1
+    index = data[-2 - count * size_bytes :]
+    if marker & 0xE0 != 0xC0 or index[0] != marker:
+        return [data]
+    frames, at = [], 0
+    for number in range(count):
+        begin = 1 + number * size_bytes
+        size = int.from_bytes(index[begin : begin + size_bytes], "little")
+        frames.append(data[at : at + size])
+        at += size
+    return frames
+
+
+def _vp9_is_shown(frame: bytes) -> bool:
+    bits = _vp9_bits(frame)
+    at = 4 + (bits[2:4] == "11")
+    return bits[at] == "1" or bits[at + 2] == "1"  # an earlier frame, or this one
+
+
+def _vp9_bits(frame: bytes) -> str:
+    return format(int.from_bytes(frame[:_VP9_HEADER_BYTES].ljust(_VP9_HEADER_BYTES, b"\0"), "big"), "0128b")

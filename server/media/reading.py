@@ -1,0 +1,135 @@
+"""Reads the sampled frames of a video into a frames file."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from server.media import animations
+from server.media.decoding import FalseKeyError
+from server.media.facts import Limits, ReadError
+from server.media.frames_file import FramesFile, FramesHeader
+from server.media.packets import Scanned, scan
+from server.media.pictures import Pictures
+from server.media.sampling import Clip, sampling_from
+from server.media.sizes import handed_over
+from server.media.timeline import Timeline
+from server.media.wanted import Reading, Wanted
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+
+KEYS_BACK = 2  # where a stream is refreshed bit by bit, frames are whole from the key frame before on
+FROM_THE_FIRST = 2**31
+
+
+def scan_video(descriptor: int, demuxer: str, limits: Limits) -> Scanned:
+    """Return what is in the video in an open file; raise ReadError if it is none that is taken."""
+    if demuxer == animations.DEMUXER:
+        return animations.scan(descriptor, limits)
+    return scan(descriptor, demuxer, limits)
+
+
+def read_video(descriptor: int, demuxer: str, limits: Limits, wanted: Wanted, into: int) -> Reading:
+    """Write a frames file into the empty file `into`; raise as `scan_video`, or ReadError for too broken a video."""
+    video = scan_video(descriptor, demuxer, limits)
+    chosen = _chosen(video.timeline, wanted)
+    full = video.facts.height, video.facts.width
+    size = handed_over(wanted.size, full, num_frames=len(chosen))
+    header = FramesHeader(
+        frames=len(chosen),
+        height=size[0],
+        width=size[1],
+        total_num_frames=video.facts.frames,
+        fps=video.facts.fps,
+        duration=video.facts.duration_seconds,
+        frames_indices=chosen,
+        source_height=full[0],
+        source_width=full[1],
+    )
+    if header.pixels_bytes > wanted.max_bytes:
+        raise ReadError(
+            f"the video's {len(chosen)} frames of {size[1]} x {size[0]} pixels take {header.pixels_bytes} bytes, "
+            f"at most {wanted.max_bytes} are allowed",
+            code="media_too_large",
+        )
+    file = FramesFile(into, header)
+    try:
+        indices = _Sheet(video, chosen, file).fill()
+    except FalseKeyError:
+        indices = _Sheet(video, chosen, file).fill(keys_back=FROM_THE_FIRST)
+    return Reading(video.facts, file.finish(indices))
+
+
+def _chosen(timeline: Timeline, wanted: Wanted) -> list[int]:
+    """Return the frames to take, by number."""
+    frames = timeline.within(wanted.start, wanted.end)
+    if not frames:
+        end = "its end" if wanted.end is None else f"{wanted.end:g}"
+        raise ReadError(
+            f"the video has no frame from {wanted.start:g} to {end} seconds: it lasts {timeline.duration:.6g}"
+        )
+    rule = sampling_from(wanted.sampling)
+    if wanted.fps is not None:
+        rule = rule.with_fps(wanted.fps)
+    if wanted.num_frames is not None:
+        rule = rule.with_num_frames(wanted.num_frames)
+    clip = Clip(len(frames), timeline.fps, len(frames) / timeline.fps)
+    return [frames[index] for index in rule.indices(clip)]
+
+
+class _Sheet:
+    """The places of a frames file, and which frame of the video is at each."""
+
+    def __init__(self, video: Scanned, chosen: Sequence[int], file: FramesFile) -> None:
+        self._decoder = video.decoder
+        self._packets = video.timeline.packets
+        self._chosen = chosen
+        self._places: dict[int, list[int]] = {}
+        for place, target in enumerate(chosen):
+            self._places.setdefault(target, []).append(place)
+        self._targets = sorted(self._places)
+        self._file = file
+        self._pictures = Pictures((file.header.height, file.header.width))
+        self._used: dict[int, int] = {}
+        """By frame that was chosen, the one that stands for it."""
+
+    def fill(self, *, keys_back: int = 0) -> list[int]:
+        """Write a frame to each place; return which ones. Raise ReadError if half of them can't be decoded."""
+        numbers = {self._packets[target]: target for target in self._targets}
+        for number, frame in self._decoder.frames(numbers, keys_back=keys_back):
+            self._put(numbers[number], numbers[number], frame)
+        if len(self._used) < len(self._targets):
+            self._recover(keys_back)
+        self._fill_up()
+        return [self._used[target] for target in self._chosen]
+
+    def _put(self, target: int, index: int, frame: "VideoFrame") -> None:
+        pixels = self._pictures.pixels(frame)
+        for place in self._places[target]:
+            self._file.write(place, pixels)
+        self._used[target] = index
+
+    def _recover(self, keys_back: int) -> None:
+        """Try again from earlier on, and take the next frame that can be decoded: as vLLM's `frame_recovery` does."""
+        windows: dict[int, tuple[int, int]] = {}
+        for target, following in zip(self._targets, [*self._targets[1:], len(self._packets)], strict=True):
+            if target not in self._used:
+                windows |= {self._packets[index]: (target, index) for index in range(target, following)}
+        least = KEYS_BACK if 2 * len(self._used) >= len(self._targets) else FROM_THE_FIRST
+        for number, frame in self._decoder.frames(windows, keys_back=max(keys_back, least)):
+            target, index = windows[number]
+            if index < self._used.get(target, index + 1):
+                self._put(target, index, frame)
+        decoded = sum(index == target for target, index in self._used.items())
+        if 2 * decoded < len(self._targets):
+            raise ReadError(f"only {decoded} of the video's {len(self._targets)} sampled frames can be decoded")
+
+    def _fill_up(self) -> None:
+        """Give what is still missing the frame before it, or the first."""
+        stand_in = next(iter(sorted(self._used)))
+        for target in self._targets:
+            if target in self._used:
+                stand_in = target
+                continue
+            for place in self._places[target]:
+                self._file.copy(self._places[stand_in][0], place)
+            self._used[target] = self._used[stand_in]
