@@ -18,7 +18,7 @@ FRAMES, SIDE = 8, 3
 def model_config():
     from vllm.config import ModelConfig
 
-    from tests.e2e.checkpoints import checkpoint
+    from demo.tiny_checkpoints import checkpoint
 
     return ModelConfig(model=str(checkpoint("tiny")), dtype="float32", max_model_len=2048)
 

@@ -10,7 +10,7 @@ from vllm.multimodal.media import MediaConnector
 from vllm.transformers_utils.processor import get_video_processor_cls_name
 
 from aot_vllm.adapters.telemetry import METER
-from tests.e2e.checkpoints import checkpoint
+from demo.tiny_checkpoints import checkpoint
 from tests.e2e.engines import Answer, free_port, process, serve_command
 from tests.frames.files import data_url, frames_file
 from tests.frames.rules import tokens_of
@@ -189,7 +189,7 @@ def chat(server, *urls):
     return server.post("/v1/chat/completions", json=body, headers=KEY)
 
 
-@pytest.mark.only_on("v1")
+@pytest.mark.any_runner
 def test_what_a_server_tells_is_guarded_by_its_key_and_counts_as_its_headers_do(server, folder):
     assert server.get("/v1/aot/engine").status_code == 401
     assert server.get("/v1/aot/engine", headers={"authorization": "Bearer other"}).status_code == 401
@@ -214,7 +214,7 @@ def test_what_a_server_tells_is_guarded_by_its_key_and_counts_as_its_headers_do(
             assert tuple(headers) == tokens_of(engine, frames=frames, height=height, width=width)
 
 
-@pytest.mark.only_on("v1")
+@pytest.mark.any_runner
 def test_a_bad_frames_file_is_a_client_error_that_says_why_and_the_server_goes_on(server, folder):
     good = frames_file(np.zeros((4, 64, 64, 3), np.uint8))
     told = "frames of 4 x 64 x 64 x 3 must take 49152 bytes, got 49151"
@@ -224,7 +224,7 @@ def test_a_bad_frames_file_is_a_client_error_that_says_why_and_the_server_goes_o
     assert chat(server, placed(folder, good, "good.frames")).status_code == 200
 
 
-@pytest.mark.only_on("v1")
+@pytest.mark.any_runner
 def test_a_frames_file_that_is_gone_is_vllms_500_as_with_any_file(server, folder):
     """Documents vLLM 0.32: after an `OSError` it also closes the connection, without saying so in the response."""
     for name in ("gone.frames", "gone.mp4"):

@@ -14,10 +14,10 @@ from vllm.multimodal.video_decoders import VideoSourceMetadata, VideoTargetMetad
 from aot_vllm.adapters import activation, compat
 from aot_vllm.adapters.description import describe_engine
 from aot_vllm.adapters.telemetry import LEDGER
-from tests.e2e.checkpoints import checkpoint
+from demo.tiny_checkpoints import checkpoint
 from tests.frames.rules import handed_over_size, sampled, tokens_of
 
-pytestmark = pytest.mark.only_on("v1")
+pytestmark = pytest.mark.any_runner
 
 MODELS = {
     "tiny": "LlavaOnevisionForConditionalGeneration",

@@ -8,6 +8,7 @@ import openai
 import pytest
 
 from demo.clip import write_clip
+from server.media.frames_file import read_header
 from tests.e2e.with_gateway.seen import BEFORE, after, metric, wait_until
 
 pytestmark = pytest.mark.any_runner
@@ -133,7 +134,12 @@ def test_a_video_handed_over_as_a_file_is_the_same_to_the_engine(client, gateway
     fields = chat(url, extra_body={"aot": {"retention": 0.3}})
     with openai.OpenAI(base_url=f"{gateway_with_store}/v1", api_key="unused", max_retries=0) as other:
         as_file = other.chat.completions.create(model="tiny", **fields)
-    assert [path.read_bytes() for path in store.iterdir()] == [clip.read_bytes()]
+    (frames,) = store.iterdir()  # nothing but the frames: no container reaches the engine
+    assert frames.suffix == ".frames"
+    with frames.open("rb") as file:
+        header, _ = read_header(file.fileno())
+    assert (header.frames, header.total_num_frames) == (32, 44)
+    assert (header.source_height, header.source_width) == (120, 160)
     hits = metric(engine, "vllm:mm_cache_hits_total")
     inline = client.chat.completions.create(model="fast", **fields)
     assert metric(engine, "vllm:mm_cache_hits_total") == hits + 1  # known by its uuid, however it came
@@ -143,6 +149,19 @@ def test_a_video_handed_over_as_a_file_is_the_same_to_the_engine(client, gateway
     fewer = client.chat.completions.create(model="fast", **chat(url, extra_body={"aot": {"retention": 0.1}}))
     assert fewer.usage.video_tokens["after"] == after(0.1)  # the uuid is the same, the retention is not
     assert metric(engine, "vllm:mm_cache_hits_total") == hits + 1
+
+
+def test_frames_tokens_and_a_range_are_asked_for_in_a_request(client, clip_url):
+    def ask(**aot):
+        answer = client.chat.completions.create(model="fast", **chat(clip_url), extra_body={"aot": aot})
+        return answer.usage.video_tokens
+
+    assert ask(frames=8, retention=0.5) == {"before": 8 * 9 + 1, "after": 8 * 9 // 2 + 1, "retention": 0.5}
+    assert ask(tokens=40)["after"] <= 40
+    assert ask(tokens=40)["after"] > 36  # the largest hundredth of retention that fits
+    assert ask(start=1, end=2, retention=0.5)["before"] < ask(retention=0.5)["before"]
+    with pytest.raises(openai.BadRequestError, match=r"aot.frames must be in \[1, 32\]"):
+        ask(frames=33)
 
 
 def test_requests_side_by_side_each_get_their_own_count(client, clip_url):
