@@ -95,7 +95,7 @@ class Generation(ABC, Generic[R]):
             passage = Passage(request, target, caller_of(scope), allowance, record, buffer)
             answer = Answer(send)
             try:
-                async with self.entrance.leash(receive):
+                async with self.entrance.drain.leash(receive):
                     last = await self._serve(passage, answer)
             except ClientGone:
                 raise
@@ -148,7 +148,7 @@ class Generation(ABC, Generic[R]):
                 )
                 passage.buffer.resize(sum(map(len, body)))
             queued = perf_counter()
-            async with self.entrance.engine_slot():
+            async with self.entrance.gate.engine_slot():
                 record.add("queue", queued, perf_counter())
                 async with self.exchanges.exchange(call, body, record) as exchange:
                     del body
