@@ -14,7 +14,7 @@ SIDE_BY_SIDE = -n 2 --dist loadgroup --no-loadscope-reorder
 export PATH := $(CURDIR)/.cache/tools:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo train loadtest test test-fast test-runner-v1 test-gateway check lint ci format
+.PHONY: help install install-test demo train loadtest test test-fast test-slow test-runner-v1 test-gateway check lint ci format
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -39,7 +39,10 @@ test: test-fast  ## all tests, with real engines on the model runner that vLLM h
 	@$(PYTEST) tests/e2e $(SIDE_BY_SIDE)
 
 test-fast: install-test  ## the tests that need no engine
-	@$(PYTEST) tests -n 2 -m "not engine"
+	@$(PYTEST) tests -n 2 -m "not engine and not slow"
+
+test-slow: install-test  ## the tests that take long: kernels compiled for three kinds of GPUs, long sequences
+	@$(PYTEST) tests -n 2 -m slow
 
 test-runner-v1: install-test  ## the tests with real engines again, on vLLM's other model runner
 	@$(PYTEST) tests/e2e --runner v1 $(SIDE_BY_SIDE)
@@ -60,6 +63,7 @@ ci:  ## what continuous integration runs: all checks and tests, none skipped; in
 	@.ci/install
 	@$(MAKE) --no-print-directory lint
 	@$(MAKE) --no-print-directory test NO_SKIPS=--no-skips
+	@$(MAKE) --no-print-directory test-slow NO_SKIPS=--no-skips
 	@$(MAKE) --no-print-directory test-runner-v1 NO_SKIPS=--no-skips
 
 format: install-test  ## bring the code into shape

@@ -18,6 +18,7 @@ SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 """Most shared memory of a program."""
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_every_kernel_compiles_within_its_registers(capability, tmp_path):
