@@ -111,8 +111,8 @@ class _Frame:
 
 
 def _frames(features_TPD: Tensor) -> Iterator[_Frame]:
-    """Yield every frame. Tables and float32 copies are made in blocks of frames of at most `TABLE_BYTES`."""
-    _, positions, width = features_TPD.shape
+    """Yield every frame. Tables and float32 copies are made for one frame after the other."""
+    positions = features_TPD.shape[1]
     if 4 * positions**2 > TABLE_BYTES:
         for frame_PD in features_TPD:
             tokens_PD = frame_PD.float()
@@ -120,9 +120,7 @@ def _frames(features_TPD: Tensor) -> Iterator[_Frame]:
             rest_P = positions * squares_P - 2 * (tokens_PD @ tokens_PD.sum(dim=0))
             yield _Frame(tokens_PD, squares_P, rest_P, None)
         return
-    copied = 0 if features_TPD.dtype == torch.float32 else width
-    at_once = max(1, TABLE_BYTES // (4 * positions * (positions + copied)))
-    for block_TPD in features_TPD.split(at_once):
+    for block_TPD in features_TPD.split(1):  # more at a time would need more memory than vLLM has profiled
         tokens_TPD = block_TPD.float()
         distances_TPP = torch.bmm(tokens_TPD, tokens_TPD.transpose(1, 2))
         squares_TP = distances_TPP.diagonal(dim1=1, dim2=2).clone()

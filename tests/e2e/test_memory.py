@@ -82,7 +82,7 @@ def batch_of(*items, retention=None, longer=1):
 
 @torch.inference_mode()
 def ours(model, batch):
-    peak, rows = peak_bytes(lambda: model.embed_multimodal(**batch))
+    peak, rows = least_peak(lambda: model.embed_multimodal(**batch))
     return peak, sum(part.untyped_storage().nbytes() for part in rows)
 
 
@@ -94,7 +94,12 @@ def stock(model, batch):
         patch.setattr(model, "is_multimodal_pruning_enabled", False, raising=False)
         if hasattr(in_tree, "_process_video_pixels"):
             patch.setattr(model, "_process_video_pixels", MethodType(in_tree._process_video_pixels, model))
-        return peak_bytes(lambda: in_tree.embed_multimodal(model, **batch))[0]
+        return least_peak(lambda: in_tree.embed_multimodal(model, **batch))[0]
+
+
+def least_peak(work):
+    """Return the smaller peak of two runs: in some, a buffer of the run before is still counted."""
+    return min((peak_bytes(work) for _ in range(2)), key=lambda measured: measured[0])
 
 
 def test_no_video_and_no_batch_of_videos_needs_more_than_the_largest_video_needs_in_stock(model):
