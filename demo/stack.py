@@ -77,8 +77,11 @@ def engine_command(model: str, port: int, *, retention: float, flags: Sequence[s
 
 
 def engine_environment() -> dict[str, str]:
-    """Return the environment of the engine: the plugin with its headers; no compiling where it doesn't pay."""
-    environment = {**os.environ, "VLLM_PLUGINS": "aot", "VLLM_NO_USAGE_STATS": "1"}
+    """Return the environment of the engine: the plugin with its headers; no compiling where it doesn't pay.
+
+    vLLM's sockets lie in /tmp: their paths may have 107 characters, which a long TMPDIR exceeds.
+    """
+    environment = {"VLLM_RPC_BASE_PATH": "/tmp", **os.environ, "VLLM_PLUGINS": "aot", "VLLM_NO_USAGE_STATS": "1"}
     if not on_gpu():
         environment |= {"TORCHDYNAMO_DISABLE": "1"}
     return environment

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from server.settings import Settings
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "demo" / "model" / "README.md"])
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
@@ -65,6 +67,21 @@ def test_anchors_are_made_as_code_hosts_make_them(tmp_path, heading, anchor):
     page = tmp_path / "page.md"
     page.write_text(f"# {heading}\n\n```console\n# no heading\n```\n\n## {heading}\n", encoding="utf-8")
     assert anchors(page) == {anchor, f"{anchor}-1"}
+
+
+def test_every_variable_of_the_gateway_that_is_named_anywhere_is_a_setting():
+    known = {f"AOT_GATEWAY_{name.upper()}" for name in Settings.model_fields}
+    named = {}
+    for folder in ("aot_vllm", "server", "deploy", "docker", "loadtest", "bench", "demo", "docs"):
+        for file in (ROOT / folder).rglob("*"):
+            if file.suffix in {".py", ".md", ".yaml", ".yml", ".json", ".sh", ".env", ".toml"} or "ockerfile" in file.name:
+                for name in re.findall(r"AOT_GATEWAY_[A-Z_]*[A-Z]\b(?!_)", file.read_text(encoding="utf-8")):
+                    named.setdefault(name, file)
+    for file in ("README.md", "compose.yaml", "Makefile", "CONTRIBUTING.md"):
+        for name in re.findall(r"AOT_GATEWAY_[A-Z_]*[A-Z]\b(?!_)", (ROOT / file).read_text(encoding="utf-8")):
+            named.setdefault(name, file)
+    assert len(named) > 40
+    assert {name: str(file) for name, file in named.items() if name not in known} == {}
 
 
 def test_the_glossary_is_linked_from_the_readme_and_the_main_pages():
