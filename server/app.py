@@ -33,14 +33,14 @@ from server.engines.pool import EnginePool
 from server.engines.session import EngineSession
 from server.errors import ConfigurationError
 from server.media.examine import Examiner
-from server.media.facts import Limits
 from server.media.fetch import Fetcher, HostRules, Network
 from server.media.frames import Sampler
 from server.media.intake import Intake
-from server.media.reader import Reader
+from server.media.readers import Reader
 from server.media.store import MediaStore
 from server.media.uploads import FileStore
 from server.observe.metrics import Metrics
+from server.reader.facts import Limits
 from server.requests.parameters import Bounds
 from server.routes.chat import ChatCompletions
 from server.routes.files import Files

@@ -1,1 +1,1 @@
-"""Media: fetched or uploaded, identified, probed, and handed over to the engine."""
+"""Media: fetched or uploaded, identified, read in a process of its own, and handed over to the engine."""

@@ -4,11 +4,11 @@ import os
 from dataclasses import dataclass
 
 from server.errors import GatewayError, MediaRefused, Overloaded
-from server.media.facts import Facts, ReadError
 from server.media.identify import HEAD_BYTES, TAKEN_VIDEOS, FileType, identify
 from server.media.part import Kind
-from server.media.reader import Reader
+from server.media.readers import Reader
 from server.observe.metrics import Metrics
+from server.reader.facts import Facts, ReadError
 
 REMEMBERED_FACTS = 4096
 NO_ROOM = "no_room"

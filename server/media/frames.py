@@ -11,14 +11,14 @@ import pybase64
 
 from server.errors import MediaRefused
 from server.media.examine import refusal, type_of
-from server.media.facts import ReadError
 from server.media.file import MediaFile, in_memory
-from server.media.frames_file import PAGE_BYTES, FramesHeader, compressed, read_header
 from server.media.handover import Handover
-from server.media.reader import Reader
+from server.media.readers import Reader
 from server.media.share import Shared
 from server.media.store import MediaStore
 from server.observe.metrics import Metrics
+from server.reader.facts import ReadError
+from server.reader.frames_file import PAGE_BYTES, FramesHeader, compressed, read_header
 
 SUFFIX = ".frames"
 _PREFIX = "data:video/x-aot-frames;base64,"

@@ -8,7 +8,7 @@ from typing import Any
 from server.aliases import Sampling
 from server.engines.profile import FRAMES_FORMAT, SmartResize, UniformSampling, VideoRules
 from server.errors import SamplingRefused
-from server.media.wanted import Wanted
+from server.reader.wanted import Wanted
 
 
 @dataclass(frozen=True)

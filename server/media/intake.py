@@ -20,11 +20,9 @@ from server.engines.pool import EnginePool
 from server.engines.profile import VideoRules
 from server.errors import GatewayError, InvalidRequest, MediaRefused
 from server.media.examine import Examiner, type_of
-from server.media.facts import Facts
 from server.media.fetch import Fetcher
 from server.media.file import COPY_BYTES, MediaFile, in_memory, on_disk, too_large
 from server.media.frames import Sampler
-from server.media.frames_file import FramesHeader
 from server.media.handover import Handover, handover
 from server.media.identify import FileType
 from server.media.part import Kind, MediaPart
@@ -34,6 +32,8 @@ from server.media.store import MediaStore
 from server.media.threads import off_loop
 from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
+from server.reader.facts import Facts
+from server.reader.frames_file import FramesHeader
 
 MAX_MEDIA = 64  # per request; each costs a probe
 MAX_VIDEOS = 16

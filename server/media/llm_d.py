@@ -1,6 +1,6 @@
 """Headers that describe a request's video to llm-d's router, which does not open videos itself."""
 
-from server.media.facts import Facts
+from server.reader.facts import Facts
 
 
 def video_headers(video: Facts, *, retention: float | None) -> dict[str, str]:

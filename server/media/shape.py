@@ -4,8 +4,8 @@ import math
 from dataclasses import dataclass
 
 from server.engines.profile import GridTokens, VideoRules
-from server.media.frames_file import FramesHeader
-from server.media.sizes import model_size
+from server.reader.frames_file import FramesHeader
+from server.reader.sizes import model_size
 
 
 @dataclass(frozen=True)

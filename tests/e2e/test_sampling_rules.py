@@ -4,11 +4,11 @@ import random
 
 import pytest
 
-from server.media.reader import Reader
-from server.media.sampling import Clip, Qwen2VL, Qwen3VL, Uniform
-from server.media.sizes import handed_over
-from tests.server.media.reading import LIMITS, frames_of
-from tests.server.media.recordings import busy, recording
+from server.media.readers import Reader
+from server.reader.sampling import Clip, Qwen2VL, Qwen3VL, Uniform
+from server.reader.sizes import handed_over
+from tests.server.reader.reading import LIMITS, frames_of
+from tests.server.reader.recordings import busy, recording
 
 video = pytest.importorskip("vllm.multimodal.video")
 base = pytest.importorskip("vllm.multimodal.video_decoders.base")

@@ -8,7 +8,7 @@ import openai
 import pytest
 
 from demo.clip import write_clip
-from server.media.frames_file import read_header
+from server.reader.frames_file import read_header
 from tests.e2e.with_gateway.seen import BEFORE, after, metric, wait_until
 
 pytestmark = pytest.mark.any_runner

@@ -14,9 +14,9 @@ import pytest
 
 from tests.server.clips import clip, data_url, growing, picture
 from tests.server.harness import CHAT, ask, ask_about, children
-from tests.server.media import lies
 from tests.server.media.hosts import PUBLIC
 from tests.server.media.site import Site, response
+from tests.server.reader import lies
 
 FETCH_SECONDS = 1
 MAX_BYTES = 2**20

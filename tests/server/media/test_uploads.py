@@ -14,10 +14,10 @@ from prometheus_client import CollectorRegistry
 from server.errors import InvalidRequest, MediaRefused, UnknownFile
 from server.keys import digest_of, new_key
 from server.media.examine import Examiner
-from server.media.facts import Limits
-from server.media.reader import Reader
+from server.media.readers import Reader
 from server.media.uploads import ABANDONED_SECONDS, FileStore
 from server.observe.metrics import Metrics
+from server.reader.facts import Limits
 from server.settings import Settings
 from tests.server.clips import clip
 from tests.server.harness import gateway, served, until

@@ -1,6 +1,6 @@
 import pytest
 
-from server.media.sizes import handed_over
+from server.reader.sizes import handed_over
 
 FRAME = {"rule": "smart_resize", "factor": 28, "min_pixels": 3136, "max_pixels": 602_112, "over": "frame"}
 VIDEO = {

@@ -5,14 +5,14 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
-from server.media.timeline import PacketTimes, first_key
+from server.reader.timeline import PacketTimes, first_key
 
 if TYPE_CHECKING:
     from av import VideoFrame, VideoStream
     from av.container import InputContainer
     from av.video.codeccontext import VideoCodecContext
 
-    from server.media.opening import VideoPacket
+    from server.reader.opening import VideoPacket
 
     Opening = Callable[[], AbstractContextManager[tuple[InputContainer, VideoStream, Iterator[VideoPacket]]]]
 

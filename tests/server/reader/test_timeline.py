@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.media.timeline import Clock, PacketTimes, leading, needs_decoding, timeline
+from server.reader.timeline import Clock, PacketTimes, leading, needs_decoding, timeline
 
 CLOCK = Clock(ticks_per_second=1000, interval=40)
 BROADCAST = Clock(ticks_per_second=1000, interval=40, leaps=True)

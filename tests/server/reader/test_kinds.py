@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import pytest_asyncio
 
-from server.media.facts import ReadError
-from server.media.reader import Reader
-from tests.server.media.reading import ALL_FRAMES, LIMITS, examine, frames_of
-from tests.server.media.recordings import (
+from server.media.readers import Reader
+from server.reader.facts import ReadError
+from tests.server.reader.reading import ALL_FRAMES, LIMITS, examine, frames_of
+from tests.server.reader.recordings import (
     HEIGHT,
     WIDTH,
     animation,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from server.media.sampling import Clip, Qwen2VL, Qwen3VL, Uniform, sampling_from
+from server.reader.sampling import Clip, Qwen2VL, Qwen3VL, Uniform, sampling_from
 
 
 def clip(num_frames, fps=24.0):

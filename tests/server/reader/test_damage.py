@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from server.media.facts import Facts, ReadError
 from server.media.identify import identify
-from server.media.reader import Reader
-from server.media.wanted import Reading
-from tests.server.media.reading import ALL_FRAMES, EIGHT_FRAMES, LIMITS, MAX_BYTES, examine, frames_of
-from tests.server.media.recordings import number_of, recording
-from tests.server.media.test_fuzz import KINDS, SEEDS, damaged
+from server.media.readers import Reader
+from server.reader.facts import Facts, ReadError
+from server.reader.wanted import Reading
+from tests.server.reader.reading import ALL_FRAMES, EIGHT_FRAMES, LIMITS, MAX_BYTES, examine, frames_of
+from tests.server.reader.recordings import number_of, recording
+from tests.server.reader.test_fuzz import KINDS, SEEDS, damaged
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

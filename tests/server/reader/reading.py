@@ -4,11 +4,11 @@ import os
 
 import numpy as np
 
-from server.media.facts import Limits
 from server.media.file import in_memory
-from server.media.frames_file import read_header
 from server.media.identify import HEAD_BYTES, identify
-from server.media.wanted import Wanted
+from server.reader.facts import Limits
+from server.reader.frames_file import read_header
+from server.reader.wanted import Wanted
 
 LIMITS = Limits(max_seconds=600, max_pixels=3840 * 2160, max_frames=100_000, sampled_frames=32)
 ALL_FRAMES = {"rule": "uniform", "num_frames": -1}

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from server.media.facts import Limits, ReadError
+from server.reader.facts import Limits, ReadError
 
 if TYPE_CHECKING:
     from av import Packet, VideoStream

@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from server.media import reader_worker
-from server.media.facts import ReadError
 from server.media.file import in_memory
-from server.media.frames_file import FramesFile, FramesHeader, compressed, read_header
-from server.media.reader import Reader
-from server.media.reader_worker import MAX_HEADER_BYTES, MEMORY_BYTES
-from server.media.wanted import Wanted
+from server.media.readers import Reader
+from server.reader import worker as reader_worker
+from server.reader.facts import ReadError
+from server.reader.frames_file import FramesFile, FramesHeader, compressed, read_header
+from server.reader.wanted import Wanted
+from server.reader.worker import MAX_HEADER_BYTES, MEMORY_BYTES
 from tests.server.clips import clip
-from tests.server.media import lies
-from tests.server.media.reading import EIGHT_FRAMES, LIMITS, examine, frames_of, pixels_in
-from tests.server.media.recordings import HEIGHT, WIDTH, number_of, recording
+from tests.server.reader import lies
+from tests.server.reader.reading import EIGHT_FRAMES, LIMITS, examine, frames_of, pixels_in
+from tests.server.reader.recordings import HEIGHT, WIDTH, number_of, recording
 
 MAX_FRAMES_BYTES = 2**28
 
@@ -189,7 +189,7 @@ def test_a_full_disk_is_not_the_videos_fault(monkeypatch):
 
 
 async def test_a_worker_that_does_not_start_is_an_error(reader, monkeypatch):
-    monkeypatch.setattr("server.media.reader.sys.executable", "/bin/false")
+    monkeypatch.setattr("server.media.readers.sys.executable", "/bin/false")
     with pytest.raises(ReadError, match="the video could not be read: its reader did not start"):
         await examine(reader, plain())
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from server.media.facts import Facts
-from server.media.frames_file import FramesHeader
+from server.reader.facts import Facts
+from server.reader.frames_file import FramesHeader
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ import pytest
 import pytest_asyncio
 from PIL import Image
 
-from server.media.reader import Reader
-from tests.server.media.reading import ALL_FRAMES, LIMITS, examine, frames_of
-from tests.server.media.recordings import HEIGHT, WIDTH, busy, number_of, recording, shown_by
+from server.media.readers import Reader
+from tests.server.reader.reading import ALL_FRAMES, LIMITS, examine, frames_of
+from tests.server.reader.recordings import HEIGHT, WIDTH, busy, number_of, recording, shown_by
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from av import VideoStream
 
-    from server.media.opening import VideoPacket
+    from server.reader.opening import VideoPacket
 
     SizeReader = Callable[[VideoPacket | None], tuple[int, int]]  # of a packet, or the end; (0, 0) if it tells none
 

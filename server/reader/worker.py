@@ -15,12 +15,12 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from server.media.audio import read_audio
-from server.media.facts import Facts, Limits, ReadError
-from server.media.frames_file import PAGE_BYTES
-from server.media.images import read_image
-from server.media.reading import read_video, scan_video
-from server.media.wanted import Wanted
+from server.reader.audio import read_audio
+from server.reader.facts import Facts, Limits, ReadError
+from server.reader.frames_file import PAGE_BYTES
+from server.reader.images import read_image
+from server.reader.reading import read_video, scan_video
+from server.reader.wanted import Wanted
 
 MEMORY_BYTES = 2 * 2**30  # address space, of which the libraries take a third
 MESSAGE_BYTES = 64 * 1024

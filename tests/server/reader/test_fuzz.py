@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.errors import InvalidRequest
-from server.media.facts import Facts, Limits, ReadError
 from server.media.file import in_memory
 from server.media.identify import identify
-from server.media.reader import Reader
+from server.media.readers import Reader
+from server.reader.facts import Facts, Limits, ReadError
 from server.requests.chat import parse_chat_request
 from tests.server.clips import clip, data_url, picture, sound
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from server.media.sizes import Size
+from server.reader.sizes import Size
 
 if TYPE_CHECKING:
     from av import VideoFrame

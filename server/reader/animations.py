@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from server.media.facts import Facts, Limits
-from server.media.frames_file import BYTES_PER_PIXEL
-from server.media.packets import Scanned, check_frames, check_timeline, too_large
-from server.media.timeline import Timeline
+from server.reader.facts import Facts, Limits
+from server.reader.frames_file import BYTES_PER_PIXEL
+from server.reader.packets import Scanned, check_frames, check_timeline, too_large
+from server.reader.timeline import Timeline
 
 if TYPE_CHECKING:
     from av import VideoFrame

@@ -2,9 +2,9 @@
 
 import os
 
-from server.media.facts import Facts, Limits, ReadError
-from server.media.opening import AUDIO_CODECS, DECODERS
-from server.media.packets import check_duration
+from server.reader.facts import Facts, Limits, ReadError
+from server.reader.opening import AUDIO_CODECS, DECODERS
+from server.reader.packets import check_duration
 
 BYTES_PER_SAMPLE = 4
 

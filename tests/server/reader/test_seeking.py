@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import pytest_asyncio
 
-from server.media.pictures import Pictures
-from server.media.reader import Reader
-from tests.server.media.reading import ALL_FRAMES, LIMITS, frames_of
-from tests.server.media.recordings import HEIGHT, WIDTH, busy, every_packet_a_key, recording
+from server.media.readers import Reader
+from server.reader.pictures import Pictures
+from tests.server.reader.reading import ALL_FRAMES, LIMITS, frames_of
+from tests.server.reader.recordings import HEIGHT, WIDTH, busy, every_packet_a_key, recording
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 

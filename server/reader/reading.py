@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from server.media import animations
-from server.media.decoding import FalseKeyError
-from server.media.facts import Limits, ReadError
-from server.media.frames_file import FramesFile, FramesHeader
-from server.media.packets import Scanned, scan
-from server.media.pictures import Pictures
-from server.media.sampling import Clip, sampling_from
-from server.media.sizes import handed_over
-from server.media.timeline import Timeline
-from server.media.wanted import Reading, Wanted
+from server.reader import animations
+from server.reader.decoding import FalseKeyError
+from server.reader.facts import Limits, ReadError
+from server.reader.frames_file import FramesFile, FramesHeader
+from server.reader.packets import Scanned, scan
+from server.reader.pictures import Pictures
+from server.reader.sampling import Clip, sampling_from
+from server.reader.sizes import handed_over
+from server.reader.timeline import Timeline
+from server.reader.wanted import Reading, Wanted
 
 if TYPE_CHECKING:
     from av import VideoFrame

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from server.media.facts import Limits, ReadError
 from server.media.file import in_memory
 from server.media.identify import HEAD_BYTES, identify
-from server.media.reader import Reader
-from server.media.reader_worker import MEMORY_BYTES
+from server.media.readers import Reader
+from server.reader.facts import Limits, ReadError
+from server.reader.worker import MEMORY_BYTES
 from tests.server.clips import clip, growing, picture, sound
 from tests.server.harness import children
-from tests.server.media import lies
+from tests.server.reader import lies
 
 LIMITS = Limits(max_seconds=600, max_pixels=3840 * 2160, max_frames=100_000, sampled_frames=32)
 

@@ -4,8 +4,8 @@ import os
 
 from PIL import Image
 
-from server.media.facts import Facts, ReadError
-from server.media.frames_file import BYTES_PER_PIXEL
+from server.reader.facts import Facts, ReadError
+from server.reader.frames_file import BYTES_PER_PIXEL
 
 MAX_IMAGE_PIXELS = 2**26
 _IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "WEBP")

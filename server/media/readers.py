@@ -13,10 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from server.media.facts import Facts, Limits, ReadError
-from server.media.frames_file import FramesHeader
 from server.media.threads import opened_off_loop
-from server.media.wanted import Reading, Wanted
+from server.reader.facts import Facts, Limits, ReadError
+from server.reader.frames_file import FramesHeader
+from server.reader.wanted import Reading, Wanted
 
 MESSAGE_BYTES = 64 * 1024
 REPLY_BYTES = 2**21  # which frames were read, a hundred thousand at most
@@ -123,7 +123,7 @@ class _Worker:
         self._socket, theirs = socket.socketpair()
         with theirs:
             self.process = subprocess.Popen(  # noqa: S603 - this interpreter, this module
-                [sys.executable, "-m", "server.media.reader_worker", str(math.ceil(seconds)), str(max_frames_bytes)],
+                [sys.executable, "-m", "server.reader.worker", str(math.ceil(seconds)), str(max_frames_bytes)],
                 stdin=theirs.fileno(),
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

@@ -6,20 +6,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from server.media import frame_headers
-from server.media.decoding import Decoder
-from server.media.facts import Facts, Limits, ReadError
-from server.media.frames_file import BYTES_PER_PIXEL
-from server.media.opening import opened
-from server.media.pictures import is_turned
-from server.media.timeline import Clock, PacketTimes, Timeline, leading, needs_decoding, timeline
+from server.reader import frame_headers
+from server.reader.decoding import Decoder
+from server.reader.facts import Facts, Limits, ReadError
+from server.reader.frames_file import BYTES_PER_PIXEL
+from server.reader.opening import opened
+from server.reader.pictures import is_turned
+from server.reader.timeline import Clock, PacketTimes, Timeline, leading, needs_decoding, timeline
 
 if TYPE_CHECKING:
     from av import VideoFrame, VideoStream
     from av.container import InputContainer
 
-    from server.media.frame_headers import SizeReader
-    from server.media.opening import VideoPacket
+    from server.reader.frame_headers import SizeReader
+    from server.reader.opening import VideoPacket
 
 MAX_FPS = 1000
 MAX_UNDECODABLE = 500  # packets from the first on: a video of which so many can't be decoded is none
