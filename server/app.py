@@ -47,6 +47,7 @@ from server.routes.files import Files
 from server.routes.models import models_router
 from server.routes.ops import ops_router
 from server.routes.text import Completions, Responses
+from server.routes.video_tokens import VideoTokens
 from server.settings import PREFIX, Settings
 
 if TYPE_CHECKING:
@@ -267,6 +268,7 @@ def _add_routes(
     common = (entrance, body_limits, bounds, engines.catalogue, engines.exchanges, metrics)
     for endpoint in (
         ChatCompletions(*common, intake=media.intake, llm_d_headers=settings.llm_d_headers),
+        VideoTokens(*common, intake=media.intake, llm_d_headers=False, pool=engines.pool),
         Completions(*common),
         Responses(*common, intake=media.intake),
     ):

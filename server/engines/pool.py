@@ -111,6 +111,11 @@ class EnginePool:
         told = [engine.video_rules for engine in serving]
         return told[0] if told and all(rules == told[0] for rules in told) else None
 
+    def profile(self, model: str, rules: VideoRules) -> EngineProfile | None:
+        """Return the profile of an engine that serves `model` by these rules; None if there is none any more."""
+        serving = (engine for engine in self.engines if engine.healthy and model in engine.models)
+        return next((engine.profile for engine in serving if engine.video_rules == rules), None)
+
     @contextmanager
     def attempt(
         self,

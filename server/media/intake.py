@@ -72,6 +72,8 @@ class Taken:
     """The rules by which frames were sampled from the videos. None if the engine gets the videos themselves."""
     shapes: tuple[VideoShape, ...] = ()
     """The frames of each video."""
+    videos: tuple[Facts, ...] = ()
+    """What each video holds."""
 
 
 NOTHING = Taken()
@@ -103,6 +105,7 @@ class _Tally:
         return Taken(
             rules=None if way is None else way.rules,
             shapes=tuple(self.shapes),
+            videos=tuple(self.videos),
             key=self._key(),
             video_seconds=sum(facts.duration_seconds for facts in self.videos),
             longest_video=max(self.videos, key=lambda facts: facts.duration_seconds, default=None),

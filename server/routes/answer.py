@@ -26,6 +26,11 @@ class Answer:
         savings = {} if exchange.savings is None else exchange.savings.as_headers()
         self._headers = {"content-type": exchange.content_type, **headers, **savings}
 
+    def whole(self, body: bytes) -> bytes:
+        """Set the headers for a JSON body of the gateway's own, and return it."""
+        self._headers = {"content-type": "application/json", "content-length": str(len(body))}
+        return body
+
     async def start(self, stream: EventStream | None = None) -> None:
         """Send the status 200 and the headers."""
         self.stream = stream

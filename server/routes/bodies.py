@@ -7,13 +7,19 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.requests.parameters import OPERATOR_FIELDS
 
 
-class Retention(BaseModel):
-    """The options for the reduction of video tokens."""
+class VideoOptions(BaseModel):
+    """What to look at in videos, and how many of their tokens to keep, within the bounds of the model."""
 
     model_config = ConfigDict(extra="forbid")
 
-    retention: Annotated[float | None, Field(gt=0, le=1)] = None
-    """The share of video tokens to keep, within the bounds of the model."""
+    retention: Annotated[float | None, Field(gt=0, le=1, description="the share of video tokens to keep")] = None
+    tokens: Annotated[
+        int | None, Field(ge=1, description="instead of a retention, a bound on the video tokens of all videos")
+    ] = None
+    frames: Annotated[int | None, Field(ge=1, description="the number of frames to sample")] = None
+    fps: Annotated[float | None, Field(gt=0, description="instead of a number, frames a second to sample")] = None
+    start: Annotated[float | None, Field(ge=0, description="seconds; frames are sampled from here on")] = None
+    end: Annotated[float | None, Field(gt=0, description="seconds; frames are sampled up to here")] = None
 
 
 class MediaURL(BaseModel):
@@ -52,7 +58,7 @@ class ChatCompletionRequest(BaseModel):
     messages: list[ChatMessage]
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
-    aot: Retention | None = None
+    aot: VideoOptions | None = None
 
 
 class CompletionRequest(BaseModel):

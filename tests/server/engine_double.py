@@ -120,6 +120,8 @@ class EngineDouble:
     models: list[str] = field(default_factory=lambda: ["llava"])
     profile: Any = None
     """What it tells of itself; None for an engine without the plugin."""
+    prompt_tokens: int = 20
+    """What it counts in a prompt without videos."""
     healthy: bool = True
     headers: dict[str, str] = field(default_factory=lambda: dict(SAVED))
     completion: bytes = field(default_factory=lambda: json.dumps(COMPLETION, ensure_ascii=False).encode())
@@ -147,6 +149,7 @@ class EngineDouble:
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/aot/engine", self._profile)
+        app.router.add_post("/tokenize", self._tokenize)
         for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
             app.router.add_post(path, self._generate)
         self.runner = runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.2)
@@ -186,6 +189,13 @@ class EngineDouble:
 
     async def _profile(self, request: web.Request) -> web.Response:
         return web.json_response(self.profile, status=404 if self.profile is None else 200)
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        self.requests.append(json.loads(await request.read()))
+        if self.error is not None:
+            status, body, content_type = self.error
+            return web.Response(status=status, body=body, content_type=content_type)
+        return web.json_response({"count": self.prompt_tokens, "max_model_len": 4096, "tokens": []})
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         self.running += 1

@@ -164,6 +164,18 @@ def test_frames_tokens_and_a_range_are_asked_for_in_a_request(client, clip_url):
         ask(frames=33)
 
 
+@pytest.mark.parametrize(
+    ("model", "aot"), [("whole", {}), ("fast", {}), ("engine-default", {}), ("fast", {"tokens": 40, "frames": 8})]
+)
+def test_what_a_question_costs_is_known_before_it_is_asked(client, gateway, clip_url, model, aot):
+    asked = {"model": model, **chat(clip_url, clip_url), "aot": aot}
+    told = httpx.post(f"{gateway}/v1/video/tokens", json=asked, timeout=60).json()
+    usage = httpx.post(f"{gateway}/v1/chat/completions", json=asked, timeout=60).json()["usage"]
+    assert told["video_tokens"] | {"retention": told["retention"]} == usage["video_tokens"]
+    assert abs(told["prompt_tokens"] - usage["prompt_tokens"]) <= 2  # a line break around the videos
+    assert told["context_length"] == 8192
+
+
 def test_requests_side_by_side_each_get_their_own_count(client, clip_url):
     retentions = [0.1, 0.2, 0.3, 0.5] * 3
 
