@@ -105,6 +105,44 @@ def load_frames_files() -> None:
     video_io.load_bytes, video_io.load_file = load_frames_bytes, load_frames_file
 
 
+def refuse_missing_frames(missing: Callable[..., str | None]) -> None:
+    """Make vLLM refuse a video of which fewer frames were read than should have been.
+
+    Without this function, vLLM logs a warning, or nothing at all, and answers about the frames that it has. `missing`
+    returns what is wrong, see `aot_vllm.adapters.decoded.missing_frames`. Needed for 0.32. Delete it once vLLM refuses
+    such videos.
+
+    Raises:
+        UnsupportedError: vLLM has no `vllm.multimodal.video.decode_video`.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.multimodal import video
+
+    original = getattr(video, "decode_video", None)
+    if original is None:
+        raise UnsupportedError(
+            f"vLLM {vllm_version()} has no vllm.multimodal.video.decode_video, behind which aot-vllm counts the frames "
+            "that were read; install vllm 0.32.*, or uninstall aot-vllm to serve without it"
+        )
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def decode_video(backend: str, loader: Any, data: bytes, *args: Any, **kwargs: Any) -> Any:
+        try:
+            decoded = original(backend, loader, data, *args, **kwargs)
+        except (ArithmeticError, RuntimeError, ValueError) as exc:  # of sampling from a length that makes no sense
+            raise VLLMValidationError(f"the video could not be read: {exc}", parameter="video_url") from exc
+        _, source, sampled, read = decoded
+        wrong = missing(data, announced=source.total_frames_num, sampled=sampled, num_read=len(read))
+        if wrong is not None:
+            raise VLLMValidationError(wrong, parameter="video_url")
+        return decoded
+
+    setattr(decode_video, _MARK, True)
+    vars(video)["decode_video"] = decode_video
+
+
 def stock_pruning_methods(model_config: ModelConfig) -> tuple[str, ...]:
     """Return the names of vLLM's own pruning methods for a model, empty if vLLM would ignore the rate.
 
