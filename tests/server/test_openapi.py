@@ -141,6 +141,7 @@ def filled_with(file_id):
     return fill
 
 
+@pytest.mark.slow
 async def test_answers_to_whatever_is_sent_are_as_the_document_says(engine, tmp_path, config):
     engine.profile = ONEVISION
     directory = tmp_path / "files"
