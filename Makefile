@@ -49,7 +49,7 @@ test-runner-v1: install-test  ## the tests with real engines again, on vLLM's ot
 
 test-gateway:  ## the gateway's tests, in an environment of their own without vLLM
 	@$(PYTHON) demo/environment.py --gateway-tests
-	@.venv-gateway/bin/python -m pytest tests/server -n 2
+	@.venv-gateway/bin/python -m pytest $(NO_SKIPS) tests/server -n 2 -m "not slow"
 
 check: lint test-fast  ## format, lint, types, import contracts, the tests that need no engine
 
