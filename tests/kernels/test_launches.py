@@ -19,6 +19,10 @@ VIDEOS = [
     (VideoGrid(768, 15, 20), 3584),
     (VideoGrid(1, 27, 27), 1152),
     (VideoGrid(33, 1, 7), 64),
+    (VideoGrid(768, 27, 27), 1152),
+    (VideoGrid(3, 1, 4097), 64),  # no table of distances from here on
+    (VideoGrid(40, 60, 100), 64),
+    (VideoGrid(100, 64, 64), 3584),  # the tables of a third of the video would take more than its features
 ]
 
 
@@ -47,6 +51,15 @@ def test_with_attention_scores_a_video_takes_at_most_60_launches(grid, width, re
     assert len(operations.names) + len(launched) <= 60, (operations.names, launched)
 
 
+def test_a_choice_without_a_table_is_one_launch_of_our_own(monkeypatch):
+    for frames in (1, 500):
+        features = torch.empty(frames, 4097, 8, device="meta", dtype=torch.bfloat16)
+        with own_launches(monkeypatch) as launched, Operations() as operations:
+            TRITON.select_diverse_anchors(features, count=41, keep=40)
+        assert launched == ["_spread_out_without_table"]
+        assert len(operations.names) <= 10, operations.names
+
+
 @pytest.mark.parametrize("algorithms", [TRITON, TORCH])
 @pytest.mark.parametrize("config", [AOTConfig(), ATTENTION, AOTConfig(mass=0), AOTConfig(nearest_weight=0.1)])
 @pytest.mark.parametrize("retention", [0.1, 0.25, 0.333])
@@ -56,6 +69,13 @@ def test_nothing_waits_on_the_first_video_of_a_size(retention, config, algorithm
             reduce(grid, width, retention=retention, config=config, algorithms=algorithms)
         assert not waits.found
         assert not waits.copies
+
+
+def test_a_choice_without_a_table_waits_for_nothing():
+    with Waits() as waits:
+        reduce(VideoGrid(3, 1, 4097), 8, retention=0.1)
+    assert not waits.found
+    assert not waits.copies
 
 
 def test_where_frames_exchange_tokens_the_layout_of_clips_is_one_copy_that_does_not_wait():
