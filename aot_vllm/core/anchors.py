@@ -139,7 +139,7 @@ def _products(tokens_TPD: Tensor) -> Tensor:
     if tokens_TPD.device.type != "cpu":
         return torch.bmm(tokens_TPD, tokens_TPD.transpose(1, 2))
     half = tokens_TPD.shape[1] // 2
-    products_TPP = torch.empty(*tokens_TPD.shape[:2], tokens_TPD.shape[1])
+    products_TPP = tokens_TPD.new_empty(*tokens_TPD.shape[:2], tokens_TPD.shape[1])
     products_TPP[:, :half] = torch.bmm(tokens_TPD[:, :half], tokens_TPD.transpose(1, 2))
     products_TPP[:, half:, half:] = torch.bmm(tokens_TPD[:, half:], tokens_TPD[:, half:].transpose(1, 2))
     products_TPP[:, half:, :half] = products_TPP[:, :half, half:].transpose(1, 2)

@@ -1,12 +1,8 @@
 """What a reduction asks of a device, counted on tensors without data: launches, bytes, and waits of the host."""
 
-from contextlib import contextmanager
-
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from aot_vllm.kernels import launch
 
 WITHOUT_LAUNCH = {
     "empty",
@@ -84,21 +80,3 @@ class Waits(TorchFunctionMode):
         targets = [part for part in (*args[1:], *kwargs.values()) if isinstance(part, (torch.device, torch.Tensor))]
         devices = {part if isinstance(part, torch.device) else part.device for part in targets}
         return any(device.type != args[0].device.type for device in devices)
-
-
-@contextmanager
-def own_launches(monkeypatch):
-    """Yield the list of names of the kernels that are launched meanwhile."""
-    launched = []
-    original = launch.launch
-
-    def counted(kernel, grid, *arguments, **options):
-        launched.append(getattr(kernel, "__name__", str(kernel)))
-        original(kernel, grid, *arguments, **options)
-
-    from aot_vllm.kernels import anchors, attention, transport
-
-    with monkeypatch.context() as patch:
-        for module in (anchors, attention, transport):
-            patch.setattr(module, "launch", counted)
-        yield launched
