@@ -39,7 +39,7 @@ FLOATS = {
 def shapes():
     """Yield a name, a kernel, its constants, its warps and the types of its features for each case."""
     yield from _choices()
-    for slots in (16, 32, 64, 128, 1024):
+    for slots in (16, 32, 64, 128, 1024, 4096):
         for nearest in (False, True):
             shape = {"NEAREST": nearest, "TOKENS": transport.TILE // slots, "ANCHORS": slots}
             yield f"scalings {slots} {nearest}", transport._scalings, shape, 8, "fp32"
