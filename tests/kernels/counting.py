@@ -25,6 +25,7 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.names = []
         self.living = {}
+        self.bytes = 0
         self.most_bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -41,9 +42,14 @@ class Operations(TorchDispatchMode):
         from torch.multiprocessing.reductions import StorageWeakRef
 
         reference = StorageWeakRef(storage)
-        self.living.setdefault(reference.cdata, (reference, storage.nbytes()))
-        self.living = {key: kept for key, kept in self.living.items() if not kept[0].expired()}
-        self.most_bytes = max(self.most_bytes, sum(size for _, size in self.living.values()))
+        if reference.cdata in self.living:
+            return
+        self.living[reference.cdata] = (reference, storage.nbytes())
+        self.bytes += storage.nbytes()
+        if self.bytes > self.most_bytes:  # with those that are gone; to drop them each time would take long
+            self.living = {key: kept for key, kept in self.living.items() if not kept[0].expired()}
+            self.bytes = sum(size for _, size in self.living.values())
+            self.most_bytes = max(self.most_bytes, self.bytes)
 
 
 class Waits(TorchFunctionMode):

@@ -102,8 +102,7 @@ def test_the_recorder_of_waits_notices_every_kind_of_wait():
         assert waits.found
 
 
-@pytest.mark.parametrize("retention", [0.1, 0.25])
-@pytest.mark.parametrize("algorithms", [TRITON, TORCH])
+@pytest.mark.parametrize(("algorithms", "retention"), [(TRITON, 0.1), (TRITON, 0.25), (TORCH, 0.1)])
 def test_a_frame_of_12288_positions_needs_no_table_of_positions(algorithms, retention):
     """A table of 12,288 x 12,288 distances is 604 MB. All that is left is linear in the positions.
 
