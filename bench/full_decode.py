@@ -1,0 +1,144 @@
+"""What a video shows, found out by decoding all of it: what the gateway's reader is compared with.
+
+    python bench/full_decode.py FILE
+
+The work is libav's and Pillow's alone. libav guesses the container, each frame that comes out counts, and nothing of
+the gateway's reader is used. Run as a script, it prints what it found as a line of JSON.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+if TYPE_CHECKING:
+    from av import VideoFrame, VideoStream
+    from av.container import InputContainer
+
+THUMBNAIL = 12
+"""Pixels a side."""
+LEAP_SECONDS = 10.0
+"""A clock that goes so far in one step, or goes back, is another recording's."""
+
+
+@dataclass
+class Decoded:
+    """All frames of a video, in the order in which they are shown."""
+
+    frames: int = 0
+    seconds: float = 0.0
+    width: int = 0
+    """Of the largest frame, as displayed."""
+    height: int = 0
+    codec: str = ""
+    errors: int = 0
+    """Packets that could not be decoded."""
+    thumbnails: list[list[int]] = field(default_factory=list)
+    """Of each frame, THUMBNAIL x THUMBNAIL shades of grey."""
+
+
+def decode(path: str) -> Decoded:
+    """Return what is in a file; raise an error of libav's or of Pillow's, or ValueError, if that is no video."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+    if head[:4] == b"RIFF" and head[8:] == b"WEBP":
+        return _animation(path)
+    import av
+
+    av.logging.set_level(None)
+    with av.open(path, metadata_errors="replace") as container:
+        stream = _shown_stream(container)
+        found = Decoded(codec=stream.codec_context.codec.canonical_name)
+        times: list[float | None] = []
+        for frame in _frames(container, stream, found):
+            turned = frame.rotation % 180 != 0
+            width, height = (frame.height, frame.width) if turned else (frame.width, frame.height)
+            if width * height > found.width * found.height:
+                found.width, found.height = width, height
+            found.thumbnails.append(_thumbnail(_upright(frame)))
+            times.append(frame.time)
+        found.frames = len(times)
+        found.seconds = _seconds(times, 1 / float(stream.average_rate or stream.guessed_rate or 25))
+    return found
+
+
+def _shown_stream(container: InputContainer) -> VideoStream:
+    from av.stream import Disposition
+
+    for stream in container.streams.video:
+        if not stream.disposition & Disposition.attached_pic:
+            return stream
+    raise ValueError("no video stream")
+
+
+def _frames(container: InputContainer, stream: VideoStream, found: Decoded) -> Iterator[VideoFrame]:
+    import av
+
+    packets = container.demux(stream)
+    while True:
+        try:
+            packet = next(packets)
+        except StopIteration:
+            return
+        except av.FFmpegError:
+            found.errors += 1
+            return
+        try:
+            yield from packet.decode()
+        except av.FFmpegError:
+            found.errors += 1
+
+
+def _upright(frame: VideoFrame) -> Image.Image:
+    """Return the frame in grey and as displayed, mirrored if it is displayed mirrored."""
+    from av.sidedata.sidedata import Type
+
+    image = frame.to_image().convert("L")
+    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    if data is None:
+        return image
+    a, b, _, c, d, *_ = np.frombuffer(bytes(data), np.int32).tolist()
+    if a * d - b * c < 0:  # mirrored; FFmpeg's rotation is that of the matrix without it
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        a, b = -a, -b
+    return image.rotate(round(-np.degrees(np.arctan2(b, a)) / 90) * 90, expand=True)
+
+
+def _thumbnail(image: Image.Image) -> list[int]:
+    small = image.convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
+    return [int(shade) for shade in np.asarray(small).ravel()]
+
+
+def _seconds(times: list[float | None], interval: float) -> float:
+    """Return how long the frames are shown, the last as long as most; a jump of the clock counts as one frame."""
+    known = [time for time in times if time is not None]
+    if len(known) < len(times) or len(known) < 2:
+        return interval * len(times)
+    steps = [after - before for before, after in itertools.pairwise(known)]
+    forward = [step for step in steps if 0 < step < LEAP_SECONDS] or [interval]
+    usual = statistics.median(forward)
+    return sum(step if 0 <= step < LEAP_SECONDS else usual for step in steps) + usual
+
+
+def _animation(path: str) -> Decoded:
+    with Image.open(path) as image:
+        found = Decoded(width=image.width, height=image.height, codec="webp")
+        for number in range(getattr(image, "n_frames", 1)):
+            image.seek(number)
+            image.load()
+            found.thumbnails.append(_thumbnail(image.convert("RGB")))
+            found.seconds += (image.info.get("duration") or 100) / 1000
+            found.frames += 1
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(decode(sys.argv[1]))))
