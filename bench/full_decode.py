@@ -1,9 +1,9 @@
 """What a video shows, found out by decoding all of it: what the gateway's reader is compared with.
 
-    python bench/full_decode.py FILE
+    python bench/full_decode.py < LIST
 
 The work is libav's and Pillow's alone. libav guesses the container, each frame that comes out counts, and nothing of
-the gateway's reader is used. Run as a script, it prints what it found as a line of JSON.
+the gateway's reader is used. Run as a script, it reads paths, one a line, and answers each with a line of JSON.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 THUMBNAIL = 12
 """Pixels a side."""
+_SMALL = 8 * THUMBNAIL
 LEAP_SECONDS = 10.0
 """A clock that goes so far in one step, or goes back, is another recording's."""
 
@@ -58,6 +59,7 @@ def decode(path: str) -> Decoded:
         stream = _shown_stream(container)
         found = Decoded(codec=stream.codec_context.codec.canonical_name)
         times: list[float | None] = []
+        last = 0.0
         for frame in _frames(container, stream, found):
             turned = frame.rotation % 180 != 0
             width, height = (frame.height, frame.width) if turned else (frame.width, frame.height)
@@ -65,8 +67,9 @@ def decode(path: str) -> Decoded:
                 found.width, found.height = width, height
             found.thumbnails.append(_thumbnail(_upright(frame)))
             times.append(frame.time)
+            last = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
         found.frames = len(times)
-        found.seconds = _seconds(times, 1 / float(stream.average_rate or stream.guessed_rate or 25))
+        found.seconds = _seconds(times, last, 1 / float(stream.average_rate or stream.guessed_rate or 25))
     return found
 
 
@@ -101,7 +104,8 @@ def _upright(frame: VideoFrame) -> Image.Image:
     """Return the frame in grey and as displayed, mirrored if it is displayed mirrored."""
     from av.sidedata.sidedata import Type
 
-    image = frame.to_image().convert("L")
+    small = frame.reformat(_SMALL, _SMALL, format="rgb24", interpolation="AREA", threads=1)
+    image = Image.fromarray(small.to_ndarray()).convert("L")
     data = frame.side_data.get(Type.DISPLAYMATRIX)
     if data is None:
         return image
@@ -117,15 +121,15 @@ def _thumbnail(image: Image.Image) -> list[int]:
     return [int(shade) for shade in np.asarray(small).ravel()]
 
 
-def _seconds(times: list[float | None], interval: float) -> float:
-    """Return how long the frames are shown, the last as long as most; a jump of the clock counts as one frame."""
+def _seconds(times: list[float | None], last: float, interval: float) -> float:
+    """Return how long frames are shown, the last of them `last` or as most; a jump of the clock counts as one frame."""
     known = [time for time in times if time is not None]
     if len(known) < len(times) or len(known) < 2:
-        return interval * len(times)
+        return (last or interval) * len(times)
     steps = [after - before for before, after in itertools.pairwise(known)]
     forward = [step for step in steps if 0 < step < LEAP_SECONDS] or [interval]
     usual = statistics.median(forward)
-    return sum(step if 0 <= step < LEAP_SECONDS else usual for step in steps) + usual
+    return sum(step if 0 <= step < LEAP_SECONDS else usual for step in steps) + (last or usual)
 
 
 def _animation(path: str) -> Decoded:
@@ -140,5 +144,15 @@ def _animation(path: str) -> Decoded:
     return found
 
 
+def answer() -> None:
+    """Answer each path on standard input; what can't be decoded with why not."""
+    for line in sys.stdin:
+        try:
+            found = asdict(decode(line.rstrip("\n")))
+        except Exception as exc:  # libav's and Pillow's errors, and those of their bindings
+            found = {"error": f"{type(exc).__name__}: {getattr(exc, 'strerror', None) or exc}".splitlines()[0]}
+        print(json.dumps(found), flush=True)
+
+
 if __name__ == "__main__":
-    print(json.dumps(asdict(decode(sys.argv[1]))))
+    answer()

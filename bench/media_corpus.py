@@ -40,6 +40,7 @@ BY_RATE = {"rule": "qwen3_vl", "fps": 2, "min_frames": 4, "max_frames": 768}
 SIZE = {"rule": "fixed", "height": 384, "width": 384}
 SHADES = 12
 """How far the shades of two thumbnails of one frame are apart, on average, at most."""
+ANSWER_BYTES = 2**28
 AGREE, DISAGREE, REFUSED, NOT_COMPARED = "agree", "disagree", "refused", "not compared"
 
 
@@ -99,6 +100,7 @@ class Corpus:
         """Take the time that a full decode of a file may last."""
         settings = Settings()
         self._seconds = seconds
+        self._decoders: list[asyncio.subprocess.Process] = []
         self._max_bytes = settings.media_max_decoded_bytes
         self._slots = asyncio.Semaphore(jobs)
         self.reader = Reader(
@@ -123,7 +125,8 @@ class Corpus:
                 try:
                     reading, pictures = await self._read(path, sampling)
                 except MediaRefused as exc:
-                    return Result(REFUSED, f"{exc.code}: {exc} ({there})", str(exc.code))
+                    code = exc.code or "invalid_media"
+                    return Result(REFUSED, f"{code}: {exc} ({there})", code)
                 if not isinstance(whole, Decoded):
                     return Result(NOT_COMPARED, f"{reading.facts.frames} frames; {whole}")
                 found.append(differences(reading, sampling, pictures, whole))
@@ -146,21 +149,38 @@ class Corpus:
 
     async def _decoded(self, path: Path) -> Decoded | str:
         """Return a full decode of a file, or why there is none."""
-        command = [sys.executable, str(Path(__file__).with_name("full_decode.py")), str(path)]
-        process = await asyncio.create_subprocess_exec(
-            *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
-        )
+        decoder = self._decoders.pop() if self._decoders else await _decoder()
+        assert decoder.stdin is not None
+        assert decoder.stdout is not None
         try:
             async with asyncio.timeout(self._seconds):
-                out, errors = await process.communicate()
+                decoder.stdin.write(f"{path}\n".encode())
+                answer = json.loads(await decoder.stdout.readline())
         except TimeoutError:
-            process.kill()
-            await process.communicate()
+            await _ended(decoder)
             return f"no full decode within {self._seconds:g} seconds"
-        if process.returncode:
-            lines = errors.decode(errors="replace").strip().splitlines()
-            return f"no full decode: {lines[-1] if lines else process.returncode}"
-        return Decoded(**json.loads(out))
+        except (OSError, ValueError):
+            await _ended(decoder)
+            return "no full decode: it broke its process"
+        self._decoders.append(decoder)
+        return f"no full decode: {answer['error']}" if "error" in answer else Decoded(**answer)
+
+    async def close(self) -> None:
+        """End all processes."""
+        self.reader.close()
+        while self._decoders:
+            await _ended(self._decoders.pop())
+
+
+async def _decoder() -> asyncio.subprocess.Process:
+    pipe = asyncio.subprocess.PIPE
+    script = str(Path(__file__).with_name("full_decode.py"))
+    return await asyncio.create_subprocess_exec(sys.executable, script, stdin=pipe, stdout=pipe, limit=ANSWER_BYTES)
+
+
+async def _ended(process: asyncio.subprocess.Process) -> None:
+    process.kill()
+    await process.wait()
 
 
 def _pictures(descriptor: int) -> list[np.ndarray]:
@@ -199,7 +219,7 @@ async def run(directory: Path, files: Sequence[Path], *, seconds: float, jobs: i
     try:
         return await asyncio.gather(*(judged(path) for path in files))
     finally:
-        corpus.reader.close()
+        await corpus.close()
 
 
 def main() -> None:
