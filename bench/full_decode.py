@@ -69,7 +69,7 @@ def decode(path: str) -> Decoded:
             times.append(frame.time)
             last = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
         found.frames = len(times)
-        found.seconds = _seconds(times, last, 1 / float(stream.average_rate or stream.guessed_rate or 25))
+        found.seconds = _seconds(times, last, 1 / float(stream.guessed_rate or stream.average_rate or 25))
     return found
 
 
@@ -127,6 +127,8 @@ def _seconds(times: list[float | None], last: float, interval: float) -> float:
     if len(known) < len(times) or len(known) < 2:
         return (last or interval) * len(times)
     steps = [after - before for before, after in itertools.pairwise(known)]
+    if sum(step < 0 for step in steps) > len(steps) / 8:  # a container that tells no time of display
+        return interval * len(known)
     forward = [step for step in steps if 0 < step < LEAP_SECONDS] or [interval]
     usual = statistics.median(forward)
     return sum(step if 0 <= step < LEAP_SECONDS else usual for step in steps) + (last or usual)
