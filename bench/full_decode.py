@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 THUMBNAIL = 12
 """Pixels a side."""
 _SMALL = 8 * THUMBNAIL
+_TURNS = (-180, -90, 90, 180)
 LEAP_SECONDS = 10.0
 """A clock that goes so far in one step, or goes back, is another recording's."""
 
@@ -61,7 +62,7 @@ def decode(path: str) -> Decoded:
         times: list[float | None] = []
         last = 0.0
         for frame in _frames(container, stream, found):
-            turned = frame.rotation % 180 != 0
+            turned = frame.rotation in _TURNS and frame.rotation % 180 != 0
             width, height = (frame.height, frame.width) if turned else (frame.width, frame.height)
             if width * height > found.width * found.height:
                 found.width, found.height = width, height
@@ -104,10 +105,15 @@ def _upright(frame: VideoFrame) -> Image.Image:
     """Return the frame in grey and as displayed, mirrored if it is displayed mirrored."""
     from av.sidedata.sidedata import Type
 
-    small = frame.reformat(_SMALL, _SMALL, format="rgb24", interpolation="AREA", threads=1)
-    image = Image.fromarray(small.to_ndarray()).convert("L")
-    data = frame.side_data.get(Type.DISPLAYMATRIX)
-    if data is None:
+    small = frame
+    if min(frame.width, frame.height) > _SMALL:
+        small = frame.reformat(_SMALL, _SMALL, format="rgb24", interpolation="AREA", threads=1)
+    image = Image.fromarray(small.to_ndarray(format="rgb24")).convert("L")
+    try:
+        data = frame.side_data.get(Type.DISPLAYMATRIX)
+    except ValueError:  # something else that PyAV has no name for
+        return image.rotate(frame.rotation, expand=True) if frame.rotation in _TURNS else image
+    if data is None or frame.rotation not in (0, *_TURNS):
         return image
     a, b, _, c, d, *_ = np.frombuffer(bytes(data), np.int32).tolist()
     if a * d - b * c < 0:  # mirrored; FFmpeg's rotation is that of the matrix without it
@@ -148,6 +154,7 @@ def _animation(path: str) -> Decoded:
 
 def answer() -> None:
     """Answer each path on standard input; what can't be decoded with why not."""
+    Image.MAX_IMAGE_PIXELS = None
     for line in sys.stdin:
         try:
             found = asdict(decode(line.rstrip("\n")))

@@ -66,29 +66,33 @@ def expected(frames: int, seconds: float, sampling: dict[str, object]) -> list[i
 def differences(reading: Reading, sampling: dict[str, object], pictures: Sequence[np.ndarray], whole: Decoded) -> str:
     """Return in which ways what was read differs from what is there; nothing if it doesn't."""
     facts, found = reading.facts, []
-    if facts.frames != whole.frames:
+    lost = facts.frames - whole.frames
+    if not 0 <= lost <= whole.errors:  # packets that can't be decoded count, and others stand for them
         found.append(f"{facts.frames} frames, {whole.frames} in a full decode")
     if (facts.width, facts.height) != (whole.width, whole.height):
         found.append(f"{facts.width} x {facts.height}, {whole.width} x {whole.height} in a full decode")
     slack = max(1.5 * whole.seconds / max(whole.frames, 1), 0.01 * whole.seconds, 0.02)
-    if abs(facts.duration_seconds - whole.seconds) > slack:
+    if not lost and abs(facts.duration_seconds - whole.seconds) > slack:
         found.append(f"{facts.duration_seconds:.3f} seconds, {whole.seconds:.3f} in a full decode")
     indices = list(reading.header.frames_indices)
-    if not found and indices != (right := expected(whole.frames, facts.duration_seconds, sampling)):
+    if not found and not lost and indices != (right := expected(whole.frames, facts.duration_seconds, sampling)):
         found.append(f"frames {indices} were chosen, {right} were to be")
-    if wrong := mistaken(indices, pictures, whole):
+    if wrong := mistaken(indices, pictures, whole, lost=max(lost, 0)):
         found.append("other pictures: " + ", ".join(wrong))
     return "; ".join(found)
 
 
-def mistaken(indices: Sequence[int], pictures: Sequence[np.ndarray], whole: Decoded) -> list[str]:
-    """Return which of the frames handed over look like other frames than those that they are said to be."""
+def mistaken(indices: Sequence[int], pictures: Sequence[np.ndarray], whole: Decoded, *, lost: int) -> list[str]:
+    """Return which of the frames handed over look like other frames than those that they are said to be.
+
+    Of those that count, so many are `lost` to the full decode.
+    """
     all_frames = np.asarray(whole.thumbnails, float).reshape(whole.frames, -1)
     wrong = []
     for index, picture in zip(indices, pictures, strict=True):
         small = Image.fromarray(picture).convert("L").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX)
         apart = np.abs(all_frames - np.asarray(small, float).ravel()).mean(axis=1)
-        if index >= whole.frames or apart[index] > SHADES:
+        if not (apart[max(index - lost, 0) : index + 1] <= SHADES).any():
             wrong.append(f"{index} (nearest {int(apart.argmin())}, {apart.min():.0f} shades off)")
     return wrong
 

@@ -58,7 +58,7 @@ class Decoder:
                 if new_extradata is not None and not packet.has_sidedata("new_extradata"):
                     packet.set_sidedata(new_extradata)  # what was passed over told how to decode this one
                 new_extradata, packet.opaque = None, number
-                context.skip_frame = "NONREF" if self._skips and number not in wanted else "DEFAULT"
+                context.skip_frame = "NONREF" if self._skips and self._begin(number) not in wanted else "DEFAULT"
                 yield from self._chosen(_decoded(context, packet), wanted, start)
                 if number == end:
                     yield from self._chosen(_decoded(context, None), wanted, start)
@@ -94,11 +94,18 @@ class Decoder:
         segments: list[tuple[int, int]] = []
         for number in sorted(wanted):
             start = self._start(number, keys_back)
+            end = number
+            if end + 1 < len(self._packets) and self._packets[end + 1].is_rest:
+                end += 1
             if segments and start <= segments[-1][1]:
-                segments[-1] = min(start, segments[-1][0]), number
+                segments[-1] = min(start, segments[-1][0]), end
             else:
-                segments.append((start, number))
+                segments.append((start, end))
         return segments
+
+    def _begin(self, number: int) -> int:
+        """Return the packet that begins the frame which a packet is of."""
+        return number - 1 if number < len(self._packets) and self._packets[number].is_rest else number
 
     def _start(self, number: int, keys_back: int) -> int:
         at = bisect_right(self._keys, number) - 1
