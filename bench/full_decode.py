@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import statistics
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,8 @@ THUMBNAIL = 12
 _SMALL = 8 * THUMBNAIL
 _TURNS = (-180, -90, 90, 180)
 LEAP_SECONDS = 10.0
-"""A clock that goes so far in one step, or goes back, is another recording's."""
+"""A clock of a stream that is broadcast which goes so far in one step is another recording's."""
+_BROADCAST = ("mpegts", "mpeg")
 
 
 @dataclass
@@ -59,6 +61,7 @@ def decode(path: str) -> Decoded:
     with av.open(path, metadata_errors="replace") as container:
         stream = _shown_stream(container)
         found = Decoded(codec=stream.codec_context.codec.canonical_name)
+        stream.codec_context.thread_count = 1  # several threads make up other pictures for what is damaged
         times: list[float | None] = []
         last = 0.0
         for frame in _frames(container, stream, found):
@@ -70,7 +73,9 @@ def decode(path: str) -> Decoded:
             times.append(frame.time)
             last = float(frame.duration * frame.time_base) if frame.duration and frame.time_base else 0.0
         found.frames = len(times)
-        found.seconds = _seconds(times, last, 1 / float(stream.guessed_rate or stream.average_rate or 25))
+        interval = 1 / float(stream.guessed_rate or stream.average_rate or 25)
+        most = LEAP_SECONDS if container.format.name in _BROADCAST else math.inf
+        found.seconds = _seconds(times, last, interval, most=most)
     return found
 
 
@@ -127,17 +132,20 @@ def _thumbnail(image: Image.Image) -> list[int]:
     return [int(shade) for shade in np.asarray(small).ravel()]
 
 
-def _seconds(times: list[float | None], last: float, interval: float) -> float:
-    """Return how long frames are shown, the last of them `last` or as most; a jump of the clock counts as one frame."""
+def _seconds(times: list[float | None], last: float, interval: float, *, most: float) -> float:
+    """Return how long frames are shown, the last of them `last` or as most.
+
+    A step of the clock back, or further than `most`, counts as one frame.
+    """
     known = [time for time in times if time is not None]
     if len(known) < len(times) or len(known) < 2:
         return (last or interval) * len(times)
     steps = [after - before for before, after in itertools.pairwise(known)]
     if sum(step < 0 for step in steps) > len(steps) / 8:  # a container that tells no time of display
         return interval * len(known)
-    forward = [step for step in steps if 0 < step < LEAP_SECONDS] or [interval]
+    forward = [step for step in steps if 0 < step < most] or [interval]
     usual = statistics.median(forward)
-    return sum(step if 0 <= step < LEAP_SECONDS else usual for step in steps) + (last or usual)
+    return sum(step if 0 <= step < most else usual for step in steps) + (last or usual)
 
 
 def _animation(path: str) -> Decoded:
