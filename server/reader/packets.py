@@ -192,8 +192,9 @@ class _Packets:
         is_rest = self._fields is not None and self._fields.is_rest(bytes(packet))
         if is_rest:
             self.times[-1] = self.times[-1]._replace(duration=self.times[-1].duration + duration)
+        is_key = packet.is_keyframe and not is_rest
         is_shown = not is_rest and not packet.is_discard and frame_headers.is_shown(self._codec, packet)
-        self.times.append(PacketTimes(packet.pts, packet.dts, duration, packet.is_keyframe, is_shown, is_rest))
+        self.times.append(PacketTimes(packet.pts, packet.dts, duration, is_key, is_shown, is_rest))
 
     def end(self) -> None:
         """Raise ReadError if no frame could be decoded."""
