@@ -7,7 +7,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from server.reader import frame_headers
-from server.reader.decoding import Decoder
+from server.reader.decoding import Decoder, mark, number_of
 from server.reader.facts import Facts, Limits, ReadError
 from server.reader.fields import Fields
 from server.reader.frames_file import BYTES_PER_PIXEL
@@ -206,11 +206,11 @@ class _Packets:
 
     def _decode(self, packet: "VideoPacket | None") -> None:
         if packet is not None:
-            packet.opaque = len(self.times) - 1
+            mark(packet, len(self.times) - 1)
         frames = self._tried(packet)
         if frames:
             self._is_decoded, self._is_turned = True, is_turned(frames[0])
-            self._first_decoded = frames[0].opaque if isinstance(frames[0].opaque, int) else 0
+            self._first_decoded = max(number_of(frames[0]), 0)
         self._note(self._context.width, self._context.height)
 
     def _tried(self, packet: "VideoPacket | None") -> list:  # type: ignore[type-arg]
