@@ -94,10 +94,10 @@ def _video_container(head: bytes) -> FileType | None:
 
 def _transport_stream(head: bytes) -> FileType | None:
     """Return the type of what consists of packets of one size; a recording may begin inside of one."""
-    for size, sync_at, found in ((188, 0, TRANSPORT_STREAM), (192, 4, BLU_RAY_STREAM)):
+    for size, sync_at, found in ((188, 0, TRANSPORT_STREAM), (192, 4, BLU_RAY_STREAM), (204, 0, TRANSPORT_STREAM)):
         if head[sync_at : sync_at + 2 * size + 1 : size] == b"\x47" * 3:
             return found
-    for size, found in ((188, TRANSPORT_STREAM), (192, BLU_RAY_STREAM)):
+    for size, found in ((188, TRANSPORT_STREAM), (192, BLU_RAY_STREAM), (204, TRANSPORT_STREAM)):
         if any(head[at::size].count(b"\x47") == len(head[at::size]) >= 5 for at in range(size)):
             return found
     return None

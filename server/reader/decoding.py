@@ -57,8 +57,9 @@ class Decoder:
                     continue
                 if new_extradata is not None and not packet.has_sidedata("new_extradata"):
                     packet.set_sidedata(new_extradata)  # what was passed over told how to decode this one
-                new_extradata, packet.opaque = None, number
-                context.skip_frame = "NONREF" if self._skips and number not in wanted else "DEFAULT"
+                new_extradata = None
+                mark(packet, number)
+                context.skip_frame = "NONREF" if self._skips and self._begin(number) not in wanted else "DEFAULT"
                 yield from self._chosen(_decoded(context, packet), wanted, start)
                 if number == end:
                     yield from self._chosen(_decoded(context, None), wanted, start)
@@ -74,16 +75,16 @@ class Decoder:
         with self._opening() as (_, stream, packets):
             context = stream.codec_context
             for number, packet in enumerate(packets):
-                packet.opaque = number
-                numbers += [_number(frame) for frame in _decoded(context, packet)]
-            numbers += [_number(frame) for frame in _decoded(context, None)]
+                mark(packet, number)
+                numbers += [number_of(frame) for frame in _decoded(context, packet)]
+            numbers += [number_of(frame) for frame in _decoded(context, None)]
         return list(dict.fromkeys(numbers))
 
     def _chosen(
         self, frames: Iterator["VideoFrame"], wanted: Collection[int], start: int
     ) -> Iterator[tuple[int, "VideoFrame"]]:
         for frame in frames:
-            number = _number(frame)
+            number = number_of(frame)
             if number == start and not frame.key_frame and start != self._keys[0]:
                 raise FalseKeyError
             if number in wanted:
@@ -94,11 +95,18 @@ class Decoder:
         segments: list[tuple[int, int]] = []
         for number in sorted(wanted):
             start = self._start(number, keys_back)
+            end = number
+            if end + 1 < len(self._packets) and self._packets[end + 1].is_rest:
+                end += 1
             if segments and start <= segments[-1][1]:
-                segments[-1] = min(start, segments[-1][0]), number
+                segments[-1] = min(start, segments[-1][0]), end
             else:
-                segments.append((start, number))
+                segments.append((start, end))
         return segments
+
+    def _begin(self, number: int) -> int:
+        """Return the packet that begins the frame which a packet is of."""
+        return number - 1 if number < len(self._packets) and self._packets[number].is_rest else number
 
     def _start(self, number: int, keys_back: int) -> int:
         at = bisect_right(self._keys, number) - 1
@@ -117,5 +125,11 @@ def _decoded(context: "VideoCodecContext", packet: "VideoPacket | None") -> Iter
         return
 
 
-def _number(frame: "VideoFrame") -> int:
-    return frame.opaque if isinstance(frame.opaque, int) else -1
+def mark(packet: "VideoPacket", number: int) -> None:
+    """Give a packet a number that its frame will carry."""
+    packet.opaque = (number,)  # an object of its own: PyAV would forget an integer along with another packet's
+
+
+def number_of(frame: "VideoFrame") -> int:
+    """Return the number of the packet that a frame comes from."""
+    return frame.opaque[0] if isinstance(frame.opaque, tuple) else -1

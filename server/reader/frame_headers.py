@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 # Decoders of these don't read the headers of frames that they skip, or skip none; but there are parsers that do.
 PARSED_CODECS = ("h264", "hevc", "av1")
 _VP9_HEADER_BYTES = 16
+_GIF_HEADER_BYTES = 13
+_GIF_EXTENSION, _GIF_END = 0x21, 0x3B
 
 
 def parser(stream: "VideoStream") -> "SizeReader":
@@ -59,7 +61,20 @@ def is_shown(codec: str, packet: "VideoPacket") -> bool:
         return bool(bytes(packet)[0] & 0x10)  # RFC 6386, 9.1
     if codec == "vp9":
         return any(_vp9_is_shown(frame) for frame in _vp9_frames(bytes(packet)))
-    return True
+    return codec != "gif" or _gif_has_image(bytes(packet))
+
+
+def _gif_has_image(data: bytes) -> bool:
+    """Return whether there is an image among a packet's blocks; what follows the last may be a comment."""
+    at = 0
+    if data.startswith(b"GIF8"):
+        at = _GIF_HEADER_BYTES + (3 << (data[10] & 7) + 1) * (data[10] >> 7)  # the colours
+    while at + 2 < len(data) and data[at] == _GIF_EXTENSION:
+        at += 2
+        while at < len(data) and data[at]:
+            at += 1 + data[at]
+        at += 1
+    return at < len(data) and data[at] != _GIF_END
 
 
 def _vp9_frames(data: bytes) -> list[bytes]:

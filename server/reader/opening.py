@@ -69,6 +69,8 @@ def _video_stream(container: "InputContainer", limits: Limits) -> "VideoStream":
     )
     if stream is None:
         raise ReadError("the file holds no video stream")
+    if "enc_key_id" in stream.metadata:  # of Matroska, whose packets don't tell
+        raise ReadError("the video is encrypted")
     context = stream.codec_context
     codec = "an unknown codec" if context is None else context.codec.canonical_name
     if codec not in VIDEO_CODECS:

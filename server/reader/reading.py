@@ -1,6 +1,7 @@
 """Reads the sampled frames of a video into a frames file."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from server.reader import animations
@@ -9,6 +10,7 @@ from server.reader.facts import Limits, ReadError
 from server.reader.frames_file import FramesFile, FramesHeader
 from server.reader.packets import Scanned, scan
 from server.reader.pictures import Pictures
+from server.reader.protection import is_encrypted
 from server.reader.sampling import Clip, sampling_from
 from server.reader.sizes import handed_over
 from server.reader.timeline import Timeline
@@ -21,11 +23,25 @@ KEYS_BACK = 2  # where a stream is refreshed bit by bit, frames are whole from t
 FROM_THE_FIRST = 2**31
 
 
+@contextmanager
+def _encryption_told(descriptor: int, demuxer: str) -> Iterator[None]:
+    """Say of what can't be read that it is encrypted, where the file says so."""
+    from av import FFmpegError
+
+    try:
+        yield
+    except (ReadError, FFmpegError) as exc:
+        if getattr(exc, "code", None) is None and is_encrypted(descriptor, demuxer):
+            raise ReadError("the video is encrypted") from exc
+        raise
+
+
 def scan_video(descriptor: int, demuxer: str, limits: Limits) -> Scanned:
     """Return what is in the video in an open file; raise ReadError if it is none that is taken."""
     if demuxer == animations.DEMUXER:
         return animations.scan(descriptor, limits)
-    return scan(descriptor, demuxer, limits)
+    with _encryption_told(descriptor, demuxer):
+        return scan(descriptor, demuxer, limits)
 
 
 def read_video(descriptor: int, demuxer: str, limits: Limits, wanted: Wanted, into: int) -> Reading:
@@ -52,10 +68,11 @@ def read_video(descriptor: int, demuxer: str, limits: Limits, wanted: Wanted, in
             code="media_too_large",
         )
     file = FramesFile(into, header)
-    try:
-        indices = _Sheet(video, chosen, file).fill()
-    except FalseKeyError:
-        indices = _Sheet(video, chosen, file).fill(keys_back=FROM_THE_FIRST)
+    with _encryption_told(descriptor, demuxer):
+        try:
+            indices = _Sheet(video, chosen, file).fill()
+        except FalseKeyError:
+            indices = _Sheet(video, chosen, file).fill(keys_back=FROM_THE_FIRST)
     return Reading(video.facts, file.finish(indices))
 
 
