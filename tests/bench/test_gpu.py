@@ -184,16 +184,13 @@ def test_the_limits_that_the_docs_state_are_computed(capsys):
     assert f"With no video token left it would still be {(tower + whole) / (tower + text_alone):.1f}x" in page
 
 
-def rows_of_launches(table):
-    """Return the lines below the head of a table."""
-    return [line for line in table.splitlines() if line.startswith("|")][2:]
-
-
 def test_the_launches_that_the_docs_state_are_counted():
+    """The least of the torch path, as counting takes long: `make ci` compares the whole table."""
     pytest.importorskip("triton")
-    stated = rows_of_launches(documented("python bench/gpu.py --launches"))
-    assert len(stated) == 4 * len(gpu.CASES)
-    assert rows_of_launches(gpu.operations_table(gpu.CASES[:1])) == stated[:4]
+    rows = [cells(line) for line in documented("python bench/gpu.py --launches").splitlines()[2:]]
+    assert len(rows) == 4 * len(gpu.CASES)
+    for row in rows[:4]:
+        assert f"{operations(gpu.CASES[0], 0.05, row[2], path=row[3]):,}" == row[-1]
 
 
 @pytest.mark.slow
