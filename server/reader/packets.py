@@ -33,7 +33,9 @@ _FIXED_CODECS = ("gif",)  # all frames are drawn on one canvas
 class Frames(Protocol):
     """The frames of a video, to be decoded."""
 
-    def frames(self, wanted: Collection[int], *, keys_back: int = 0) -> Iterator[tuple[int, "VideoFrame"]]:
+    def frames(
+        self, wanted: Collection[int], *, keys_back: int = 0, threads: int = 1
+    ) -> Iterator[tuple[int, "VideoFrame"]]:
         """Give those that can be decoded, each behind the number of its packet, in no certain order."""
 
 
@@ -151,6 +153,7 @@ class _Packets:
         self._largest = (0, 0)
         self._is_decoded = self._is_turned = False
         self._size_in = self._reader(stream)
+        self._layer_in = frame_headers.hevc_layers(stream) if self._codec == "hevc" else _no_layer
         self._note(context.width, context.height)
 
     @property
@@ -164,7 +167,8 @@ class _Packets:
         if self._context.codec_tag == "encv" or packet.has_sidedata("encryption_info"):
             raise ReadError("the video is encrypted")
         is_shown = not packet.is_discard and frame_headers.is_shown(self._codec, packet)
-        self.times.append(PacketTimes(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, is_shown))
+        times = packet.pts, packet.dts, packet.duration or 0
+        self.times.append(PacketTimes(*times, packet.is_keyframe, is_shown, *self._layer_in(packet)))
         check_frames(len(self.times), self._limits)
         if not self._is_decoded:
             self._decode(packet)
@@ -215,6 +219,10 @@ class _Packets:
         self._context.skip_frame = "ALL"
         self._tried(packet)
         return self._context.width, self._context.height
+
+
+def _no_layer(packet: "VideoPacket") -> tuple[int, bool]:
+    return 0, True
 
 
 def too_large(size: str, limits: Limits) -> ReadError:

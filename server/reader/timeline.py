@@ -20,6 +20,10 @@ class PacketTimes(NamedTuple):
     is_key: bool
     is_shown: bool
     """Whether its frame is displayed: not one that others are only made from, not one cut away by an edit list."""
+    layer: int = 0
+    """The temporal layer."""
+    is_referred: bool = True
+    """Whether other frames of its layer may refer to its frame."""
 
 
 @dataclass(frozen=True)

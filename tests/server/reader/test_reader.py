@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-import json
 import os
 import signal
 import zlib
@@ -184,7 +183,7 @@ def test_a_full_disk_is_not_the_videos_fault(monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(reader_worker, "_result", full)
-    answer = reader_worker._answer(json.dumps({"kind": "video"}).encode(), [])
+    answer = reader_worker._answer({"kind": "video"}, [])
     assert answer == {"error": "there is no room for the video's frames", "code": "no_room"}
 
 
