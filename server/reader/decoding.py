@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 # layer may refer to them. Other decoders skip none, or keep what they learn from each frame.
 _SKIPPING_CODECS = ("h264", "mpeg1video", "mpeg2video", "mpeg4")
 _LAYERED_CODECS = ("hevc",)
-_THREADED_CODECS = ("h264", "hevc", "vp8", "vp9", "av1")  # the others take little time
+# Others take little time. VP8's threads make what they can of damage, and say nothing of it.
+_THREADED_CODECS = ("h264", "hevc", "vp9", "av1")
 _ONE_KEY_CODECS = ("gif",)  # each frame is drawn over the last
 
 
@@ -76,7 +77,7 @@ class Decoder:
                     continue
                 if new_extradata is not None and not packet.has_sidedata("new_extradata"):
                     packet.set_sidedata(new_extradata)  # what was passed over told how to decode this one
-                new_extradata, packet.opaque = None, number
+                new_extradata, packet.pts = None, number
                 context.skip_frame = "NONREF" if number in self._skipped and number not in wanted else "DEFAULT"
                 yield from self._chosen(decoded(context, packet), wanted, start)
                 if number == end:
@@ -93,7 +94,7 @@ class Decoder:
         with self._opening() as (_, stream, packets):
             context = stream.codec_context
             for number, packet in enumerate(packets):
-                packet.opaque = number
+                packet.pts = number
                 numbers += [_number(frame) for frame in _decoded(context, packet)]
             numbers += [_number(frame) for frame in _decoded(context, None)]
         return list(dict.fromkeys(numbers))
@@ -159,4 +160,8 @@ def _skipped(packets: Sequence[PacketTimes], codec: str) -> Collection[int]:
 
 
 def _number(frame: "VideoFrame") -> int:
-    return frame.opaque if isinstance(frame.opaque, int) else -1
+    """Return the number of the frame's packet, which stood there for its time: decoders only hand it on.
+
+    An `opaque` object would do too, if decoders' threads could let go of one without waiting for Python's lock.
+    """
+    return -1 if frame.pts is None else frame.pts

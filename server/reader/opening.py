@@ -75,7 +75,6 @@ def _video_stream(container: "InputContainer", limits: Limits, threads: int) -> 
     if codec not in VIDEO_CODECS:
         raise ReadError(f"the video is in {codec}; taken are {', '.join(VIDEO_CODECS)}")
     context.options = {"max_pixels": str(limits.max_pixels)}
-    context.copy_opaque = True  # what is set on a packet is found on its frame
     context.thread_count = threads
     context.thread_type = ThreadType.FRAME  # several frames at once: slices, encoders seldom write more than one of
     return stream

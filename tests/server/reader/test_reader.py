@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from server.media import readers
 from server.media.file import in_memory
 from server.media.readers import Reader
 from server.reader import worker as reader_worker
@@ -176,6 +177,29 @@ async def test_reading_that_takes_too_much_of_a_processor_is_said_to_take_too_lo
     os.kill(busy, signal.SIGCONT)
     with pytest.raises(ReadError, match="the video could not be read within 20 seconds"):
         await asking
+
+
+@pytest.mark.parametrize(
+    ("num_workers", "num_files", "threads"), [(1, 1, [1]), (3, 1, [3]), (3, 3, [3, 1, 1]), (9, 1, [4])]
+)
+async def test_files_share_the_readers_threads(monkeypatch, num_workers, num_files, threads):
+    asked = []
+
+    async def ask(worker, job, descriptors):
+        asked.append(job["threads"])
+        await asyncio.sleep(0.05)
+        return await really(worker, job, descriptors)
+
+    really = readers._Worker.ask
+    monkeypatch.setattr(readers._Worker, "ask", ask)
+    reader = Reader(limits=LIMITS, seconds=20, num_workers=num_workers)
+    try:
+        await asyncio.gather(*(examine(reader, plain()) for _ in range(num_files)))
+        await examine(reader, plain())
+    finally:
+        reader.close()
+    assert sorted(asked[:-1], reverse=True) == threads
+    assert asked[-1] == threads[0]
 
 
 def test_a_full_disk_is_not_the_videos_fault(monkeypatch):
