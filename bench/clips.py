@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,25 +76,33 @@ def clip(kind: Kind) -> Path:
     return path
 
 
-def marked(path: Path, mark: str) -> bytes:
-    """Return the file with other bytes and the same video: a box or an element that readers skip is put at its end."""
+def marking(path: Path, mark: str) -> bytes:
+    """Return bytes to put behind a clip that make it another file, and the same video: readers skip them."""
     body = mark.encode()
     if path.suffix == ".mp4":
-        return path.read_bytes() + (8 + len(body)).to_bytes(4, "big") + b"free" + body
-    return path.read_bytes() + b"\xec" + (0x4000 | len(body)).to_bytes(2, "big") + body  # EBML's Void
+        return (8 + len(body)).to_bytes(4, "big") + b"free" + body
+    return b"\xec" + (0x4000 | len(body)).to_bytes(2, "big") + body  # EBML's Void
 
 
 def _encode(kind: Kind, path: Path) -> None:
+    encoder, container, options = CODECS[kind.codec]
     height, width = SIZES[kind.size]
-    with _written(kind, path) as (output, stream):
-        for picture in pictures(height, width, kind.seconds * RATE):
-            output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        output.mux(stream.encode(None))
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        with av.open(str(path), "w", format=container) as output:
+            stream = output.add_stream(encoder, rate=RATE, options=options)
+            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+            for picture in pictures(height, width, kind.seconds * RATE):
+                output.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            output.mux(stream.encode(None))
+    finally:  # SVT-AV1 makes the thread that calls it a real-time one, if it may
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def _repeat(source: Path, path: Path, kind: Kind) -> None:
-    with av.open(str(source)) as one, _written(kind, path) as (output, stream):
+    with av.open(str(source)) as one, av.open(str(path), "w", format=CODECS[kind.codec][1]) as output:
         video = one.streams.video[0]
+        stream = output.add_stream_from_template(video, opaque=True)
         packets = [packet for packet in one.demux(video) if packet.size]
         assert video.time_base is not None
         period = round(PERIOD_SECONDS / video.time_base)
@@ -106,18 +113,3 @@ def _repeat(source: Path, path: Path, kind: Kind) -> None:
                 copy.duration, copy.time_base, copy.is_keyframe = packet.duration, packet.time_base, packet.is_keyframe
                 copy.stream = stream
                 output.mux(copy)
-
-
-@contextmanager
-def _written(kind: Kind, path: Path) -> Iterator[tuple[av.container.OutputContainer, av.VideoStream]]:
-    """Give a file to write to, and its stream; both are the same for what is encoded and for what is copied."""
-    encoder, container, options = CODECS[kind.codec]
-    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
-    try:
-        with av.open(str(path), "w", format=container) as output:
-            stream = output.add_stream(encoder, rate=RATE, options=options)
-            stream.height, stream.width = SIZES[kind.size]
-            stream.pix_fmt = "yuv420p"
-            yield output, stream
-    finally:  # SVT-AV1 makes the thread that calls it a real-time one, if it may
-        os.sched_setscheduler(0, policy, parameters)
