@@ -8,6 +8,7 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from server.media import readers
@@ -78,6 +79,24 @@ async def test_a_frames_file_can_be_compressed(reader, tmp_path):
         assert header == replace(read_header(into)[0], compression="zlib")
         assert zlib.decompress(small.read_bytes()[begin:]) == pixels_in(into).tobytes()
     os.close(into)
+
+
+async def test_frames_that_hardly_shrink_are_not_compressed(reader):
+    into = os.memfd_create("frames")
+    with in_memory(max_bytes=10**8) as file:
+        file.write(recording("mp4", "libx264", draw=noise))
+        wanted = Wanted(sampling=EIGHT_FRAMES, max_bytes=2**20)
+        await reader.read(file.descriptor(), demuxer="mp4", wanted=wanted, into=into)
+    sent = os.memfd_create("sent")
+    os.write(sent, b"".join(compressed(into)))
+    assert read_header(sent)[0] == read_header(into)[0]
+    assert np.array_equal(pixels_in(sent), pixels_in(into))
+    os.close(into)
+    os.close(sent)
+
+
+def noise(number, width, height):
+    return np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def test_a_frame_of_another_size_is_not_written(tmp_path):
