@@ -9,7 +9,8 @@ from the same server on loopback. No clip is asked about twice: each has other b
 
 The model looks at 32 frames of 384 x 384 pixels. Clips have 25 frames a second and move everywhere. Ten seconds are
 encoded, longer clips repeat them. The first table has the median time of one request at a time; memory is the peak of
-the gateway's process that reads the clip. The second table has videos a second with several requests at a time.
+the gateway's process that reads the clip. The second table has the processor time of engine and gateway for the same
+requests. The third has videos a second with several requests at a time.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import count
 from pathlib import Path
@@ -38,7 +39,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.clips import CODECS, Kind, clip, marking  # noqa: E402 - found through the line above
-from bench.gateway import family  # noqa: E402
+from bench.gateway import family, processor_seconds  # noqa: E402
 from bench.machine import describe, engine_versions  # noqa: E402
 from bench.servers import free_port, process  # noqa: E402
 from demo.tiny_checkpoints import checkpoint  # noqa: E402
@@ -72,8 +73,13 @@ class Arm:
     address: str
     more: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the request."""
+    engine: int | None = None
+    """The engine's process id."""
     gateway: int | None = None
-    """The gateway's process id."""
+
+    def processor_seconds(self) -> float:
+        """Return the processor time that engine and gateway have taken so far."""
+        return sum(processor_seconds(pid) for pid in (self.engine, self.gateway) if pid is not None)
 
 
 @dataclass(frozen=True)
@@ -145,8 +151,8 @@ class Clips:
 
 
 @contextmanager
-def engine(model: str, store: Path) -> Iterator[str]:
-    """Run an engine that reads files in `store`, and yield its address."""
+def engine(model: str, store: Path) -> Iterator[Arm]:
+    """Run an engine that reads files in `store`."""
     port = free_port()
     command = [
         *(str(Path(sys.executable).with_name("vllm")), "serve", str(checkpoint(model)), "--served-model-name", MODEL),
@@ -156,12 +162,12 @@ def engine(model: str, store: Path) -> Iterator[str]:
         *("--mm-processor-cache-gb", "1"),
     ]
     address = f"http://127.0.0.1:{port}"
-    with process(command, health=f"{address}/health", environment=ENVIRONMENT):
-        yield address
+    with process(command, health=f"{address}/health", environment=ENVIRONMENT) as pid:
+        yield Arm(address, engine=pid)
 
 
 @contextmanager
-def arms(engine: str, store: Path, clips: Clips) -> Iterator[dict[str, Arm]]:
+def arms(engine: Arm, store: Path, clips: Clips) -> Iterator[dict[str, Arm]]:
     """Run the gateways in front of an engine that reads files in `store`, and yield all ways to it."""
     with ExitStack() as stack:
         yield {
@@ -169,25 +175,25 @@ def arms(engine: str, store: Path, clips: Clips) -> Iterator[dict[str, Arm]]:
                 _gateway(engine, clips, {"AOT_GATEWAY_MEDIA_HANDOFF": "file", "AOT_GATEWAY_MEDIA_DIR": str(store)})
             ),
             INLINE: stack.enter_context(_gateway(engine, clips, {"AOT_GATEWAY_MEDIA_HANDOFF": "inline"})),
-            OPENCV: Arm(engine),
-            TORCHCODEC: Arm(engine, {"media_io_kwargs": {"video": {"backend": "torchcodec"}}}),
+            OPENCV: engine,
+            TORCHCODEC: replace(engine, more={"media_io_kwargs": {"video": {"backend": "torchcodec"}}}),
         }
 
 
 @contextmanager
-def _gateway(engine: str, clips: Clips, settings: Mapping[str, str]) -> Iterator[Arm]:
+def _gateway(engine: Arm, clips: Clips, settings: Mapping[str, str]) -> Iterator[Arm]:
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     environment = {
         **GATEWAY,
         "AOT_GATEWAY_PORT": str(port),
-        "AOT_GATEWAY_ENGINES": engine,
+        "AOT_GATEWAY_ENGINES": engine.address,
         "AOT_GATEWAY_MEDIA_ALLOW_HOSTS": clips.host,
         "PYTHONPATH": str(ROOT),
         **settings,
     }
     with process([sys.executable, "-m", "server"], health=f"{address}/health/ready", environment=environment) as pid:
-        yield Arm(address, gateway=pid)
+        yield replace(engine, address=address, gateway=pid)
 
 
 class Refused(Exception):
@@ -211,6 +217,7 @@ class Results:
     """Times by clip and arm; None where the arm can't read the clip."""
 
     seconds: dict[Kind, dict[str, float | None]] = field(default_factory=dict)
+    processor: dict[Kind, dict[str, float | None]] = field(default_factory=dict)
     peaks: dict[Kind, float] = field(default_factory=dict)
     """MiB of a process that reads clips."""
     rates: dict[Kind, dict[int, dict[str, float | None]]] = field(default_factory=dict)
@@ -230,16 +237,19 @@ async def measured(arms: Mapping[str, Arm], clips: Clips, plan: Plan, *, model: 
             _forget_peaks(readers)
             rounds = plan.rounds if kind.seconds < LONG_SECONDS else 1
             times = await _in_turn(session, arms, clips, kind, model, at_once=1, rounds=rounds)
-            results.seconds[kind] = {name: statistics.median(seen) if seen else None for name, seen in times.items()}
+            results.seconds[kind] = {name: _median(seen, 0) for name, seen in times.items()}
+            results.processor[kind] = {name: _median(seen, 1) for name, seen in times.items()}
             results.peaks[kind] = max((_peak_mib(pid) for pid in readers), default=0.0)
-            print(kind.name, results.seconds[kind], f"{results.peaks[kind]:.0f} MiB", flush=True)
+            print(
+                kind.name, results.seconds[kind], results.processor[kind], f"{results.peaks[kind]:.0f} MiB", flush=True
+            )
         for kind, numbers in plan.several.items():
             results.rates[kind] = {}
             for number in numbers:
                 rounds = max(1, plan.rounds // number) if kind.seconds < LONG_SECONDS else 1
                 times = await _in_turn(session, arms, clips, kind, model, at_once=number, rounds=rounds)
                 results.rates[kind][number] = {
-                    name: number / statistics.median(seen) if seen else None for name, seen in times.items()
+                    name: number / median if (median := _median(seen, 0)) else None for name, seen in times.items()
                 }
                 print(kind.name, number, "at a time", results.rates[kind][number], flush=True)
     return results
@@ -254,24 +264,26 @@ async def _in_turn(
     *,
     at_once: int,
     rounds: int,
-) -> dict[str, list[float]]:
-    """Return the seconds that each arm took to answer `at_once` requests, by round; none if it can't read the clip."""
-    times: dict[str, list[float]] = {name: [] for name in arms}
+) -> dict[str, list[tuple[float, float]]]:
+    """Return what each arm took to answer `at_once` requests, by round; nothing if it can't read the clip."""
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     able = list(arms)
     for number in range(rounds):
         for name in random.Random(number).sample(able, len(able)):
-            seconds = await _tried(session, arms[name], [clips.url(kind) for _ in range(at_once)], model)
-            if seconds is None:
+            taken = await _tried(session, arms[name], [clips.url(kind) for _ in range(at_once)], model)
+            if taken is None:
                 able.remove(name)
                 times[name] = []
             else:
-                times[name].append(seconds)
+                times[name].append(taken)
     return times
 
 
-async def _tried(session: aiohttp.ClientSession, arm: Arm, urls: Sequence[str], model: str) -> float | None:
-    """Return the seconds until the last of these clips is answered about; None if one can't be read."""
-    started = time.perf_counter()
+async def _tried(
+    session: aiohttp.ClientSession, arm: Arm, urls: Sequence[str], model: str
+) -> tuple[float, float] | None:
+    """Return seconds until the last of these clips is answered about, and of the processor; None if one can't be."""
+    spent, started = arm.processor_seconds(), time.perf_counter()
     try:
         await asyncio.gather(*(ask(session, arm, url, model) for url in urls))
     except Refused as exc:
@@ -279,7 +291,11 @@ async def _tried(session: aiohttp.ClientSession, arm: Arm, urls: Sequence[str], 
             raise
         print(f"not read: {exc}", flush=True)
         return None
-    return time.perf_counter() - started
+    return time.perf_counter() - started, arm.processor_seconds() - spent
+
+
+def _median(taken: Sequence[tuple[float, float]], which: int) -> float | None:
+    return statistics.median(each[which] for each in taken) if taken else None
 
 
 def _readers(arms: Mapping[str, Arm]) -> list[int]:
@@ -305,7 +321,7 @@ def _peak_mib(pid: int) -> float:
 
 
 def table(results: Results, line: str) -> str:
-    """Return both tables as markdown."""
+    """Return the tables as markdown."""
     names = list(next(iter(results.seconds.values())))
     own = [name for name in (OPENCV, TORCHCODEC) if name in names]
     heads = " | ".join([*names, *(f"file against {name}" for name in own)])
@@ -317,6 +333,10 @@ def table(results: Results, line: str) -> str:
         cells = [_cell(seconds[name], "{:.2f} s") for name in names]
         cells += [_ratio(seconds[name], seconds[FILE]) for name in own]
         rows.append(f"| {kind.name} | {' | '.join(cells)} | {results.peaks[kind]:.0f} MiB |")
+    rows += ["", f"| seconds of the processor | {heads} |", "|---|" + "--:|" * (len(names) + len(own))]
+    for kind, spent in results.processor.items():
+        cells = [_cell(spent[name], "{:.2f} s") for name in names] + [_ratio(spent[name], spent[FILE]) for name in own]
+        rows.append(f"| {kind.name} | {' | '.join(cells)} |")
     rows += [
         "",
         f"| videos a second | at a time | {heads} |",
@@ -335,7 +355,7 @@ def _cell(value: float | None, form: str) -> str:
 
 
 def _ratio(one: float | None, other: float | None) -> str:
-    return "" if one is None or other is None else f"{one / other:.2f}x"
+    return f"{one / other:.2f}x" if one is not None and other else ""
 
 
 async def run(plan: Plan, model: str) -> Results:
