@@ -58,11 +58,13 @@ class _Animation:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
-    def frames(self, wanted: Collection[int], *, keys_back: int = 0) -> Iterator[tuple[int, "VideoFrame"]]:
+    def frames(
+        self, wanted: Collection[int], *, keys_back: int = 0, threads: int = 1
+    ) -> Iterator[tuple[int, "VideoFrame"]]:
         """Give the frames that can be decoded, each behind its number."""
         from av import VideoFrame
 
-        del keys_back
+        del keys_back, threads
         with _opened(self._descriptor) as image:
             for number in sorted(wanted):
                 try:

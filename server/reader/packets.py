@@ -35,7 +35,9 @@ _FIXED_CODECS = ("gif",)  # all frames are drawn on one canvas
 class Frames(Protocol):
     """The frames of a video, to be decoded."""
 
-    def frames(self, wanted: Collection[int], *, keys_back: int = 0) -> Iterator[tuple[int, "VideoFrame"]]:
+    def frames(
+        self, wanted: Collection[int], *, keys_back: int = 0, threads: int = 1
+    ) -> Iterator[tuple[int, "VideoFrame"]]:
         """Give those that can be decoded, each behind the number of its packet, in no certain order."""
 
 
@@ -156,6 +158,7 @@ class _Packets:
         self._is_decoded = self._is_turned = False
         self._fields = Fields(context.extradata) if has_fields and self._codec == "h264" else None
         self._size_in = self._reader(stream)
+        self._layer_in = frame_headers.hevc_layers(stream) if self._codec == "hevc" else _no_layer
         self._note(context.width, context.height)
 
     @property
@@ -194,7 +197,8 @@ class _Packets:
             self.times[-1] = self.times[-1]._replace(duration=self.times[-1].duration + duration)
         is_key = packet.is_keyframe and not is_rest
         is_shown = not is_rest and not packet.is_discard and frame_headers.is_shown(self._codec, packet)
-        self.times.append(PacketTimes(packet.pts, packet.dts, duration, is_key, is_shown, is_rest))
+        layer = self._layer_in(packet)
+        self.times.append(PacketTimes(packet.pts, packet.dts, duration, is_key, is_shown, is_rest, *layer))
 
     def end(self) -> None:
         """Raise ReadError if no frame could be decoded."""
@@ -242,6 +246,10 @@ class _Packets:
         self._context.skip_frame = "ALL"
         self._tried(packet)
         return self._context.width, self._context.height
+
+
+def _no_layer(packet: "VideoPacket") -> tuple[int, bool]:
+    return 0, True
 
 
 def too_large(size: str, limits: Limits) -> ReadError:

@@ -22,6 +22,10 @@ class PacketTimes(NamedTuple):
     """Whether its frame is displayed: not one that others are only made from, not one cut away by an edit list."""
     is_rest: bool = False
     """Whether it is the second field of the frame that the packet before begins."""
+    layer: int = 0
+    """The temporal layer."""
+    is_referred: bool = True
+    """Whether other frames of its layer may refer to its frame."""
 
 
 @dataclass(frozen=True)
