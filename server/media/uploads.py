@@ -22,7 +22,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.errors import InvalidRequest, MediaRefused, UnknownFile
-from server.media.examine import Examiner
+from server.media.examine import UPLOAD, Examiner
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +231,7 @@ class FileStore:
     async def _facts_about(self, incoming: Incoming) -> VideoFacts:
         try:
             with incoming.path.open("rb") as file:
-                found = await self._examiner.examine(file.fileno(), kind="video", subject="file")
+                found = await self._examiner.examine(file.fileno(), kind="video", subject=UPLOAD)
         except MediaRefused as exc:
             exc.param = "file"
             raise

@@ -25,7 +25,7 @@ PART_TYPES = {"image_url": "input_image"}  # another `type` that engines accept 
 MEDIA_KEYS = (*URL_KEYS, "input_audio", "file")
 LARGE_VALUE_CHARACTERS = 65_536
 MAX_SET_ASIDE = 1024
-_DATA_URL = re.compile(rb'"data:[a-z]{5}/[a-z0-9.+-]{1,40};base64,')
+_DATA_URL = re.compile(rb'"(?i:data):[^"\\]{0,200}?;(?i:base64),')
 _MARK = re.compile(rb"(aot-[0-9a-f]{32})")
 _MARK_CHARACTERS = 36
 

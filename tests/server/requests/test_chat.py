@@ -296,6 +296,22 @@ def test_what_looks_like_a_large_medium_anywhere_arrives_as_it_came(fields):
     assert json.loads(b"".join(parse(fields).serialise())) == fields
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        *("data:video/webm;codecs=vp9,opus;base64,", "DATA:VIDEO/MP4;BASE64,", "data:;base64,"),
+        *("data:video/mp4;charset=utf-8;base64,", "data:application/octet-stream;base64,"),
+    ],
+)
+def test_a_large_medium_is_set_aside_whatever_its_head(head):
+    url = head + LARGE.partition(",")[2]
+    chat = parse(ask_about(url))
+    assert bytes(chat.media[0].payload).decode() == LARGE.partition(",")[2]
+    chat.media[0].replace("data:video/mp4;base64," + chat.media[0].value.removeprefix(head))
+    (sent_part, _) = json.loads(b"".join(chat.serialise()))["messages"][0]["content"]
+    assert sent_part["video_url"]["url"] == LARGE
+
+
 def test_of_a_large_medium_only_the_base64_is_set_aside_and_a_new_url_forgets_it():
     chat = parse(ask_about(LARGE))
     assert bytes(chat.media[0].payload).decode() == LARGE.partition(",")[2]

@@ -182,7 +182,7 @@ async def test_media_that_would_reach_the_engine_unfetched_are_sent_to_chat_comp
         ("https://[::ffff:127.0.0.1]/x.png", "media_host_not_allowed"),
         ("https://user@example.com/x.png", "invalid_media_url"),
         ("file:///etc/passwd", "invalid_media_url"),
-        ("data:video/mp4;base64,AA==", "invalid_media_url"),
+        ("data:video/mp4;base64,AA==", "invalid_media"),
         ("data:image/png;base64,AAAA", "invalid_media"),
         (data_url(clip(), "image/png"), "invalid_media"),
         (data_url(picture()[:20], "image/png"), "invalid_image"),

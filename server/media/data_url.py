@@ -1,0 +1,107 @@
+"""Reads data URLs (RFC 2397) as browsers and libraries write them: with parameters, wrapped lines, missing padding."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+from urllib.parse import unquote_to_bytes
+
+import pybase64
+
+from server.errors import MediaRefused
+from server.media.file import MediaFile
+from server.media.part import Kind
+
+MAX_HEAD_CHARACTERS: Final = 512
+PIECE_CHARACTERS: Final = 2**20  # decoded at a time; a multiple of four, as base64 is decoded in groups of four
+_HEAD = re.compile(r"data:\s*([^;,\s]*)[^\x00-\x1f]*?;\s*base64\s*,", re.IGNORECASE)
+_GENERAL_LABELS: Final = frozenset(
+    {
+        *("application/octet-stream", "binary/octet-stream", "application/binary", "application/x-binary"),
+        *("application/unknown", "application/force-download", "application/mp4", "application/ogg"),
+        *("application/x-matroska", "application/vnd.ms-asf", "text/plain", "*/*"),  # text/plain: RFC 2397's default
+    }
+)
+_ALPHABET: Final = bytes.maketrans(b"-_", b"+/")  # the URL-safe digits
+_SPACES: Final = b" \t\r\n\f"
+_HELD_BACK: Final = 4  # digits at the end of a piece that may be the last ones, with padding or without
+_MOST_PADDING: Final = 2
+
+
+@dataclass(frozen=True)
+class DataHead:
+    """The part of a data URL before its data."""
+
+    label: str
+    """The MIME type that it names, in lower case. Empty if it names none, or one that says nothing."""
+    begin: int
+    """Where the data begin."""
+
+    def contradicts(self, kind: str) -> bool:
+        """Return whether the label names another kind of content than `kind`, such as `image` or `video`."""
+        return bool(self.label) and self.label.partition("/")[0] != kind
+
+
+def read_head(url: str, kind: Kind) -> DataHead:
+    """Return the head of a data URL; raise MediaRefused if it does not announce base64."""
+    found = _HEAD.match(url[:MAX_HEAD_CHARACTERS])
+    if found is None:
+        raise MediaRefused(
+            f"the {kind}'s data URL must begin with data:{kind}/<type>;base64, and go on with base64",
+            code="invalid_media_url",
+        )
+    label = found[1].lower()
+    is_general = label in _GENERAL_LABELS or "/" not in label
+    return DataHead("" if is_general else label, found.end())
+
+
+def decode(data: str | memoryview, begin: int, file: MediaFile, kind: Kind) -> bool:
+    """Decode the base64 in `data` from `begin` on into `file`, in pieces that bound the memory.
+
+    Returns whether every strict decoder reads the same from these characters. If not, because of spaces, percent
+    signs, URL-safe digits or missing padding, others may get only the content, encoded anew.
+    Raises MediaRefused if the characters are not base64.
+    """
+    for pieces, is_strict in ((_strictly_decoded, True), (_decoded, False)):
+        try:
+            if len(data) - begin > PIECE_CHARACTERS:
+                file.write_all(partial(pieces, data, begin))
+            else:
+                for piece in pieces(data, begin):
+                    file.write(piece)
+        except ValueError:  # also raised for characters outside ASCII
+            file.clear()
+        else:
+            return is_strict
+    raise MediaRefused(f"the {kind}'s data is not valid base64", code="invalid_media_url") from None
+
+
+def _strictly_decoded(data: str | memoryview, begin: int) -> Iterator[bytes]:
+    for at in range(begin, len(data), PIECE_CHARACTERS):
+        content = pybase64.b64decode(data[at : at + PIECE_CHARACTERS], validate=True)
+        if len(content) < PIECE_CHARACTERS // 4 * 3 and at + PIECE_CHARACTERS < len(data):
+            raise ValueError("padding before the end")
+        yield content
+
+
+def _decoded(data: str | memoryview, begin: int) -> Iterator[bytes]:
+    escaped = digits = b""
+    for at in range(begin, len(data), PIECE_CHARACTERS):
+        piece = data[at : at + PIECE_CHARACTERS]
+        escaped += piece.encode("ascii") if isinstance(piece, str) else bytes(piece)
+        cut = len(escaped)
+        if b"%" in escaped[-2:]:  # the rest of the escape is in the next piece
+            cut = escaped.rindex(b"%")
+        digits += unquote_to_bytes(escaped[:cut]).translate(_ALPHABET, _SPACES)
+        escaped = escaped[cut:]
+        whole = max(0, (len(digits) - _HELD_BACK) // 4 * 4)
+        content = pybase64.b64decode(digits[:whole], validate=True)
+        if len(content) != whole // 4 * 3:
+            raise ValueError("padding before the end")
+        digits = digits[whole:]
+        yield content
+    last = digits.rstrip(b"=")
+    if escaped or len(digits) - len(last) > _MOST_PADDING:
+        raise ValueError("not base64")
+    yield pybase64.b64decode(last + b"=" * (-len(last) % 4), validate=True)
