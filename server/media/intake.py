@@ -235,7 +235,7 @@ class Intake:
 
     @asynccontextmanager
     async def _clip(self, part: MediaPart, asked: _Asked) -> AsyncIterator[Clip]:
-        scheme = part.value[:8].lower().partition(":")[0]
+        scheme = part.value.lstrip(" ")[:8].lower().partition(":")[0]
         if part.source == "upload":
             opened = self._uploaded(part, asked)
         elif part.source == "base64" or scheme == "data":
