@@ -18,6 +18,7 @@ from server.requests.fields import (
     parse_json_object,
     read_stream_fields,
 )
+from server.requests.knobs import refuse_idle_fields, refuse_idle_keys_of_video
 from server.requests.parameters import OPERATOR_FIELDS
 
 URL_KEYS: dict[str, Kind] = {"video_url": "video", "image_url": "image", "audio_url": "audio"}
@@ -129,7 +130,7 @@ def _read_request(body: bytes | bytearray) -> ParsedChat:
     model, stream, usage_wanted = read_stream_fields(fields)
     if not isinstance(fields.get("messages"), list):
         raise InvalidRequest("messages must be an array", param="messages")
-    return ParsedChat(
+    chat = ParsedChat(
         fields=fields,
         model=model,
         stream=stream,
@@ -137,6 +138,8 @@ def _read_request(body: bytes | bytearray) -> ParsedChat:
         asked=read_aot(fields.get("aot")),
         media=list(_media_parts(fields["messages"])),
     )
+    refuse_idle_fields(fields, has_video=chat.has_video)
+    return chat
 
 
 def _media_parts(messages: list[Any]) -> Iterator[MediaPart]:
@@ -159,7 +162,12 @@ def _media_parts(messages: list[Any]) -> Iterator[MediaPart]:
             kind = part.get("type")
             if kind is not None and kind not in (keys[0], PART_TYPES.get(keys[0])):
                 raise InvalidRequest(f"{where}.type must be {keys[0]}, because the part has that key", param=where)
-            yield _media_part(part, keys[0], f"{where}.{keys[0]}")
+            media = _media_part(part, keys[0], f"{where}.{keys[0]}")
+            if media.kind == "video":
+                refuse_idle_keys_of_video(part, where)
+                if media.holder is not part:
+                    refuse_idle_keys_of_video(media.holder, f"{where}.{keys[0]}")
+            yield media
 
 
 def _media_part(part: dict[str, Any], key: str, where: str) -> MediaPart:

@@ -15,6 +15,7 @@ from server.requests.fields import (
     parse_json_object,
     read_stream_fields,
 )
+from server.requests.knobs import refuse_idle_fields
 
 MOST_PROMPTS = 64
 
@@ -110,6 +111,7 @@ def parse_response_request(body: bytes | bytearray) -> ParsedResponse:
 def _refuse_retention(fields: dict[str, Any]) -> None:
     if fields.get("aot") is not None:
         raise InvalidRequest("aot has no effect here: send videos to /v1/chat/completions", param="aot")
+    refuse_idle_fields(fields, has_video=False)
 
 
 def _objects(value: object, where: str) -> Iterator[tuple[str, dict[str, Any]]]:

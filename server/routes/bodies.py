@@ -7,6 +7,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from server.requests.parameters import OPERATOR_FIELDS
 
 
+NEVER = (*OPERATOR_FIELDS, "extra_body", "retention")
+"""Fields that no request may have."""
+
+
 class VideoOptions(BaseModel):
     """What to look at in videos, and how many of their tokens to keep, within the bounds of the model."""
 
@@ -51,7 +55,7 @@ class ChatCompletionRequest(BaseModel):
 
     model_config = ConfigDict(
         extra="allow",
-        json_schema_extra={"not": {"anyOf": [{"required": [name]} for name in OPERATOR_FIELDS]}},
+        json_schema_extra={"not": {"anyOf": [{"required": [name]} for name in NEVER]}},
     )
 
     model: Annotated[str, Field(min_length=1)]

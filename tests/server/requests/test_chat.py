@@ -183,7 +183,7 @@ def test_a_part_that_could_be_read_in_two_ways_or_none_is_refused_by_its_place(p
 
 
 def test_of_a_videos_part_the_engine_gets_nothing_but_the_video():
-    part = {"type": "video_url", "video_url": {"url": VIDEO, "detail": "x"}, "image_pil": "x", "tool_reference": "y"}
+    part = {"type": "video_url", "video_url": {"url": VIDEO, "format": "x"}, "image_pil": "x", "tool_reference": "y"}
     chat = parse({"model": "m", "messages": [{"role": "user", "content": [part]}]})
     chat.media[0].replace(VIDEO, uuid="u")
     (sent_part,) = json.loads(b"".join(chat.serialise()))["messages"][0]["content"]
