@@ -6,7 +6,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.requests.parameters import OPERATOR_FIELDS
 
-
 NEVER = (*OPERATOR_FIELDS, "extra_body", "retention")
 """Fields that no request may have."""
 
