@@ -23,6 +23,10 @@ _GENERAL_LABELS: Final = frozenset(
         *("application/x-matroska", "application/vnd.ms-asf", "text/plain", "*/*"),  # text/plain: RFC 2397's default
     }
 )
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]+):", re.IGNORECASE)
+_PATH = re.compile(r"(?:[/~\\]|\.{1,2}/|[a-z]:[\\/])[^\n]*|[^:\n]*\.[a-z0-9]{2,5}", re.IGNORECASE)
+_BARE_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{16,}={0,2}\s*")
+_LONGEST_PATH: Final = 100  # characters; what is longer and consists of digits of base64 is base64
 _ALPHABET: Final = bytes.maketrans(b"-_", b"+/")  # the URL-safe digits
 _SPACES: Final = b" \t\r\n\f"
 _HELD_BACK: Final = 4  # digits at the end of a piece that may be the last ones, with padding or without
@@ -54,6 +58,24 @@ def read_head(url: str, kind: Kind) -> DataHead:
     label = found[1].lower()
     is_general = label in _GENERAL_LABELS or "/" not in label
     return DataHead("" if is_general else label, found.end())
+
+
+def what_to_send(value: str, kind: Kind) -> str:
+    """Return the complaint about a value that is neither an https nor a data URL, with what to send in its place."""
+    begin = value[:MAX_HEAD_CHARACTERS]
+    scheme = _SCHEME.match(begin)
+    take = f"an https URL or a data URL, data:{kind}/<type>;base64,<base64>"
+    if not begin.strip():
+        return f"the {kind} URL is empty: send {take}"
+    is_base64 = bool(_BARE_BASE64.fullmatch(begin)) and (len(begin) >= _LONGEST_PATH or not begin.startswith("/"))
+    if is_base64:
+        return f"the {kind} URL is base64 without a head: put data:{kind}/<type>;base64, before it"
+    if (scheme and scheme[1].lower() == "file") or _PATH.match(begin):
+        ways = " or upload it (POST /v1/files) and send its id in a file part" if kind == "video" else ""
+        return f"the {kind} URL is a path, and this gateway reads no files of clients: send {take},{ways}".rstrip(",")
+    if scheme:
+        return f"the {kind} URL begins with {scheme[1][:20]}: and this gateway takes no such URLs; send {take}"
+    return f"the {kind} URL is none: send {take}"
 
 
 def decode(data: str | memoryview, begin: int, file: MediaFile, kind: Kind) -> bool:

@@ -20,6 +20,7 @@ _NEXT_STEPS = {
     "a video": "send videos in video_url parts",
     "an audio clip": "send audio clips in audio_url parts",
     "a playlist": "send the medium that it names",
+    "a web page": "the URL must lead to the file itself",
 }
 """What to do about media that are sent as something else."""
 _INVALID: dict[Kind, str] = {"video": "invalid_video", "image": "invalid_image", "audio": "invalid_audio"}

@@ -1,6 +1,7 @@
 """Downloads media from public hosts, and from hosts that the operator allows, within limits of size and time."""
 
 import asyncio
+import errno
 import re
 import socket
 import ssl
@@ -215,10 +216,11 @@ class Fetcher:
                 await self._follow(target, file)
         except TimeoutError:
             raise FetchFailed(
-                f"the media was not delivered within {self._total_seconds:g} seconds", code="media_timeout"
+                f"the media could not be fetched: its host did not deliver it within {self._total_seconds:g} seconds",
+                code="media_timeout",
             ) from None
         except (aiohttp.ClientError, OSError, ValueError) as exc:  # ValueError: a redirect to a malformed URL
-            raise FetchFailed("the media could not be fetched: its host did not deliver it") from exc
+            raise FetchFailed(f"the media could not be fetched: {_reason_of(exc)}") from exc
         finally:
             self._turns.release()
 
@@ -269,7 +271,7 @@ def _announced_size(answer: aiohttp.ClientResponse) -> int | None:
     Raises FetchFailed if the answer is not the whole medium, as it is.
     """
     if answer.status not in (200, 203, 206):
-        raise FetchFailed(f"the media could not be fetched: its host answered {answer.status}")
+        raise FetchFailed(f"the media could not be fetched: its host answered {answer.status}{_hint(answer.status)}")
     encodings = {name.strip() for name in answer.headers.get("content-encoding", "").lower().split(",")}
     if not encodings.isdisjoint(_COMPRESSIONS):
         raise FetchFailed("the media could not be fetched: its host sent it compressed")
@@ -279,6 +281,40 @@ def _announced_size(answer: aiohttp.ClientResponse) -> int | None:
     if sent is None or int(sent[1]) + 1 != int(sent[2]):
         raise FetchFailed("the media could not be fetched: its host sent only a part of it")
     return int(sent[2])
+
+
+def _hint(status: int) -> str:
+    if status in (401, 403):
+        return ", so the URL may have expired, or it needs a login"
+    if status in (404, 410):
+        return ", so there is nothing at this URL"
+    return ", try again later" if status == 429 or status >= 500 else ""
+
+
+_REASONS: tuple[tuple[type[Exception], str], ...] = (
+    (BadURL, "its host redirects to an invalid URL"),
+    (aiohttp.ClientConnectorDNSError, "the name of its host was not found"),
+    (aiohttp.ClientSSLError, "its host has no certificate for its name that this gateway trusts"),
+    (aiohttp.ServerDisconnectedError, "its host broke off the connection"),
+    (aiohttp.ClientPayloadError, "its host broke off the connection"),
+    (aiohttp.ClientResponseError, "its host did not answer in HTTP"),
+)
+_CONNECTION_REASONS: tuple[tuple[type[Exception], str], ...] = (
+    (ConnectionRefusedError, "its host refused the connection"),
+    (ConnectionResetError, "its host broke off the connection"),
+)
+
+
+def _reason_of(exc: Exception) -> str:
+    """Return why a host did not deliver."""
+    cause = exc.os_error if isinstance(exc, aiohttp.ClientConnectorError) else exc
+    for kinds, failure in ((_REASONS, exc), (_CONNECTION_REASONS, cause)):
+        for kind, reason in kinds:
+            if isinstance(failure, kind):
+                return reason
+    if isinstance(cause, OSError) and cause.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
+        return "its host can't be reached"
+    return "its host did not deliver it"
 
 
 def _not_public() -> MediaRefused:

@@ -16,9 +16,9 @@ import pybase64
 from server.admission.buffers import Buffer
 from server.aliases import Target
 from server.engines.pool import EnginePool
-from server.engines.profile import VideoRules
+from server.engines.profile import EngineProfile, Reduction, VideoRules
 from server.errors import GatewayError, InvalidRequest, MediaRefused
-from server.media.data_url import DataHead, decode, read_head
+from server.media.data_url import DataHead, decode, read_head, what_to_send
 from server.media.examine import WITH_ARTICLE, Examiner, type_of
 from server.media.fetch import Fetcher
 from server.media.file import COPY_BYTES, MediaFile, in_memory, on_disk
@@ -75,6 +75,8 @@ class Taken:
     """The frames of each video."""
     videos: tuple[Facts, ...] = ()
     """What each video holds."""
+    reduction: Reduction | None = None
+    """How the engines reduce videos unless a request says otherwise. None without `rules`."""
 
 
 NOTHING = Taken()
@@ -102,9 +104,10 @@ class _Tally:
     videos: list[Facts] = field(default_factory=list)
     shapes: list[VideoShape] = field(default_factory=list)
 
-    def taken(self, way: Handover | None) -> Taken:
+    def taken(self, way: Handover | None, profile: EngineProfile | None) -> Taken:
         return Taken(
             rules=None if way is None else way.rules,
+            reduction=None if profile is None else profile.reduction,
             shapes=tuple(self.shapes),
             videos=tuple(self.videos),
             key=self._key(),
@@ -179,7 +182,7 @@ class Intake:
                     await self._take(part, asked, files, tally)
                 except MediaRefused as exc:
                     raise MediaRefused(exc.message, param=part.param, code=exc.code) from exc
-            yield tally.taken(way)
+            yield tally.taken(way, None if way is None else self._pool.profile(target.engine_model, way.rules))
 
     async def _take(self, part: MediaPart, asked: _Asked, files: AsyncExitStack, tally: _Tally) -> None:
         if part.kind == "video":
@@ -245,7 +248,7 @@ class Intake:
                 f"{part.kind} {asked.way is None} {part.value}", partial(self._fetched, part, asked)
             )
         else:
-            raise MediaRefused(f"the {part.kind} URL must be an https or a data URL", code="invalid_media_url")
+            raise MediaRefused(what_to_send(part.value, part.kind), code="invalid_media_url")
         async with opened as clip:
             yield clip
 
@@ -283,20 +286,28 @@ class Intake:
         with on_disk(self._folder, max_bytes=self._max_bytes) as file:
             with asked.record.phase("fetch"):
                 await self._fetcher.fetch(part.value, file)
-            yield await self._examined(file, part, asked)
+            yield await self._examined(file, part, asked, subject="file at the URL")
 
     @property
     def _folder(self) -> Path | None:
         return None if self._store is None else self._store.directory
 
     async def _examined(
-        self, file: MediaFile, part: MediaPart, asked: _Asked, *, head: DataHead | None = None, is_strict: bool = False
+        self,
+        file: MediaFile,
+        part: MediaPart,
+        asked: _Asked,
+        *,
+        head: DataHead | None = None,
+        is_strict: bool = False,
+        subject: str = "data",
     ) -> Clip:
-        """Return the medium in `file`.
+        """Return the medium in `file`, which errors call `subject`.
 
         It came behind `head` if there is one, as base64 that every decoder reads alike if it `is_strict`.
         """
-        found = type_of(file.descriptor(), part.kind, label="" if head is None else head.label)
+        label = "" if head is None else head.label
+        found = type_of(file.descriptor(), part.kind, subject=subject, label=label)
         if head is not None:
             _check_label(head, part, found)
         if part.kind == "video" and asked.way is not None:  # the reader looks into it while it samples frames

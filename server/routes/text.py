@@ -13,6 +13,7 @@ from server.requests.text import (
 )
 from server.routes.bodies import CompletionRequest, Passed, ResponseRequest
 from server.routes.generation import Generation, Passage
+from server.routes.media import media_taken_in
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,7 @@ class Responses(Generation[ParsedResponse]):
 
     def taken_in(self, passage: Passage[ParsedResponse]) -> AbstractAsyncContextManager[Taken]:
         """Take in the images of the request."""
-        return self.intake.taken(
-            passage.request.media,
-            target=passage.target,
-            tenant=passage.caller.tenant,
-            record=passage.record,
-            buffer=passage.buffer,
-        )
+        return media_taken_in(self.intake, passage, self.length_fields)
 
     @property
     def route(self) -> RawRoute:

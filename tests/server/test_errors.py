@@ -7,6 +7,7 @@ import pytest
 from server.errors import (
     ENGINE_VERDICTS,
     VERDICTS,
+    ContextExceeded,
     EngineRefused,
     GatewayError,
     MethodNotAllowed,
@@ -32,7 +33,7 @@ def errors():
 
 
 def test_one_table_has_a_status_for_every_error():
-    assert set(VERDICTS) == subclasses(GatewayError) - {GatewayError, EngineRefused}
+    assert set(VERDICTS) == subclasses(GatewayError) - {GatewayError, EngineRefused, ContextExceeded}
     for exc in errors():
         answer = answer_to(exc)
         error = answer.content["error"]

@@ -1,15 +1,17 @@
 # ruff: noqa: RUF001 - the tests need look-alike characters
+import asyncio
 import contextlib
 import os
 import re
 import ssl
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote_to_bytes
 
 import pytest
 
-from server.errors import MediaRefused, Overloaded
+from server.errors import FetchFailed, MediaRefused, Overloaded
 from server.media import fetch
 from server.media.fetch import Fetcher, HostRules, Network, SystemResolver
 from server.media.file import on_disk
@@ -457,6 +459,70 @@ async def test_media_that_say_they_are_too_large_are_refused_unread(internet):
 async def test_a_host_that_is_not_there_or_has_nothing_is_a_refusal(fetcher, internet):
     for url in ("http://media.example:81/", "http://unknown.example/", "http://media.example/none"):
         assert await refused(fetcher, url) == "media_fetch_failed"
+
+
+async def reason(fetcher, url):
+    """What the error says after its first words."""
+    with pytest.raises(FetchFailed, match=r"the media could not be fetched: ") as caught:
+        await fetched(fetcher, url)
+    return caught.value.message.partition(": ")[2]
+
+
+async def test_why_a_host_did_not_deliver_is_told(fetcher, host, internet):
+    internet.names.answers["away.example"] = ["9.9.9.8"]
+    assert await reason(fetcher, "http://unknown.example/") == "the name of its host was not found"
+    assert await reason(fetcher, "http://away.example/") == "its host refused the connection"
+    for status, words in (
+        (401, ", so the URL may have expired, or it needs a login"),
+        (403, ", so the URL may have expired, or it needs a login"),
+        (410, ", so there is nothing at this URL"),
+        (418, ""),
+        (503, ", try again later"),
+    ):
+        host.status = status
+        assert await reason(fetcher, "http://media.example/clip.mp4") == f"its host answered {status}{words}"
+    assert (
+        await reason(fetcher, "http://media.example/none") == "its host answered 404, so there is nothing at this URL"
+    )
+    host.redirects = {"/1": "\\\\media.example\\"}
+    assert await reason(fetcher, "http://media.example/1") == "its host redirects to an invalid URL"
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (b"", "its host broke off the connection"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\nhalf", "its host broke off the connection"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "its host did not answer in HTTP"),
+    ],
+)
+async def test_a_host_that_breaks_off_or_speaks_otherwise_is_told_so(fetcher, internet, answer, told):
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        internet.route(PUBLIC, 80, SimpleNamespace(port=server.sockets[0].getsockname()[1]))
+        assert await reason(fetcher, "http://media.example/") == told
+
+
+async def test_a_host_that_takes_its_time_is_told_so(internet, host):
+    host.gate = asyncio.Event()
+    async with make_fetcher(internet.network, total_seconds=0.2) as fetcher:
+        assert (
+            await reason(fetcher, "http://media.example/clip.mp4") == "its host did not deliver it within 0.2 seconds"
+        )
+
+
+async def test_a_host_without_a_certificate_for_its_name_is_told_so(internet):
+    certificate = Path(__file__).with_name("media.example.pem")
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(certificate)
+    async with MediaHost().serving(server) as host, make_fetcher(internet.network) as fetcher:
+        internet.route(PUBLIC, 443, host)
+        told = await reason(fetcher, "https://media.example/clip.mp4")
+    assert told == "its host has no certificate for its name that this gateway trusts"
 
 
 async def test_who_waits_too_long_for_a_turn_is_told_to_come_back(internet, monkeypatch):

@@ -241,9 +241,13 @@ async def test_more_media_than_a_request_may_have_are_refused(engine, part, allo
     assert answer.json()["error"]["param"] == f"messages[0].content[{allowed}].{part['type']}.url"
 
 
-async def test_what_a_host_sends_must_be_a_video(engine, internet):
+async def test_what_a_host_sends_must_be_a_video(engine, internet, host):
     async with gateway(engine, **fetching(internet)) as client:
         assert (await refusal(client, f"{URL}/a.png"))["code"] == "invalid_media"
+        host.files["/page"] = b"<!doctype html><html><title>Sign in</title>"
+        error = await refusal(client, f"{URL}/page")
+        assert error["message"].startswith("the file at the URL is a web page, not a video of a type")
+        assert error["message"].endswith(": the URL must lead to the file itself")
         error = await refusal(client, f"{URL}/none")
         assert error["code"] == "media_fetch_failed"
         assert "9.9.9.9" not in error["message"]
