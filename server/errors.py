@@ -169,7 +169,7 @@ class ContextExceeded(EngineRefused):
     def __init__(self, *, prompt_tokens: int, context_tokens: int, advice: str = ": shorten the prompt") -> None:
         """Keep both counts. `advice` goes on after them."""
         message = f"This model's maximum context length is {context_tokens} tokens, and the prompt has {prompt_tokens}"
-        super().__init__(message + advice, status=400, param="messages", code="context_length_exceeded")
+        super().__init__(message + advice, status=400, code="context_length_exceeded")
         self.prompt_tokens = prompt_tokens
         self.context_tokens = context_tokens
 
