@@ -66,7 +66,7 @@ class ParsedChat:
 
     def reader(self, savings: Savings | None) -> ChatStream:
         """Return the parser for the engine's stream."""
-        return ChatStream(savings=savings, usage_wanted=self.usage_wanted)
+        return ChatStream(savings=savings, usage_wanted=self.usage_wanted, model=self.model)
 
     def serialise(self) -> list[bytes | memoryview]:
         """Return the request as JSON, in pieces; raise InvalidRequest for a value that JSON can't represent.

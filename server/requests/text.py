@@ -55,7 +55,7 @@ class ParsedCompletion(ParsedText):
 
     def reader(self, savings: Savings | None) -> EventStream:
         """Return the parser for the engine's stream."""
-        return ChatStream(savings=savings, usage_wanted=self.usage_wanted)
+        return ChatStream(savings=savings, usage_wanted=self.usage_wanted, model=self.model)
 
 
 @dataclass
@@ -73,9 +73,8 @@ class ParsedResponse(ParsedText):
         self.fields["store"] = False
 
     def reader(self, savings: Savings | None) -> EventStream:
-        """Return the parser for the engine's stream. `savings` is unused, because there are no videos."""
-        del savings
-        return ResponseStream()
+        """Return the parser for the engine's stream."""
+        return ResponseStream(savings=savings, model=self.model)
 
 
 def parse_completion_request(body: bytes | bytearray) -> ParsedCompletion:

@@ -91,6 +91,9 @@ class VideoTokens(BaseModel):
     before: Annotated[int, Field(ge=1)]
     after: Annotated[int, Field(ge=0)]
     retention: Annotated[float, Field(ge=0, le=1)]
+    cached: Annotated[int | None, Field(ge=1, description="how many the engine had in its prefix cache, at least")] = (
+        None
+    )
 
 
 class Usage(BaseModel):
