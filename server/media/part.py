@@ -25,6 +25,8 @@ class MediaPart:
     is_plain: bool = False  # whether `value` is known to be ASCII without any character that JSON escapes
     payload: memoryview | None = field(default=None, repr=False)
     """The base64 of a large data URL, unparsed. In `value`, a mark after the head stands in for it."""
+    in_response: bool = False
+    """Whether the part belongs to a request for a response, where engines know no parts for videos by their type."""
 
     @property
     def takes_base64_alone(self) -> bool:
@@ -37,7 +39,11 @@ class MediaPart:
         A payload stays if the mark that stands in for it is still at the end of `url`.
         Engines read a part with a `uuid` by its keys and not by its type. So all other keys are removed from the part.
         """
-        if self.kind == "video":
+        if self.kind == "video" and self.in_response:
+            self.part.clear()
+            self.part.update(type="input_file", uuid=uuid)
+            self.holder, self.key = self.part, "video_url"
+        elif self.kind == "video":
             self.holder, self.key = {}, "url"
             self.part.clear()
             self.part.update(type="video_url", video_url=self.holder, uuid=uuid)

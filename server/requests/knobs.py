@@ -8,14 +8,14 @@ from server.errors import InvalidRequest
 CODE: Final = "misplaced_field"
 _FRAMES: Final = "aot.frames"
 _TOKENS: Final = "aot.retention, aot.tokens or aot.frames"
-_ALWAYS: Final = {
+VIDEO_FIELDS: Final = {
     "retention": "aot.retention",
     "aot_retention": "aot.retention",
     "video_pruning_rate": "aot.retention (the share that is kept)",
 }
 """Fields of a request that nobody reads, and the fields to use."""
 _BESIDE_VIDEOS: Final = {
-    **_ALWAYS,
+    **VIDEO_FIELDS,
     "fps": "aot.fps",
     **dict.fromkeys(("frames", "num_frames", "nframes", "max_frames", "min_frames"), _FRAMES),
     **dict.fromkeys(("start", "video_start", "start_time", "start_offset"), "aot.start"),
@@ -37,7 +37,7 @@ def refuse_idle_fields(fields: Mapping[str, Any], *, has_video: bool) -> None:
             param="extra_body",
             code=CODE,
         )
-    _refuse(fields, _BESIDE_VIDEOS if has_video else _ALWAYS, where="")
+    _refuse(fields, _BESIDE_VIDEOS if has_video else VIDEO_FIELDS, where="")
 
 
 def refuse_idle_keys_of_video(holder: Mapping[str, Any], where: str) -> None:

@@ -76,13 +76,14 @@ class CompletionRequest(BaseModel):
 
 
 class ResponseRequest(BaseModel):
-    """OpenAI's response request, without videos. Fields that are not described here pass through to the engine."""
+    """OpenAI's response request. Fields that are not described here pass through to the engine."""
 
     model_config = ChatCompletionRequest.model_config
 
     model: Annotated[str, Field(min_length=1)]
     input: str | list[Any]
     stream: bool | None = None
+    aot: VideoOptions | None = None
 
 
 class VideoTokens(BaseModel):
@@ -110,6 +111,14 @@ class ChatCompletion(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     choices: list[dict[str, Any]]
+    usage: Usage | None = None
+
+
+class Response(BaseModel):
+    """The engine's response, with the saved video tokens in its usage."""
+
+    model_config = ConfigDict(extra="allow")
+
     usage: Usage | None = None
 
 
