@@ -292,9 +292,10 @@ def engine_error(status: int, body: bytes) -> GatewayError:
 
 
 _PROMPT_TOKENS = re.compile(
-    r"prompt \(length (\d{1,12})\)|(?:contains|requested|resulted in)(?: at least)? (\d{1,12}) (?:input )?tokens"
+    r"(?:prompt|Input length) \((?:length )?(\d{1,12})\)"
+    r"|(?:contains|requested|resulted in)(?: at least)? (\d{1,12}) (?:input )?tokens"
 )
-_CONTEXT_TOKENS = re.compile(r"maximum (?:context|model) length (?:is|of) (\d{1,12})")
+_CONTEXT_TOKENS = re.compile(r"maximum (?:context|model) length (?:is |of |\()(\d{1,12})")
 _NOT_FOR_CLIENTS = re.compile(
     r"\w+_embeds\b|image_pil|mm_processor_kwargs|media_io_kwargs|chat_template\b|--[a-z][\w-]+|max_model_len"
     r"|(?:kv|ec)_transfer_params|vllm_xargs|VLLM_[A-Z_]+"

@@ -110,6 +110,7 @@ async def test_a_prompt_too_long_by_its_text_is_told_so(engine):
         TOO_LONG,
         "This model's maximum context length is {1} tokens. However, your prompt contains at least {0} input tokens, "
         "which exceeds this limit even without any output tokens. Please reduce the length of the input prompt.",
+        "Input length ({0}) exceeds model's maximum context length ({1}).",
         "This model's maximum context length is {1} tokens. However, you requested {0} tokens (in the messages).",
         "The decoder prompt (length {0}) plus the number of requested output tokens (at least 1) is longer than the "
         "maximum model length of {1}. Make sure that `max_model_len` is no smaller than the number of text tokens.",
