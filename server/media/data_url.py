@@ -5,7 +5,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
-from urllib.parse import unquote_to_bytes
 
 import pybase64
 
@@ -29,6 +28,12 @@ _BARE_BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]{16,}={0,2}\s*")
 _LONGEST_PATH: Final = 100  # characters; what is longer and consists of digits of base64 is base64
 _ALPHABET: Final = bytes.maketrans(b"-_", b"+/")  # the URL-safe digits
 _SPACES: Final = b" \t\r\n\f"
+_ESCAPES: Final = tuple(
+    (escape, character)
+    for character in (b"+", b"/", b"=", b"-", b"_", b"\n", b"\r", b"\t", b" ")
+    for escape in {b"%%%02X" % character[0], b"%%%02x" % character[0]}
+)
+"""What is escaped in base64; letters and digits never are. Each is replaced at once, however often it occurs."""
 _HELD_BACK: Final = 4  # digits at the end of a piece that may be the last ones, with padding or without
 _MOST_PADDING: Final = 2
 
@@ -115,7 +120,7 @@ def _decoded(data: str | memoryview, begin: int) -> Iterator[bytes]:
         cut = len(escaped)
         if b"%" in escaped[-2:]:  # the rest of the escape is in the next piece
             cut = escaped.rindex(b"%")
-        digits += unquote_to_bytes(escaped[:cut]).translate(_ALPHABET, _SPACES)
+        digits += _unescaped(escaped[:cut]).translate(_ALPHABET, _SPACES)
         escaped = escaped[cut:]
         whole = max(0, (len(digits) - _HELD_BACK) // 4 * 4)
         content = pybase64.b64decode(digits[:whole], validate=True)
@@ -127,3 +132,10 @@ def _decoded(data: str | memoryview, begin: int) -> Iterator[bytes]:
     if escaped or len(digits) - len(last) > _MOST_PADDING:
         raise ValueError("not base64")
     yield pybase64.b64decode(last + b"=" * (-len(last) % 4), validate=True)
+
+
+def _unescaped(escaped: bytes) -> bytes:
+    if b"%" in escaped:
+        for escape, character in _ESCAPES:
+            escaped = escaped.replace(escape, character)
+    return escaped
