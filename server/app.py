@@ -25,6 +25,7 @@ from server.admission.quotas import Counts, Quotas, shared_storage
 from server.configuration import Configuration
 from server.edge.authentication import Authenticated
 from server.edge.body import BodyLimits
+from server.edge.cors import allow_origins
 from server.edge.limits import Limited
 from server.edge.middleware import ErrorsInOpenAIShape, Observed, RefuseWhileDraining, raise_in_our_terms
 from server.engines.catalogue import Catalogue
@@ -109,6 +110,7 @@ def create_app(
     app.add_middleware(RefuseWhileDraining, drain=drain)
     app.add_middleware(ErrorsInOpenAIShape)
     app.add_middleware(Observed, metrics=metrics, tracing=tracing)
+    allow_origins(app, settings.cors_origins, headers=openapi.ANSWER_HEADERS)
     return app
 
 

@@ -84,6 +84,8 @@ _BY_VERDICT: dict[str, Schema] = {
     },
     "www-authenticate": {"description": "the scheme for sending the API key", "schema": {"const": "Bearer"}},
 }
+ANSWER_HEADERS = frozenset({*_EVERY_ANSWER, *_LIMITS, *SAVINGS, *_BY_VERDICT})
+"""The headers of answers, besides those of HTTP itself."""
 _EVENT: Schema = {
     "type": "object",
     "description": "One event of the stream",

@@ -163,34 +163,48 @@ def stock_pruning_methods(model_config: ModelConfig) -> tuple[str, ...]:
 
 
 def observe_rendered_chats(state: Any, observe: Callable[[Sequence[Any]], None]) -> None:
-    """Call `observe(engine_inputs)` each time the server has rendered a chat request into engine inputs.
+    """Call `observe(engine_inputs)` each time the server has rendered a chat or a response into engine inputs.
 
     Without this function, the savings of a request would be unknown. They are recorded by item hash, and only
-    `OnlineRenderer.render_chat` knows the hashes of a chat request. Needed for 0.32. Delete it once endpoint plugins
-    receive the rendered prompt.
+    `OnlineRenderer.render_chat` and `render_responses` know the hashes of a request. Needed for 0.32. Delete it once
+    endpoint plugins receive the rendered prompt.
 
     Raises:
         UnsupportedError: vLLM has no `state.online_renderer.render_chat`.
     """
     renderer = getattr(state, "online_renderer", None)
-    original: Callable[..., Awaitable[Any]] | None = getattr(renderer, "render_chat", None)
-    if renderer is None or original is None:
+    if renderer is None or getattr(renderer, "render_chat", None) is None:
         raise UnsupportedError(
             f"vLLM {vllm_version()} has no state.online_renderer.render_chat, from which aot-vllm reads the savings "
             "of a request; install vllm 0.32.*, or drop aot from VLLM_PLUGINS to serve without it"
         )
+    _observe(renderer, "render_chat", lambda rendered: rendered[1] if isinstance(rendered, tuple) else (), observe)
+    if getattr(renderer, "render_responses", None) is not None:
+        _observe(renderer, "render_responses", _input_of_response, observe)
+
+
+def _input_of_response(rendered: Any) -> Sequence[Any]:
+    found = getattr(rendered, "engine_input", None)  # an ErrorResponse has none
+    return () if found is None else (found,)
+
+
+def _observe(
+    renderer: Any, name: str, inputs_in: Callable[[Any], Sequence[Any]], observe: Callable[[Sequence[Any]], None]
+) -> None:
+    """Call `observe` with the inputs in what the renderer's method returns. Does nothing the second time."""
+    original: Callable[..., Awaitable[Any]] = getattr(renderer, name)
     if getattr(original, _MARK, False):
         return
 
     @functools.wraps(original)
-    async def render_chat(*args: Any, **kwargs: Any) -> Any:
+    async def render(*args: Any, **kwargs: Any) -> Any:
         rendered = await original(*args, **kwargs)
-        if isinstance(rendered, tuple):  # otherwise an ErrorResponse
-            observe(rendered[1])
+        if inputs := inputs_in(rendered):
+            observe(inputs)
         return rendered
 
-    setattr(render_chat, _MARK, True)
-    renderer.render_chat = render_chat
+    setattr(render, _MARK, True)
+    setattr(renderer, name, render)
 
 
 def is_first_api_server(vllm_config: VllmConfig) -> bool:

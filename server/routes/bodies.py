@@ -6,6 +6,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.requests.parameters import OPERATOR_FIELDS
 
+NEVER = (*OPERATOR_FIELDS, "extra_body", "retention")
+"""Fields that no request may have."""
+
 
 class VideoOptions(BaseModel):
     """What to look at in videos, and how many of their tokens to keep, within the bounds of the model."""
@@ -51,7 +54,7 @@ class ChatCompletionRequest(BaseModel):
 
     model_config = ConfigDict(
         extra="allow",
-        json_schema_extra={"not": {"anyOf": [{"required": [name]} for name in OPERATOR_FIELDS]}},
+        json_schema_extra={"not": {"anyOf": [{"required": [name]} for name in NEVER]}},
     )
 
     model: Annotated[str, Field(min_length=1)]
@@ -73,13 +76,14 @@ class CompletionRequest(BaseModel):
 
 
 class ResponseRequest(BaseModel):
-    """OpenAI's response request, without videos. Fields that are not described here pass through to the engine."""
+    """OpenAI's response request. Fields that are not described here pass through to the engine."""
 
     model_config = ChatCompletionRequest.model_config
 
     model: Annotated[str, Field(min_length=1)]
     input: str | list[Any]
     stream: bool | None = None
+    aot: VideoOptions | None = None
 
 
 class VideoTokens(BaseModel):
@@ -88,6 +92,9 @@ class VideoTokens(BaseModel):
     before: Annotated[int, Field(ge=1)]
     after: Annotated[int, Field(ge=0)]
     retention: Annotated[float, Field(ge=0, le=1)]
+    cached: Annotated[int | None, Field(ge=1, description="how many the engine had in its prefix cache, at least")] = (
+        None
+    )
 
 
 class Usage(BaseModel):
@@ -104,6 +111,14 @@ class ChatCompletion(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     choices: list[dict[str, Any]]
+    usage: Usage | None = None
+
+
+class Response(BaseModel):
+    """The engine's response, with the saved video tokens in its usage."""
+
+    model_config = ConfigDict(extra="allow")
+
     usage: Usage | None = None
 
 

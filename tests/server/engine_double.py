@@ -223,7 +223,9 @@ class EngineDouble:
             self.running -= 1
 
     def _headers(self, request: web.Request) -> dict[str, str]:
-        return self.headers if request.path == "/v1/chat/completions" else {}
+        about_video = b'"video_url"' in json.dumps(self.requests[-1]).encode()
+        counts = request.path == "/v1/chat/completions" or (request.path == "/v1/responses" and about_video)
+        return self.headers if counts else {}
 
     def _whole(self, request: web.Request) -> bytes:
         texts = {"/v1/completions": TEXT_COMPLETION, "/v1/responses": RESPONSE}
