@@ -38,6 +38,8 @@ class Call:
     """The engine's name for the model."""
     is_stream: bool
     has_video: bool
+    sender: str
+    """Who asks: errors that only one sender meets do not count against an engine."""
     key: str | None = None
     """The affinity key: calls with the same key go to the same engine, as long as its load allows."""
     rules: VideoRules | None = None
@@ -48,10 +50,15 @@ class Call:
 class Exchange:
     """An engine's answer, whose headers have been read. Errors while reading its body are raised as GatewayErrors."""
 
-    def __init__(self, response: aiohttp.ClientResponse, attempt: Attempt) -> None:
-        """Wrap a response with status 200. Whether its body arrives decides the outcome of `attempt`."""
+    def __init__(self, response: aiohttp.ClientResponse, attempt: Attempt, *, call: Call, content: bytes) -> None:
+        """Wrap a response with status 200. Whether its body arrives decides the outcome of `attempt`.
+
+        `content` identifies the request among those of the same sender.
+        """
         self._response = response
         self._attempt = attempt
+        self._call = call
+        self._content = content
         self.savings = Savings.from_headers(response.headers)
         self.is_stream = response.content_type == "text/event-stream"
         self.content_type = response.headers.get("content-type", "application/json")
@@ -61,20 +68,29 @@ class Exchange:
         return b"".join([piece async for piece in self.pieces()])
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """Yield the body as it arrives.
-
-        The attempt succeeds with the first byte of the body: headers alone do not show that the engine works.
-        """
+        """Yield the body as it arrives. Whoever reads it says with `complete` or `broke_off` what has come of it."""
         begun = False
         try:
             async for piece in self._response.content.iter_any():
                 if not begun:
                     begun = True
-                    self._attempt.succeeded()
+                    self._attempt.answer_begins()
                 yield piece
         except (aiohttp.ClientError, OSError) as exc:
             self._attempt.failed()
             raise _broken(exc) from exc
+
+    def complete(self) -> None:
+        """Note that the answer is complete: the engine works."""
+        self._attempt.succeeded()
+
+    def broke_off(self) -> None:
+        """Note that the engine ended its answer before it was complete."""
+        self._attempt.failed()
+
+    def ended_with_error(self) -> None:
+        """Note that the engine reported an error of its own in the answer, as it might have in place of one."""
+        self._attempt.answered_with_error(self._call.sender, self._content)
 
 
 class Exchanges:
@@ -96,16 +112,17 @@ class Exchanges:
         and then failed on is never sent again: it may have cost a prefill, or it may have caused the failure.
         Raises EngineUnavailable, EngineFailed, EngineTimeout, or the engine's own error.
         """
+        content = _identity(call, body)
         async with AsyncExitStack() as held:
-            attempt, response = await self._answered(call, body, record, held)
+            attempt, response = await self._answered(call, body, content, record, held)
             del body  # frees the memory early: a body may have megabytes, and the answer may take minutes
-            exchange = Exchange(response, attempt)
+            exchange = Exchange(response, attempt, call=call, content=content)
             if call.has_video:
                 _note_savings(attempt.engine, exchange.savings, record.request_id)
             yield exchange
 
     async def _answered(
-        self, call: Call, body: Body, record: RequestRecord, held: AsyncExitStack
+        self, call: Call, body: Body, content: bytes, record: RequestRecord, held: AsyncExitStack
     ) -> tuple[Attempt, aiohttp.ClientResponse]:
         """Return the answer of the first engine that accepts the request, and its attempt.
 
@@ -134,7 +151,11 @@ class Exchanges:
                 held.callback(_let_go, response)
                 if response.status == 200:
                     return attempt, response
-                refusal = await self._refusal(attempt, response, record.request_id)
+                refusal = await self._refusal(response, attempt.engine, record.request_id)
+                if response.status >= 500:
+                    attempt.answered_with_error(call.sender, content)
+                else:
+                    attempt.succeeded()
                 if response.status != 503:
                     raise refusal
                 reason = "refused"
@@ -174,25 +195,25 @@ class Exchanges:
         record.engine_answered(begin=begin, connected=connecting.finished or begin, answered=perf_counter())
         return response
 
-    async def _refusal(self, attempt: Attempt, response: aiohttp.ClientResponse, request_id: str) -> GatewayError:
+    async def _refusal(self, response: aiohttp.ClientResponse, engine: Engine, request_id: str) -> GatewayError:
         try:
             async with asyncio.timeout(ERROR_BODY_SECONDS):
                 body = await response.content.read(ERROR_BODY_BYTES)
         except (aiohttp.ClientError, OSError):
             body = b""
-        if response.status >= 500:
-            attempt.failed()
-        else:
-            attempt.succeeded()
         logger.warning(
             "engine answered with an error",
-            extra={
-                "request_id": request_id,
-                "engine": attempt.engine.name,
-                "engine_status": response.status,
-            },
+            extra={"request_id": request_id, "engine": engine.name, "engine_status": response.status},
         )
         return engine_error(response.status, body)
+
+
+def _identity(call: Call, body: Body) -> bytes:
+    """Return what tells a request from others of the same sender: its media, or else the ends of its body."""
+    if call.key is not None:
+        return call.key.encode()
+    first, last = body[0], body[-1]
+    return b"%d " % sum(map(len, body)) + first[:512] + last[-1024:]
 
 
 def _let_go(response: aiohttp.ClientResponse) -> None:

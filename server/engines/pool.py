@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 HEALTH_TIMEOUT_SECONDS = 5.0
 SILENT_CHECKS_UNTIL_DOWN = 3  # time-outs in a row, as a busy engine may answer late; any other failure counts at once
 
+ERRORS_UNTIL_ASKED = 3  # 5xx answers without a good one in between, after which a check asks the engine a question
+
 
 @dataclass(eq=False)
 class Engine:
@@ -34,6 +36,8 @@ class Engine:
     inflight: int = 0
     last_chosen: int = 0
     silent_checks: int = 0
+    errors_in_a_row: int = 0
+    """How many requests it has answered with 5xx since its last good answer, whoever sent them."""
     reports_savings: bool = True
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     profile: EngineProfile | None = None
@@ -49,8 +53,8 @@ class Engine:
 class Attempt:
     """One request at one engine.
 
-    The caller reports the outcome with `succeeded`, `failed` or `unreachable`. Without a report the outcome is unknown,
-    for example because the client left first, and the circuit breaker counts neither a success nor a failure.
+    The caller reports the outcome. Without a report the outcome is unknown, for example because the client left first,
+    and the circuit breaker counts neither a success nor a failure.
     """
 
     def __init__(self, engine: Engine, pool: "EnginePool") -> None:
@@ -60,13 +64,24 @@ class Attempt:
         self._on_trial = engine.breaker.begin()
         engine.inflight += 1
 
+    def answer_begins(self) -> None:
+        """Note the first byte of the body. Headers alone do not show that the engine works."""
+        self._pool.note_answer(self.engine, complete=False)
+
     def succeeded(self) -> None:
-        """Note that the engine has answered. A 4xx answer is a success too: the engine works, the request is wrong."""
-        self._pool.note_success(self.engine)
+        """Note a complete answer. A 4xx answer is a success too: the engine works, the request is wrong."""
+        self._pool.note_answer(self.engine, complete=True)
 
     def failed(self) -> None:
-        """Note that the engine timed out, broke off its answer or answered with a 5xx error."""
+        """Note that the engine timed out or broke off its answer."""
         self._pool.note_failure(self.engine, on_trial=self._on_trial)
+
+    def answered_with_error(self, sender: str, content: bytes) -> None:
+        """Note that the engine answered with a 5xx error, which may be the fault of the request.
+
+        `sender` is who asked, and `content` identifies the request.
+        """
+        self._pool.note_error(self.engine, sender, content)
 
     def unreachable(self) -> None:
         """Note that the engine could not be connected to. It gets no requests until its next health check passes."""
@@ -162,19 +177,32 @@ class EnginePool:
             self._metrics.affinity.labels(affinity).inc()
         return engine
 
-    def note_success(self, engine: Engine) -> None:
-        """Close the engine's circuit breaker, because it has answered a request."""
+    def note_answer(self, engine: Engine, *, complete: bool) -> None:
+        """Close the engine's circuit breaker, because it answers a request."""
         if not engine.breaker.closed:
             logger.info("engine answers again", extra={"engine": engine.name})
             self._metrics.engine_breaker_open.labels(engine.name).set(0)
-        engine.breaker.succeed()
+        if complete:
+            engine.breaker.succeed()
+            engine.errors_in_a_row = 0
+        else:
+            engine.breaker.answer_begins()
 
     def note_failure(self, engine: Engine, *, on_trial: bool) -> None:
         """Count a failure of the engine, which may open its circuit breaker."""
         if engine.breaker.fail(trial=on_trial):
-            seconds = round(engine.breaker.seconds_to_trial(), 3)
-            logger.warning("engine keeps failing", extra={"engine": engine.name, "seconds_to_trial": seconds})
-            self._metrics.engine_breaker_open.labels(engine.name).set(1)
+            self._note_opened(engine)
+
+    def note_error(self, engine: Engine, sender: str, content: bytes) -> None:
+        """Count a 5xx answer of the engine, which may open its circuit breaker."""
+        engine.errors_in_a_row += 1
+        if engine.breaker.note_error(sender, content):
+            self._note_opened(engine)
+
+    def _note_opened(self, engine: Engine) -> None:
+        seconds = round(engine.breaker.seconds_to_trial(), 3)
+        logger.warning("engine keeps failing", extra={"engine": engine.name, "seconds_to_trial": seconds})
+        self._metrics.engine_breaker_open.labels(engine.name).set(1)
 
     def mark_unreachable(self, engine: Engine) -> None:
         """Send no requests to the engine until its next health check passes."""
@@ -201,7 +229,7 @@ class EnginePool:
             if healthy:
                 await self._discover(engine, limit)
                 await self._read_profile(engine, limit)
-                healthy = bool(engine.models)
+                healthy = bool(engine.models) and await self._answers(engine, limit)
         except TimeoutError:
             engine.silent_checks += 1
             healthy = engine.healthy and engine.silent_checks < SILENT_CHECKS_UNTIL_DOWN
@@ -210,6 +238,19 @@ class EnginePool:
         else:
             engine.silent_checks = 0
         self._set(engine, healthy=healthy)
+
+    async def _answers(self, engine: Engine, limit: aiohttp.ClientTimeout) -> bool:
+        """Return whether the engine answers a question. It is asked one only if it keeps answering others with errors.
+
+        This tells an engine that fails everything from one that is sent requests it can't answer.
+        """
+        if engine.errors_in_a_row < ERRORS_UNTIL_ASKED:
+            return True
+        question = {"model": next(iter(engine.models)), "prompt": "a", "max_tokens": 1}
+        async with self._session.http.post(f"{engine.url}/v1/completions", json=question, timeout=limit) as answer:
+            answers = answer.status < 500
+        engine.errors_in_a_row = 0 if answers else engine.errors_in_a_row
+        return answers
 
     async def _discover(self, engine: Engine, limit: aiohttp.ClientTimeout) -> None:
         async with self._session.http.get(f"{engine.url}/v1/models", timeout=limit) as answer:
@@ -242,6 +283,6 @@ class EnginePool:
         if engine.healthy != healthy:
             logger.info("engine is %s", "up" if healthy else "down", extra={"engine": engine.name})
             if healthy:  # the engine may have been restarted since it failed
-                self.note_success(engine)
+                self.note_answer(engine, complete=True)
         engine.healthy = healthy
         self._metrics.engine_up.labels(engine.name).set(int(healthy))

@@ -18,7 +18,7 @@ from server.requests.fields import (
     parse_json_object,
     read_stream_fields,
 )
-from server.requests.parameters import OPERATOR_FIELDS
+from server.requests.parameters import OPERATOR_FIELDS, refuse_beside_media
 
 URL_KEYS: dict[str, Kind] = {"video_url": "video", "image_url": "image", "audio_url": "audio"}
 PART_TYPES = {"image_url": "input_image"}  # another `type` that engines accept for a part with this key
@@ -129,13 +129,16 @@ def _read_request(body: bytes | bytearray) -> ParsedChat:
     model, stream, usage_wanted = read_stream_fields(fields)
     if not isinstance(fields.get("messages"), list):
         raise InvalidRequest("messages must be an array", param="messages")
+    media = list(_media_parts(fields["messages"]))
+    if media:
+        refuse_beside_media(fields)
     return ParsedChat(
         fields=fields,
         model=model,
         stream=stream,
         usage_wanted=usage_wanted,
         asked=read_aot(fields.get("aot")),
-        media=list(_media_parts(fields["messages"])),
+        media=media,
     )
 
 

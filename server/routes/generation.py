@@ -16,7 +16,7 @@ from server.admission.entrance import Entrance
 from server.admission.quotas import Allowance
 from server.aliases import Target
 from server.edge.body import BodyLimits, read_body
-from server.edge.state import allowance_of, caller_of, record_of
+from server.edge.state import allowance_of, caller_of, record_of, sender_of
 from server.engines.catalogue import Catalogue
 from server.engines.exchange import Call, Exchange, Exchanges
 from server.engines.savings import tokens_of, usage_in
@@ -46,6 +46,8 @@ class Passage(Generic[R]):
     allowance: Allowance
     record: RequestRecord
     buffer: Buffer
+    sender: str
+    """The tenant or, without tenants, the client's address."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Generation(ABC, Generic[R]):
             record.body_complete = perf_counter()
             request, target = self._read(body, caller_of(scope), record)
             del body
-            passage = Passage(request, target, caller_of(scope), allowance, record, buffer)
+            passage = Passage(request, target, caller_of(scope), allowance, record, buffer, sender=sender_of(scope))
             answer = Answer(send)
             try:
                 async with self.entrance.drain.leash(receive):
@@ -134,6 +136,7 @@ class Generation(ABC, Generic[R]):
                 model=target.engine_model,
                 is_stream=request.stream,
                 has_video=request.has_video,
+                sender=passage.sender,
                 key=taken.key,
                 rules=taken.rules,
                 headers=self.engine_headers(target, taken),
@@ -180,10 +183,14 @@ class Generation(ABC, Generic[R]):
                     self._observe_gaps(stream.tokens - tokens, now - latest, record.model)
                 tokens, latest = stream.tokens, now
             if stream.failure is not None:
+                if isinstance(stream.failure, EngineFailed):
+                    exchange.ended_with_error()
                 raise stream.failure
         stream.end()
         if stream.failure is not None:
+            exchange.broke_off()
             raise stream.failure
+        exchange.complete()
         return b""
 
     def _observe_gaps(self, num_tokens: int, seconds: float, model: str) -> None:
@@ -198,5 +205,6 @@ async def _whole(exchange: Exchange, record: RequestRecord, answer: Answer) -> b
     record.usage = usage_in(body)
     record.tokens = tokens_of(record.usage)
     body = with_savings(body, exchange.savings)
+    exchange.complete()
     answer.address(exchange, {"content-length": str(len(body))})
     return body
