@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from time import perf_counter
@@ -13,6 +13,7 @@ from server.engines.pool import Attempt, Engine, EnginePool
 from server.engines.profile import VideoRules
 from server.engines.savings import Savings
 from server.engines.session import Connecting, EngineSession
+from server.engines.streams import EventStream
 from server.errors import EngineFailed, EngineTimeout, EngineUnavailable, GatewayError, engine_error
 from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
@@ -38,6 +39,10 @@ class Call:
     """The engine's name for the model."""
     is_stream: bool
     has_video: bool
+    has_media: bool
+    """Whether it holds videos, images or audio."""
+    reader: Callable[[Savings | None], EventStream]
+    """Returns a parser for the engine's stream."""
     sender: str
     """Who asks: errors that only one sender meets do not count against an engine."""
     key: str | None = None
@@ -45,6 +50,28 @@ class Call:
     rules: VideoRules | None = None
     """The rules by which frames were sampled from its videos. None if it holds the videos themselves."""
     headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Asking:
+    """A request to an engine, with all that is sent and noted along with it."""
+
+    call: Call
+    body: Body = field(repr=False)
+    content: bytes
+    """What tells the request from others of the same sender."""
+    traced: Mapping[str, str]
+    record: RequestRecord
+
+
+class Refused(Exception):
+    """The engine answered with an error, before it generated anything."""
+
+    def __init__(self, error: GatewayError, *, status: int | None) -> None:
+        """Keep the error for the client, and the engine's status; None if it sent its error in a stream."""
+        super().__init__(error.message)
+        self.error = error
+        self.status = status
 
 
 class Exchange:
@@ -59,6 +86,7 @@ class Exchange:
         self._attempt = attempt
         self._call = call
         self._content = content
+        self._ahead: list[bytes] = []
         self.savings = Savings.from_headers(response.headers)
         self.is_stream = response.content_type == "text/event-stream"
         self.content_type = response.headers.get("content-type", "application/json")
@@ -67,8 +95,29 @@ class Exchange:
         """Return the whole body."""
         return b"".join([piece async for piece in self.pieces()])
 
+    async def begin(self) -> None:
+        """Read a stream until it holds output, and keep what was read for `pieces`.
+
+        Raises Refused if the stream holds an error and no output: nothing was generated.
+        """
+        stream = self._call.reader(None)
+        async for piece in self._received():
+            self._ahead.append(piece)
+            stream.feed(piece)
+            if stream.failure is not None and not stream.tokens:
+                raise Refused(stream.failure, status=500 if isinstance(stream.failure, EngineFailed) else None)
+            if stream.tokens or stream.done or stream.failure is not None:
+                return
+
     async def pieces(self) -> AsyncIterator[bytes]:
         """Yield the body as it arrives. Whoever reads it says with `complete` or `broke_off` what has come of it."""
+        ahead, self._ahead = self._ahead, []
+        for piece in ahead:
+            yield piece
+        async for piece in self._received():
+            yield piece
+
+    async def _received(self) -> AsyncIterator[bytes]:
         begun = False
         try:
             async for piece in self._response.content.iter_any():
@@ -109,22 +158,20 @@ class Exchanges:
 
         Another engine is tried if the first one can't be connected to or answers 503, because neither has spent
         computing time on the request. There are at most MAX_ATTEMPTS attempts. A request that an engine has accepted
-        and then failed on is never sent again: it may have cost a prefill, or it may have caused the failure.
+        and then failed on is not sent to another: it may have cost a prefill, or it may have caused the failure. With
+        media it is sent to the same engine once more, if that one has generated nothing, see `_ask`.
         Raises EngineUnavailable, EngineFailed, EngineTimeout, or the engine's own error.
         """
         content = _identity(call, body)
         async with AsyncExitStack() as held:
-            attempt, response = await self._answered(call, body, content, record, held)
+            exchange = await self._answered(call, body, content, record, held)
             del body  # frees the memory early: a body may have megabytes, and the answer may take minutes
-            exchange = Exchange(response, attempt, call=call, content=content)
-            if call.has_video:
-                _note_savings(attempt.engine, exchange.savings, record.request_id)
             yield exchange
 
     async def _answered(
         self, call: Call, body: Body, content: bytes, record: RequestRecord, held: AsyncExitStack
-    ) -> tuple[Attempt, aiohttp.ClientResponse]:
-        """Return the answer of the first engine that accepts the request, and its attempt.
+    ) -> Exchange:
+        """Return the answer of the first engine that accepts the request.
 
         Whatever must be released after the answer has been read is pushed on the exit stack `held`.
         """
@@ -143,28 +190,63 @@ class Exchanges:
                 self._metrics.upstream_retries.labels(reason).inc()
             tried.append(attempt.engine)
             traced = held.enter_context(record.trace.engine(attempt.engine.name)) if record.trace else {}
+            asking = _Asking(call, body, content, traced, record)
             try:
-                response = await self._send(call, attempt, body, traced, record)
+                return await self._ask(asking, attempt, held)
             except EngineUnavailable as exc:
                 reason, refusal = "connect", exc
-            else:
-                held.callback(_let_go, response)
-                if response.status == 200:
-                    return attempt, response
-                refusal = await self._refusal(response, attempt.engine, record.request_id)
-                if response.status >= 500:
-                    attempt.answered_with_error(call.sender, content)
-                else:
-                    attempt.succeeded()
-                if response.status != 503:
-                    raise refusal
-                reason = "refused"
+            except Refused as refused:
+                if refused.status != 503:
+                    raise refused.error from None
+                reason, refusal = "refused", refused.error
             await held.aclose()
         raise refusal
 
-    async def _send(
-        self, call: Call, attempt: Attempt, body: Body, traced: Mapping[str, str], record: RequestRecord
-    ) -> aiohttp.ClientResponse:
+    async def _ask(self, asking: "_Asking", attempt: Attempt, held: AsyncExitStack) -> Exchange:
+        """Return the answer of one engine.
+
+        A request with media that the engine answers with 500 is sent to it once more. After a request that vLLM
+        refuses for a parameter, its API server takes the media of that request for cached in the engine, which has
+        never seen them (vllm-project/vllm#43941). The next request about these media fails, and clears that up.
+        Raises Refused for an error of the engine, and EngineUnavailable if the engine can't be reached.
+        """
+        try:
+            return await self._once(asking, attempt, held)
+        except Refused as refused:
+            if refused.status != 500 or not asking.call.has_media:
+                self._judge(asking, attempt, refused)
+                raise
+        self._metrics.upstream_retries.labels("cache_miss").inc()
+        try:
+            return await self._once(asking, attempt, held)
+        except EngineUnavailable as exc:
+            raise EngineFailed("the engine broke off while working on this request") from exc
+        except Refused as refused:
+            self._judge(asking, attempt, refused)
+            raise refused.error from None
+
+    async def _once(self, asking: "_Asking", attempt: Attempt, held: AsyncExitStack) -> Exchange:
+        response = await self._send(asking, attempt)
+        held.callback(_let_go, response)
+        if response.status != 200:
+            error = await self._refusal(response, attempt.engine, asking.record.request_id)
+            raise Refused(error, status=response.status)
+        exchange = Exchange(response, attempt, call=asking.call, content=asking.content)
+        if asking.call.has_video:
+            _note_savings(attempt.engine, exchange.savings, asking.record.request_id)
+        if exchange.is_stream and asking.call.is_stream and asking.call.has_media:
+            await exchange.begin()
+        return exchange
+
+    @staticmethod
+    def _judge(asking: "_Asking", attempt: Attempt, refused: Refused) -> None:
+        if refused.status is not None and refused.status >= 500:
+            attempt.answered_with_error(asking.call.sender, asking.content)
+        else:
+            attempt.succeeded()
+
+    async def _send(self, asking: "_Asking", attempt: Attempt) -> aiohttp.ClientResponse:
+        call, body, record = asking.call, asking.body, asking.record
         connecting = Connecting()
         size_bytes = sum(map(len, body))
         begin = perf_counter()
@@ -181,7 +263,7 @@ class Exchanges:
                         "content-length": str(size_bytes),
                         "x-request-id": record.request_id,
                         **call.headers,
-                        **traced,
+                        **asking.traced,
                     },
                     allow_redirects=False,
                     trace_request_ctx=connecting,

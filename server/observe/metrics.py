@@ -35,7 +35,7 @@ class Metrics:
         self._declare_engines()
         for counted, outcomes in (
             (self.rejections, REASONS),
-            (self.upstream_retries, ("connect", "refused")),
+            (self.upstream_retries, ("connect", "refused", "cache_miss")),
             (self.affinity, ("hit", "spilled", "none")),
         ):
             for outcome in outcomes:  # every counter starts at 0: without this, rate() would miss its first event
@@ -111,7 +111,7 @@ class Metrics:
 
     def _declare_engines(self) -> None:
         self.upstream_retries = self._counter(
-            "upstream_retries_total", "Requests sent to another engine, by what the first one did", "reason"
+            "upstream_retries_total", "Requests sent to an engine once more, by what came of the first time", "reason"
         )
         self.engine_up = self._gauge("engine_up", "1 if the engine's last health check passed", "engine")
         self.engine_breaker_open = self._gauge(

@@ -46,6 +46,11 @@ class ParsedChat:
         """Whether at least one part is a video."""
         return any(part.kind == "video" for part in self.media)
 
+    @property
+    def has_media(self) -> bool:
+        """Whether at least one part is a video, an image or an audio clip."""
+        return bool(self.media)
+
     def address_to(self, target: Target) -> None:
         """Rewrite the fields for the engine: its name for the model, the retention, and `include_usage` in streams."""
         self.fields["model"] = target.engine_model

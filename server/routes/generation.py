@@ -136,6 +136,8 @@ class Generation(ABC, Generic[R]):
                 model=target.engine_model,
                 is_stream=request.stream,
                 has_video=request.has_video,
+                has_media=request.has_media,
+                reader=request.reader,
                 sender=passage.sender,
                 key=taken.key,
                 rules=taken.rules,

@@ -125,7 +125,11 @@ class EngineDouble:
     completion: bytes = field(default_factory=lambda: json.dumps(COMPLETION, ensure_ascii=False).encode())
     pieces: list[bytes] = field(default_factory=lambda: [ROLE, *TEXT, USAGE, DONE])
     response_pieces: list[bytes] = field(default_factory=lambda: list(RESPONSE_STREAM))
+    first_pieces: list[bytes] | None = None
+    """What it streams the first time, instead of `pieces`."""
     error: tuple[int, bytes, str] | None = None
+    errors_left: int | None = None
+    """How many more times it answers with `error`; None is always."""
     delay_seconds: float = 0.0
     gap_seconds: float = 0.0
     dies_after: int | None = None
@@ -196,7 +200,8 @@ class EngineDouble:
             await asyncio.sleep(self.delay_seconds)
             if self.hold is not None and not self.requests[-1].get("stream"):
                 await self.hold.wait()
-            if self.error is not None:
+            if self.error is not None and self.errors_left != 0:
+                self.errors_left = None if self.errors_left is None else self.errors_left - 1
                 status, body, content_type = self.error
                 return web.Response(status=status, body=body, content_type=content_type)
             if self.requests[-1].get("stream"):
@@ -224,7 +229,8 @@ class EngineDouble:
         answer = web.StreamResponse(headers=headers)
         await answer.prepare(request)
         streams = {"/v1/completions": TEXT_STREAM, "/v1/responses": self.response_pieces}
-        for i, piece in enumerate(streams.get(request.path, self.pieces)):
+        chat, self.first_pieces = self.first_pieces or self.pieces, None
+        for i, piece in enumerate(streams.get(request.path, chat)):
             if i == self.dies_after:
                 await asyncio.sleep(0.05)
                 request.transport.abort()

@@ -8,7 +8,7 @@ import httpx
 import pytest
 
 from demo.clip import write_clip
-from tests.e2e.with_gateway.seen import metric
+from tests.e2e.with_gateway.seen import metric, wait_until
 
 pytestmark = pytest.mark.any_runner
 
@@ -76,8 +76,26 @@ def test_a_good_client_notices_nothing_of_a_bad_one(gateway, clip_url, clip_of, 
     with GoodClient(gateway, good) as client:
         for _ in range(TIMES):
             assert httpx.post(f"{gateway}/v1/chat/completions", json=bad, timeout=60).status_code != 503
-            time.sleep(0.1)
+        begun = len(client.statuses)
+        wait_until(lambda: len(client.statuses) >= begun + TIMES, seconds=60)
     assert set(client.statuses) == {200}
-    assert len(client.statuses) >= TIMES
     assert metric(gateway, "aot_gateway_engine_breaker_open") == 0
     assert metric(gateway, "aot_gateway_engine_up") == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", ["an unfinished grammar", "an unknown token", "too few tokens"])
+def test_the_next_question_about_a_video_is_answered_after_one_that_was_refused(gateway, clip_of, name, stream):
+    clip = clip_of(20 + 2 * list(TRIGGERS).index(name) + stream)
+    retries = metric(gateway, "aot_gateway_upstream_retries_total", reason="cache_miss")
+    refused = httpx.post(
+        f"{gateway}/v1/chat/completions", json=about(clip, stream=stream, **TRIGGERS[name]), timeout=60
+    )
+    assert refused.status_code == 400
+    answer = httpx.post(f"{gateway}/v1/chat/completions", json=about(clip, stream=stream), timeout=60)
+    assert answer.status_code == 200
+    assert "x-should-retry" not in answer.headers
+    assert answer.headers["x-aot-video-retention"] == "0.15"
+    assert '"error"' not in answer.text
+    assert answer.text.endswith("data: [DONE]\n\n") == stream
+    assert metric(gateway, "aot_gateway_upstream_retries_total", reason="cache_miss") == retries + 1

@@ -63,7 +63,7 @@ LABELS = {
 CLOSED = {
     "stage": {"before", "after"},
     "phase": {"parse", "fetch", "probe", "queue", "connect"},
-    "reason": {*REASONS, "connect", "refused"},
+    "reason": {*REASONS, "connect", "refused", "cache_miss"},
     "outcome": {"hit", "spilled", "none"},
     "unit": {"requests", "tokens", "video_seconds"},
     "status_class": {"2xx", "4xx", "5xx"},
