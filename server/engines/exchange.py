@@ -1,10 +1,12 @@
 """Sends a request to an engine and gives its answer: headers first, then the body as it arrives."""
 
 import asyncio
+import json
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
 import aiohttp
@@ -13,7 +15,7 @@ from server.engines.pool import Attempt, Engine, EnginePool
 from server.engines.profile import VideoRules
 from server.engines.savings import Savings
 from server.engines.session import Connecting, EngineSession
-from server.engines.streams import EventStream
+from server.engines.streams import EventStream, is_aborted
 from server.errors import EngineFailed, EngineTimeout, EngineUnavailable, GatewayError, engine_error
 from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
@@ -27,6 +29,7 @@ PIECE_BYTES = 256 * 1024
 WHOLE_BODY_BYTES = 2**20  # aiohttp wants larger bodies in pieces, so that writing one does not block the event loop
 ERROR_BODY_BYTES = 64 * 1024
 ERROR_BODY_SECONDS = 5.0
+LONGEST_ANSWER_BYTES = 64 * 2**20
 MAX_ATTEMPTS = 3
 
 
@@ -92,8 +95,26 @@ class Exchange:
         self.content_type = response.headers.get("content-type", "application/json")
 
     async def read(self) -> bytes:
-        """Return the whole body."""
-        return b"".join([piece async for piece in self.pieces()])
+        """Return the whole body.
+
+        Raises EngineFailed if it is larger than LONGEST_ANSWER_BYTES, incomplete, or of a request that was aborted.
+        """
+        pieces, size_bytes = [], 0
+        async for piece in self.pieces():
+            pieces.append(piece)
+            size_bytes += len(piece)
+            if size_bytes > LONGEST_ANSWER_BYTES:
+                raise EngineFailed(f"the engine's answer is larger than {LONGEST_ANSWER_BYTES} bytes")
+        body = b"".join(pieces)
+        if is_aborted(body) or not (self._says_its_end or _is_json(body)):
+            self._attempt.failed()
+            raise EngineFailed("the engine broke off while working on this request")
+        return body
+
+    @property
+    def _says_its_end(self) -> bool:
+        """Whether the body says where it ends. Otherwise it ends where the connection does, wherever that is."""
+        return bool({"content-length", "transfer-encoding"} & {name.lower() for name in self._response.headers})
 
     async def begin(self) -> None:
         """Read a stream until it holds output, and keep what was read for `pieces`.
@@ -118,9 +139,16 @@ class Exchange:
             yield piece
 
     async def _received(self) -> AsyncIterator[bytes]:
+        content, wait = self._response.content, self._attempt.wait
+        give_up = partial(content.set_exception, aiohttp.ServerDisconnectedError())
         begun = False
         try:
-            async for piece in self._response.content.iter_any():
+            while True:
+                wait.begin(give_up)
+                piece = await content.readany()
+                wait.over()
+                if not piece:
+                    return
                 if not begun:
                     begun = True
                     self._attempt.answer_begins()
@@ -128,6 +156,8 @@ class Exchange:
         except (aiohttp.ClientError, OSError) as exc:
             self._attempt.failed()
             raise _broken(exc) from exc
+        finally:
+            wait.over()
 
     def complete(self) -> None:
         """Note that the answer is complete: the engine works."""
@@ -254,7 +284,8 @@ class Exchanges:
         # Then only the session's limit on silence applies.
         limit = self._headers_seconds if call.is_stream else None
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(limit) as deadline:
+                attempt.wait.begin(partial(deadline.reschedule, 0.0))
                 response = await self._session.http.post(
                     attempt.engine.url + call.path,
                     data=b"".join(body) if size_bytes <= WHOLE_BODY_BYTES else _in_pieces(body),
@@ -273,7 +304,9 @@ class Exchanges:
             raise EngineUnavailable("no engine is available, try again later") from exc
         except (aiohttp.ClientError, OSError) as exc:
             attempt.failed()
-            raise _broken(exc) from exc
+            raise _broken(exc, gone=attempt.wait.in_vain) from exc
+        finally:
+            attempt.wait.over()
         record.engine_answered(begin=begin, connected=connecting.finished or begin, answered=perf_counter())
         return response
 
@@ -319,10 +352,18 @@ def _note_savings(engine: Engine, savings: Savings | None, request_id: str) -> N
     engine.reports_savings = savings is not None
 
 
-def _broken(exc: Exception) -> GatewayError:
-    if isinstance(exc, TimeoutError):
+def _broken(exc: Exception, *, gone: bool = False) -> GatewayError:
+    if isinstance(exc, TimeoutError) and not gone:
         return EngineTimeout("the engine did not answer in time")
     return EngineFailed("the engine broke off while working on this request")
+
+
+def _is_json(body: bytes) -> bool:
+    try:
+        json.loads(body)
+    except ValueError:
+        return False
+    return True
 
 
 async def _in_pieces(body: Body) -> AsyncIterator[memoryview]:

@@ -6,11 +6,12 @@ import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import aiohttp
 
-from server.engines import routing
+from server.engines import routing, silence
 from server.engines.breaker import Breaker
 from server.engines.profile import PATH as PROFILE_PATH
 from server.engines.profile import EngineProfile, VideoRules, read_profile
@@ -43,6 +44,8 @@ class Engine:
     profile: EngineProfile | None = None
     """What the engine tells about itself. None if it tells nothing, for example because it runs without the plugin."""
     breaker: Breaker = field(default_factory=Breaker)
+    waits: set[silence.Wait] = field(default_factory=set)
+    """How long its requests have waited for it."""
 
     @property
     def video_rules(self) -> VideoRules | None:
@@ -62,7 +65,9 @@ class Attempt:
         self.engine = engine
         self._pool = pool
         self._on_trial = engine.breaker.begin()
+        self.wait = silence.Wait()
         engine.inflight += 1
+        engine.waits.add(self.wait)
 
     def answer_begins(self) -> None:
         """Note the first byte of the body. Headers alone do not show that the engine works."""
@@ -90,6 +95,7 @@ class Attempt:
     def end(self) -> None:
         """Stop counting the request as in flight."""
         self.engine.inflight -= 1
+        self.engine.waits.discard(self.wait)
         self.engine.breaker.end(trial=self._on_trial)
 
 
@@ -213,8 +219,14 @@ class EnginePool:
         await asyncio.gather(*(self._check(engine) for engine in self.engines))
 
     async def watch(self) -> None:
-        """Check the engines forever, each in a loop of its own, so that a silent engine does not delay the others."""
-        await asyncio.gather(*(self._watch(engine) for engine in self.engines))
+        """Check the engines forever, each in loops of its own, so that a silent engine does not delay the others."""
+        await asyncio.gather(
+            *(self._watch(engine) for engine in self.engines),
+            *(
+                silence.watch(engine.url, engine.waits, gone=partial(self.mark_unreachable, engine))
+                for engine in self.engines
+            ),
+        )
 
     async def _watch(self, engine: Engine) -> None:
         while True:

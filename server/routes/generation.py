@@ -185,15 +185,17 @@ class Generation(ABC, Generic[R]):
                     self._observe_gaps(stream.tokens - tokens, now - latest, record.model)
                 tokens, latest = stream.tokens, now
             if stream.failure is not None:
-                if isinstance(stream.failure, EngineFailed):
-                    exchange.ended_with_error()
-                raise stream.failure
-        stream.end()
-        if stream.failure is not None:
+                break
+        else:
+            stream.end()
+        if stream.failure is None:
+            exchange.complete()
+            return b""
+        if stream.broke_off:
             exchange.broke_off()
-            raise stream.failure
-        exchange.complete()
-        return b""
+        elif isinstance(stream.failure, EngineFailed):
+            exchange.ended_with_error()
+        raise stream.failure
 
     def _observe_gaps(self, num_tokens: int, seconds: float, model: str) -> None:
         """Observe the gaps of `num_tokens` chunks that arrived together: they share `seconds` equally."""

@@ -142,6 +142,8 @@ class EngineDouble:
     most_running: int = 0
     url: str = ""
     runner: web.AppRunner | None = None
+    site: web.TCPSite | None = None
+    """Its port. `await double.site.stop()` closes it and leaves the connections open, as a server that stops does."""
 
     @contextlib.asynccontextmanager
     async def serving(self, port: int = 0) -> AsyncIterator["EngineDouble"]:
@@ -155,7 +157,8 @@ class EngineDouble:
             app.router.add_post(path, self._generate)
         self.runner = runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.2)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
+        self.site = web.TCPSite(runner, "127.0.0.1", port)
+        await self.site.start()
         self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         try:
             yield self
