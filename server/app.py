@@ -28,6 +28,7 @@ from server.edge.body import BodyLimits
 from server.edge.limits import Limited
 from server.edge.middleware import ErrorsInOpenAIShape, Observed, RefuseWhileDraining, raise_in_our_terms
 from server.engines.catalogue import Catalogue
+from server.engines.check import Wanted
 from server.engines.exchange import Exchanges
 from server.engines.pool import EnginePool
 from server.engines.session import EngineSession
@@ -152,18 +153,30 @@ class _Media:
 
 
 def _engines(settings: Settings, config: Configuration, metrics: Metrics) -> _Engines:
-    for name, alias in (config.aliases or {}).items():
+    aliases = config.aliases
+    for name, alias in (aliases or {}).items():
         metrics.retention_limit.labels(name).set(alias.max_retention)
     session = EngineSession(
         connect_seconds=settings.engine_connect_seconds,
         read_seconds=settings.engine_read_seconds,
         api_key=_engine_key(settings),
     )
-    pool = EnginePool(settings.engines, session=session, metrics=metrics, health_seconds=settings.engine_health_seconds)
+    wanted = Wanted(
+        models=None if aliases is None else frozenset(alias.engine_model for alias in aliases.values()),
+        decoded_bytes=settings.media_max_decoded_bytes,
+        output_tokens=settings.max_output_tokens or 0,
+    )
+    pool = EnginePool(
+        settings.engines,
+        session=session,
+        metrics=metrics,
+        health_seconds=settings.engine_health_seconds,
+        wanted=wanted,
+    )
     return _Engines(
         session=session,
         pool=pool,
-        catalogue=Catalogue(aliases=config.aliases, pool=pool),
+        catalogue=Catalogue(aliases=aliases, pool=pool),
         exchanges=Exchanges(
             session=session, pool=pool, metrics=metrics, headers_seconds=settings.engine_headers_seconds
         ),

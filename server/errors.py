@@ -17,6 +17,8 @@ GatewayError
 ├── Overloaded                the gateway is at capacity: its queue, memory, downloads or media store
 ├── Draining                  the gateway is shutting down
 ├── EngineUnavailable         no engine for the request's model accepted it; no computing time was spent
+├── ModelNotServed            no engine serves the model of the request's alias
+├── EngineMisconfigured       an engine refused the request because of how it or the gateway is set up
 ├── EngineFailed              an engine accepted the request and then failed
 ├── EngineTimeout             an engine accepted the request and then stopped responding
 ├── EngineRefused             an engine answered with an error of its own
@@ -30,6 +32,7 @@ from dataclasses import dataclass
 from typing import Any
 
 MESSAGE_LIMIT = 800
+MISCONFIGURED = "the engine does not accept the gateway's requests as it is set up, which only the operator can change"
 
 
 class ConfigurationError(Exception):
@@ -141,6 +144,19 @@ class EngineUnavailable(GatewayError):
     """No engine for the request's model could be reached, so no engine has spent computing time on the request."""
 
 
+class ModelNotServed(GatewayError):
+    """All engines have told what they serve, and the model of the request's alias is not among it."""
+
+
+class EngineMisconfigured(GatewayError):
+    """The request failed because of how the gateway and its engines are set up: only the operator can mend that."""
+
+    def __init__(self, message: str, *, code: str | None = None, engine_message: str | None = None) -> None:
+        """Keep the engine's own message for the log."""
+        super().__init__(message, code=code)
+        self.engine_message = engine_message
+
+
 class EngineFailed(GatewayError):
     """The engine failed after it had accepted the request."""
 
@@ -196,6 +212,10 @@ VERDICTS: dict[type[GatewayError], Verdict] = {
     Overloaded: Verdict(429, "rate_limit_error", "queue_full", code="rate_limit_exceeded", retry_after_seconds=1),
     Draining: Verdict(503, "server_error", "draining", code="draining", retry_after_seconds=2),
     EngineUnavailable: Verdict(503, "server_error", "no_engine", code="engine_unavailable", retry_after_seconds=2),
+    ModelNotServed: Verdict(503, "server_error", "misconfigured", code="model_not_served", retry_after_seconds=10),
+    EngineMisconfigured: Verdict(
+        500, "server_error", "misconfigured", code="engine_misconfigured", retry_is_waste=True
+    ),
     EngineFailed: Verdict(502, "server_error", "engine_failed", code="engine_failed", retry_is_waste=True),
     EngineTimeout: Verdict(504, "server_error", "engine_timeout", code="engine_timeout", retry_is_waste=True),
     ClientGone: Verdict(499, "invalid_request_error", "client_gone", code="client_closed_request"),
@@ -260,20 +280,35 @@ def engine_error(status: int, body: bytes) -> GatewayError:
     """Translate an engine's error answer, which is JSON in any of vLLM's shapes or the text of a proxy in between.
 
     An error that the client can correct (most 4xx) keeps its message, scrubbed. The engine's 401 and 403 concern the
-    gateway's own credentials, and its 5xx messages describe its internals. Both become an EngineFailed.
+    gateway's own credentials, and some of its 400s concern what the gateway has added to the request. Both become an
+    EngineMisconfigured. The engine's 5xx messages describe its internals; they become an EngineFailed.
     """
+    message, param = _message_of(body)
+    text = scrub(message) if message else "the engine refused the request"
+    if status in (401, 403) or (status in (400, 422) and _is_about_the_set_up(text, param)):
+        return EngineMisconfigured(MISCONFIGURED, engine_message=text)
     if status == 503:
         return EngineRefused("the engine is not taking requests, try again later", status=503)
     if status in (408, 504):
         return EngineTimeout("the engine did not answer in time")
     if status not in (400, 404, 413, 415, 422, 429):
         return EngineFailed("the engine failed on this request")
-    message, param = _message_of(body)
-    text = scrub(message) if message else "the engine refused the request"
     if status == 404 and "does not exist" not in text:  # the engine lacks the route, not the model
         return EngineFailed("the engine does not serve this kind of request")
     code = "context_length_exceeded" if "maximum context length" in text or "max_model_len" in text else None
     return EngineRefused(text, status=400 if status in (415, 422) else status, param=param, code=code)
+
+
+_OURS = re.compile(
+    r"--trust-request-mm-kwargs|--allowed-local-media-path|--allowed-media-domains|\bmm_processor_kwargs\b"
+    r"|\bmedia_io_kwargs\b|local files|cache_salt",
+    re.IGNORECASE,
+)
+"""What an engine's message is about if it refuses what the gateway itself has put into the request."""
+
+
+def _is_about_the_set_up(message: str, param: str | None) -> bool:
+    return _OURS.search(f"{param or ''} {message}") is not None
 
 
 def _message_of(body: bytes) -> tuple[str | None, str | None]:

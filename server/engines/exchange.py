@@ -16,7 +16,14 @@ from server.engines.profile import VideoRules
 from server.engines.savings import Savings
 from server.engines.session import Connecting, EngineSession
 from server.engines.streams import EventStream, is_aborted
-from server.errors import EngineFailed, EngineTimeout, EngineUnavailable, GatewayError, engine_error
+from server.errors import (
+    EngineFailed,
+    EngineMisconfigured,
+    EngineTimeout,
+    EngineUnavailable,
+    GatewayError,
+    engine_error,
+)
 from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
 
@@ -186,10 +193,10 @@ class Exchanges:
     async def exchange(self, call: Call, body: Body, record: RequestRecord) -> AsyncIterator[Exchange]:
         """Post a request to an engine and yield its answer. Leaving the block early makes the engine abort the request.
 
-        Another engine is tried if the first one can't be connected to or answers 503, because neither has spent
-        computing time on the request. There are at most MAX_ATTEMPTS attempts. A request that an engine has accepted
-        and then failed on is not sent to another: it may have cost a prefill, or it may have caused the failure. With
-        media it is sent to the same engine once more, if that one has generated nothing, see `_ask`.
+        Another engine is tried if the first one can't be connected to, answers 503 or is not set up for the request,
+        because it has then spent no computing time on it. There are at most MAX_ATTEMPTS attempts. A request that an
+        engine has accepted and then failed on is not sent to another: it may have cost a prefill, or it may have
+        caused the failure. With media it is sent to the same engine once more, see `_ask`.
         Raises EngineUnavailable, EngineFailed, EngineTimeout, or the engine's own error.
         """
         content = _identity(call, body)
@@ -226,9 +233,13 @@ class Exchanges:
             except EngineUnavailable as exc:
                 reason, refusal = "connect", exc
             except Refused as refused:
-                if refused.status != 503:
-                    raise refused.error from None
-                reason, refusal = "refused", refused.error
+                refusal = refused.error
+                if refused.status == 503:
+                    reason = "refused"
+                elif isinstance(refusal, EngineMisconfigured):
+                    reason = "misconfigured"
+                else:
+                    raise refusal from None
             await held.aclose()
         raise refusal
 
@@ -270,6 +281,8 @@ class Exchanges:
 
     @staticmethod
     def _judge(asking: "_Asking", attempt: Attempt, refused: Refused) -> None:
+        if isinstance(refused.error, EngineMisconfigured):
+            return
         if refused.status is not None and refused.status >= 500:
             attempt.answered_with_error(asking.call.sender, asking.content)
         else:
@@ -316,11 +329,15 @@ class Exchanges:
                 body = await response.content.read(ERROR_BODY_BYTES)
         except (aiohttp.ClientError, OSError):
             body = b""
-        logger.warning(
-            "engine answered with an error",
-            extra={"request_id": request_id, "engine": engine.name, "engine_status": response.status},
-        )
-        return engine_error(response.status, body)
+        error = engine_error(response.status, body)
+        where = {"request_id": request_id, "engine": engine.name, "engine_status": response.status}
+        if isinstance(error, EngineMisconfigured):
+            logger.error(
+                "engine is not set up for the gateway", extra={**where, "engine_message": error.engine_message}
+            )
+        else:
+            logger.warning("engine answered with an error", extra=where)
+        return error
 
 
 def _identity(call: Call, body: Body) -> bytes:

@@ -13,6 +13,7 @@ import aiohttp
 
 from server.engines import routing, silence
 from server.engines.breaker import Breaker
+from server.engines.check import REMEDIES, Check, Wanted, examine
 from server.engines.profile import PATH as PROFILE_PATH
 from server.engines.profile import EngineProfile, VideoRules, read_profile
 from server.engines.session import EngineSession
@@ -25,6 +26,8 @@ HEALTH_TIMEOUT_SECONDS = 5.0
 SILENT_CHECKS_UNTIL_DOWN = 3  # time-outs in a row, as a busy engine may answer late; any other failure counts at once
 
 ERRORS_UNTIL_ASKED = 3  # 5xx answers without a good one in between, after which a check asks the engine a question
+
+_LOGGED_OF_PROFILE = {"versions", "architecture", "frames_format", "reduction", "context_length", "limits"}
 
 
 @dataclass(eq=False)
@@ -43,9 +46,19 @@ class Engine:
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     profile: EngineProfile | None = None
     """What the engine tells about itself. None if it tells nothing, for example because it runs without the plugin."""
+    seen: bool = False
+    """Whether it has listed its models at least once."""
+    takes_key: bool = True
+    checks: dict[Check, bool] = field(default_factory=dict)
+    """The outcomes of its examination, see `examine`."""
     breaker: Breaker = field(default_factory=Breaker)
     waits: set[silence.Wait] = field(default_factory=set)
     """How long its requests have waited for it."""
+
+    @property
+    def failed_checks(self) -> list[Check]:
+        """The checks of its examination that fail."""
+        return [check for check, outcome in self.checks.items() if not outcome]
 
     @property
     def video_rules(self) -> VideoRules | None:
@@ -102,12 +115,22 @@ class Attempt:
 class EnginePool:
     """The engines and their state, which health checks and the outcomes of requests keep up to date."""
 
-    def __init__(self, urls: Sequence[str], *, session: EngineSession, metrics: Metrics, health_seconds: float) -> None:
-        """Start with all engines down, until `check` or `watch` finds them up."""
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        session: EngineSession,
+        metrics: Metrics,
+        health_seconds: float,
+        wanted: Wanted = Wanted(),  # noqa: B008 - it is frozen
+    ) -> None:
+        """Start with all engines down, until `check` or `watch` finds them up. `wanted` is what they should serve."""
         self.engines = [Engine(f"engine-{i}", url) for i, url in enumerate(urls)]
         self._session = session
         self._metrics = metrics
         self._health_seconds = health_seconds
+        self._wanted = wanted
+        self._unserved: frozenset[str] = frozenset()
         self._choices = itertools.count(1)
         for engine in self.engines:
             self._metrics.engine_up.labels(engine.name).set(0)
@@ -123,6 +146,11 @@ class EnginePool:
         """The cards of all models by name. An engine that is down counts with the models it served last."""
         return {name: card for engine in reversed(self.engines) for name, card in engine.models.items()}
 
+    @property
+    def all_seen(self) -> bool:
+        """Whether every engine has listed its models at least once."""
+        return all(engine.seen for engine in self.engines)
+
     def video_rules(self, model: str) -> VideoRules | None:
         """Return the rules for sampling frames that all engines of a model share.
 
@@ -131,6 +159,12 @@ class EnginePool:
         serving = [engine for engine in self.engines if engine.healthy and model in engine.models]
         told = [engine.video_rules for engine in serving]
         return told[0] if told and all(rules == told[0] for rules in told) else None
+
+    def retention(self, model: str) -> float | None:
+        """Return the share of video tokens that the engines of a model keep by default, None if it is not known."""
+        profiles = [engine.profile for engine in self.engines if model in engine.models]
+        told = {None if profile is None else profile.reduction.retention for profile in profiles}
+        return told.pop() if len(told) == 1 else None
 
     @contextmanager
     def attempt(
@@ -238,10 +272,12 @@ class EnginePool:
         try:
             async with self._session.http.get(f"{engine.url}/health", timeout=limit) as answer:
                 healthy = answer.status == 200
-            if healthy:
-                await self._discover(engine, limit)
+            if healthy and await self._discover(engine, limit):
                 await self._read_profile(engine, limit)
                 healthy = bool(engine.models) and await self._answers(engine, limit)
+                self._examine(engine, reconnected=healthy and not engine.healthy)
+            else:
+                healthy = False
         except TimeoutError:
             engine.silent_checks += 1
             healthy = engine.healthy and engine.silent_checks < SILENT_CHECKS_UNTIL_DOWN
@@ -250,6 +286,32 @@ class EnginePool:
         else:
             engine.silent_checks = 0
         self._set(engine, healthy=healthy)
+
+    def _examine(self, engine: Engine, *, reconnected: bool) -> None:
+        """Check whether the engine is set up for the gateway, and say so when it comes up or something has changed."""
+        before, profile = engine.checks, engine.profile
+        engine.checks = examine(self._wanted, takes_key=engine.takes_key, models=engine.models, profile=profile)
+        for check in before.keys() - engine.checks.keys():
+            self._metrics.engine_check.remove(engine.name, check)
+        for check, outcome in engine.checks.items():
+            self._metrics.engine_check.labels(engine.name, check).set(int(outcome))
+        if engine.checks == before and not reconnected:
+            return
+        told = {} if profile is None else profile.model_dump(include=_LOGGED_OF_PROFILE)
+        failed = list(engine.failed_checks)
+        where = {"engine": engine.name, "models": sorted(engine.models), "failed_checks": failed}
+        logger.info("engine examined", extra={**where, **told})
+        for check in engine.failed_checks:
+            logger.warning("engine check failed: %s", REMEDIES[check], extra={"engine": engine.name, "check": check})
+
+    def _note_unserved(self) -> None:
+        unserved = (self._wanted.models or frozenset()).difference(self.models)
+        if unserved - self._unserved and self.all_seen:
+            logger.warning(
+                "no engine serves some of the models that aliases name: these aliases are not offered",
+                extra={"engine_models": sorted(unserved)},
+            )
+        self._unserved = unserved if self.all_seen else frozenset()
 
     async def _answers(self, engine: Engine, limit: aiohttp.ClientTimeout) -> bool:
         """Return whether the engine answers a question. It is asked one only if it keeps answering others with errors.
@@ -264,18 +326,25 @@ class EnginePool:
         engine.errors_in_a_row = 0 if answers else engine.errors_in_a_row
         return answers
 
-    async def _discover(self, engine: Engine, limit: aiohttp.ClientTimeout) -> None:
+    async def _discover(self, engine: Engine, limit: aiohttp.ClientTimeout) -> bool:
+        """Read which models the engine serves; return False if it does not say."""
         async with self._session.http.get(f"{engine.url}/v1/models", timeout=limit) as answer:
+            engine.takes_key = answer.status not in (401, 403)
+            if not engine.takes_key:
+                self._examine(engine, reconnected=False)
             if answer.status != 200:
-                return
+                return False
             try:
                 listing = await answer.json(content_type=None)
                 cards = {str(card["id"]): dict(card) for card in listing["data"]}
             except (ValueError, KeyError, TypeError):
-                return
+                return False
         if cards and cards.keys() != engine.models.keys():
             logger.info("engine serves these models", extra={"engine": engine.name, "models": sorted(cards)})
         engine.models = cards or engine.models
+        engine.seen = True
+        self._note_unserved()
+        return True
 
     async def _read_profile(self, engine: Engine, limit: aiohttp.ClientTimeout) -> None:
         async with self._session.http.get(f"{engine.url}{PROFILE_PATH}", timeout=limit) as answer:

@@ -35,7 +35,7 @@ class Metrics:
         self._declare_engines()
         for counted, outcomes in (
             (self.rejections, REASONS),
-            (self.upstream_retries, ("connect", "refused", "cache_miss")),
+            (self.upstream_retries, ("connect", "refused", "misconfigured", "cache_miss")),
             (self.affinity, ("hit", "spilled", "none")),
         ):
             for outcome in outcomes:  # every counter starts at 0: without this, rate() would miss its first event
@@ -114,6 +114,9 @@ class Metrics:
             "upstream_retries_total", "Requests sent to an engine once more, by what came of the first time", "reason"
         )
         self.engine_up = self._gauge("engine_up", "1 if the engine's last health check passed", "engine")
+        self.engine_check = self._gauge(
+            "engine_check", "1 if the engine is set up for what the gateway asks of it, by check", "engine", "check"
+        )
         self.engine_breaker_open = self._gauge(
             "engine_breaker_open", "1 while the engine gets no requests, or one on trial, because it failed", "engine"
         )

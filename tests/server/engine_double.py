@@ -121,6 +121,8 @@ class EngineDouble:
     profile: Any = None
     """What it tells of itself; None for an engine without the plugin."""
     healthy: bool = True
+    listing_status: int = 200
+    """The status of its answer to `/v1/models`."""
     headers: dict[str, str] = field(default_factory=lambda: dict(SAVED))
     completion: bytes = field(default_factory=lambda: json.dumps(COMPLETION, ensure_ascii=False).encode())
     pieces: list[bytes] = field(default_factory=lambda: [ROLE, *TEXT, USAGE, DONE])
@@ -189,7 +191,7 @@ class EngineDouble:
 
     async def _models(self, request: web.Request) -> web.Response:
         cards = [{"id": m, "object": "model", "root": "/secret/path", "max_model_len": 4096} for m in self.models]
-        return web.json_response({"object": "list", "data": cards})
+        return web.json_response({"object": "list", "data": cards}, status=self.listing_status)
 
     async def _profile(self, request: web.Request) -> web.Response:
         return web.json_response(self.profile, status=404 if self.profile is None else 200)

@@ -88,7 +88,7 @@ def test_no_stream_is_left_open_and_none_that_was_cut_looks_complete(tmp_path):
 
 def test_streams_that_an_engine_finishes_in_its_drain_go_on(tmp_path):
     with engine_and_gateway(tmp_path, "--shutdown-timeout=120") as (engine, gateway):
-        streams = streams_in_full_flow(gateway, 400)
+        streams = streams_in_full_flow(gateway, 40)
         engine.send_signal(signal.SIGTERM)
         for stream in streams:
             stream.join(120)
