@@ -104,7 +104,12 @@ def create_app(
     )
     _add_routes(app, settings, config, engines=engines, media=media, drain=drain, metrics=metrics)
     quotas = Quotas(limits_of=config.limits_of, counts=counts, metrics=metrics)
-    app.add_middleware(Limited, quotas=quotas)  # the middleware added last is the outermost
+    app.add_middleware(  # the middleware added last is the outermost
+        Limited,
+        quotas=quotas,
+        models=lambda: engines.catalogue.names,
+        max_body_bytes=settings.max_body_bytes,
+    )
     app.add_middleware(Authenticated, tenants=tenant_keys(config), metrics=metrics_keys(config))
     app.add_middleware(RefuseWhileDraining, drain=drain)
     app.add_middleware(ErrorsInOpenAIShape)

@@ -28,8 +28,9 @@ GatewayError
 import json
 import math
 import re
-from dataclasses import dataclass
-from typing import Any
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 MESSAGE_LIMIT = 800
 MISCONFIGURED = "the engine does not accept the gateway's requests as it is set up, which only the operator can change"
@@ -58,6 +59,8 @@ class GatewayError(Exception):
         `retry_after_seconds` is the time after which a retry makes sense, if it is known.
         """
         super().__init__(message)
+        self.engine_status: int | None = None
+        """The status that the engine answered with, if it did."""
         self.message = message
         self.param = param
         self.code = code
@@ -82,6 +85,12 @@ class SamplingRefused(InvalidRequest):
 
 class MediaRefused(InvalidRequest):
     """A media part is not allowed or not readable."""
+
+    def at(self, param: str) -> Self:
+        """Return the same error with the place of the medium as its `param`. Several requests may share one error."""
+        placed = copy(self)
+        placed.param = param
+        return placed
 
 
 class FetchFailed(MediaRefused):
@@ -134,6 +143,9 @@ class Overloaded(GatewayError):
 
     Its queue, its memory for requests, its downloads or its media store is full, or the request has waited too long.
     """
+
+    body_untouched = True
+    """Whether nothing of the request's body was read."""
 
 
 class Draining(GatewayError):
@@ -239,6 +251,8 @@ class ErrorAnswer:
     reason: str
     content: dict[str, Any]
     headers: dict[str, str]
+    cause: str | None = None
+    """What lies behind the error, for the log: the kind of an exception or an engine's status, never a message."""
 
     def body(self) -> bytes:
         """Return OpenAI's error object as JSON."""
@@ -252,7 +266,8 @@ class ErrorAnswer:
 def answer_to(exc: BaseException) -> ErrorAnswer:
     """Return the answer to `exc`. Any exception but a GatewayError becomes an internal error without details."""
     if not isinstance(exc, GatewayError):
-        return _answer(INTERNAL, GatewayError("the gateway failed on this request"))
+        answer = _answer(INTERNAL, GatewayError("the gateway failed on this request"))
+        return replace(answer, cause=type(exc).__name__)
     verdict = ENGINE_VERDICTS[exc.status] if isinstance(exc, EngineRefused) else VERDICTS[type(exc)]
     return _answer(verdict, exc)
 
@@ -273,10 +288,26 @@ def _answer(verdict: Verdict, exc: GatewayError) -> ErrorAnswer:
         "param": exc.param,
         "code": exc.code or verdict.code,
     }
-    return ErrorAnswer(verdict.status, verdict.reason, {"error": error}, headers)
+    return ErrorAnswer(verdict.status, verdict.reason, {"error": error}, headers, _cause_of(exc))
+
+
+def _cause_of(exc: GatewayError) -> str | None:
+    if exc.engine_status is not None:
+        return f"engine status {exc.engine_status}"
+    cause: BaseException | None = exc
+    while isinstance(cause, GatewayError):
+        cause = cause.__cause__
+    return None if cause is None else type(cause).__name__
 
 
 def engine_error(status: int, body: bytes) -> GatewayError:
+    """Return an engine's error answer as one of the gateway's errors, see `_translated`."""
+    error = _translated(status, body)
+    error.engine_status = status
+    return error
+
+
+def _translated(status: int, body: bytes) -> GatewayError:
     """Translate an engine's error answer, which is JSON in any of vLLM's shapes or the text of a proxy in between.
 
     An error that the client can correct (most 4xx) keeps its message, scrubbed. The engine's 401 and 403 concern the

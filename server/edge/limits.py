@@ -1,18 +1,28 @@
 """The middleware that applies the tenants' limits to API requests."""
 
+from collections.abc import Callable, Collection
+
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.admission.quotas import Quotas
+from server.edge.body import skim_model
 from server.edge.state import caller_of, record_of, set_allowance
+from server.errors import RateLimited
+from server.observe.record import NO_MODEL
 
 
 class Limited:
     """Middleware that counts every API request against its tenant's limits."""
 
-    def __init__(self, app: ASGIApp, *, quotas: Quotas) -> None:
-        """Wrap `app`."""
+    def __init__(
+        self, app: ASGIApp, *, quotas: Quotas, models: Callable[[], Collection[str]], max_body_bytes: int
+    ) -> None:
+        """Wrap `app`. `models` returns the models by whose names refused requests are counted."""
         self._app = app
         self._quotas = quotas
+        self._models = models
+        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -22,5 +32,12 @@ class Limited:
         record = record_of(scope)
         allowance = self._quotas.allowance(caller_of(scope).tenant)
         set_allowance(scope, allowance)
-        async with allowance.taken(tokens_used=lambda: record.tokens):
-            await self._app(scope, receive, send)
+        try:
+            async with allowance.taken(tokens_used=lambda: record.tokens):
+                await self._app(scope, receive, send)
+        except RateLimited:
+            allowance.note_refused()
+            if record.model == NO_MODEL and scope["method"] == "POST":
+                model = await skim_model(Headers(scope=scope), receive, self._models(), max_bytes=self._max_body_bytes)
+                record.model = model or NO_MODEL
+            raise

@@ -49,6 +49,11 @@ class Catalogue:
         self._pool = pool
         self._created = int(time.time())
 
+    @property
+    def names(self) -> Collection[str]:
+        """The names of all models."""
+        return self._offered().keys()
+
     def resolve(self, name: str, *, allowed: Collection[str] | None = None) -> Alias:
         """Return the alias called `name`.
 

@@ -226,6 +226,7 @@ class Exchanges:
             if tried:
                 self._metrics.upstream_retries.labels(reason).inc()
             tried.append(attempt.engine)
+            record.engine = attempt.engine.name
             traced = held.enter_context(record.trace.engine(attempt.engine.name)) if record.trace else {}
             asking = _Asking(call, body, content, traced, record)
             try:

@@ -15,20 +15,23 @@ from server.admission.buffers import Buffer
 from server.admission.entrance import Entrance
 from server.admission.quotas import Allowance
 from server.aliases import Target
-from server.edge.body import BodyLimits, read_body
+from server.edge.body import BodyLimits, read_body, skim_model
 from server.edge.state import allowance_of, caller_of, record_of, sender_of
 from server.engines.catalogue import Catalogue
 from server.engines.exchange import Call, Exchange, Exchanges
 from server.engines.savings import tokens_of, usage_in
 from server.engines.streams import EventStream
-from server.errors import ClientGone, EngineFailed, GatewayError, UnknownModel, answer_to
+from server.errors import ClientGone, EngineFailed, GatewayError, Overloaded, UnknownModel, answer_to
 from server.media.intake import NOTHING, Taken
 from server.observe.metrics import Metrics
-from server.observe.record import OTHER, RequestRecord
+from server.observe.record import NO_MODEL, OTHER, RequestRecord
 from server.requests.outgoing import ParsedRequest, outgoing
 from server.requests.parameters import Bounds, check_parameters
 from server.requests.retention import settle_retention
 from server.routes.answer import Answer, with_savings
+
+SKIMMED_BYTES = 2**20
+"""How much is read of a body that there is no room for, to find the model that it names."""
 
 R = TypeVar("R", bound=ParsedRequest)
 
@@ -88,6 +91,16 @@ class Generation(ABC, Generic[R]):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
+        try:
+            await self._admitted(scope, receive, send)
+        except Overloaded as exc:
+            record = record_of(scope)
+            if record.model == NO_MODEL and exc.body_untouched:
+                headers, names = Headers(scope=scope), self.catalogue.names
+                record.model = await skim_model(headers, receive, names, max_bytes=SKIMMED_BYTES) or NO_MODEL
+            raise
+
+    async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
         record, allowance = record_of(scope), allowance_of(scope)
         with self.entrance.admitted() as buffer:
             body = await read_body(Headers(scope=scope), receive, buffer, self.body_limits)

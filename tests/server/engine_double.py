@@ -120,6 +120,8 @@ class EngineDouble:
     models: list[str] = field(default_factory=lambda: ["llava"])
     profile: Any = None
     """What it tells of itself; None for an engine without the plugin."""
+    metrics: str = ""
+    """What it exports on `/metrics`."""
     healthy: bool = True
     listing_status: int = 200
     """The status of its answer to `/v1/models`."""
@@ -153,6 +155,7 @@ class EngineDouble:
         app.router.add_get("/double", self._told)
         app.router.add_post("/double", self._tell)
         app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/aot/engine", self._profile)
         for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
@@ -189,6 +192,9 @@ class EngineDouble:
             await self.health_hold.wait()
         return web.Response(status=200 if self.healthy else 503)
 
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text=self.metrics)
+
     async def _models(self, request: web.Request) -> web.Response:
         cards = [{"id": m, "object": "model", "root": "/secret/path", "max_model_len": 4096} for m in self.models]
         return web.json_response({"object": "list", "data": cards}, status=self.listing_status)
@@ -201,15 +207,16 @@ class EngineDouble:
         self.most_running = max(self.most_running, self.running)
         try:
             self.request_headers.append({name.lower(): value for name, value in request.headers.items()})
-            self.requests.append(json.loads(await request.read()))
+            asked = json.loads(await request.read())
+            self.requests.append(asked)
             await asyncio.sleep(self.delay_seconds)
-            if self.hold is not None and not self.requests[-1].get("stream"):
+            if self.hold is not None and not asked.get("stream"):
                 await self.hold.wait()
             if self.error is not None and self.errors_left != 0:
                 self.errors_left = None if self.errors_left is None else self.errors_left - 1
                 status, body, content_type = self.error
                 return web.Response(status=status, body=body, content_type=content_type)
-            if self.requests[-1].get("stream"):
+            if asked.get("stream"):
                 return await self._stream(request)
             if self.dies_after is not None:
                 request.transport.abort()

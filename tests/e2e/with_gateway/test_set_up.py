@@ -1,4 +1,4 @@
-"""A real engine that was started without flags that the gateway needs: the operator learns it, and no client is blamed."""
+"""A real engine without flags that the gateway needs: the operator learns it, and no client is blamed."""
 
 import json
 import sys
