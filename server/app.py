@@ -29,6 +29,7 @@ from server.edge.cors import allow_origins
 from server.edge.limits import Limited
 from server.edge.middleware import ErrorsInOpenAIShape, Observed, RefuseWhileDraining, raise_in_our_terms
 from server.engines.catalogue import Catalogue
+from server.engines.check import Wanted
 from server.engines.exchange import Exchanges
 from server.engines.pool import EnginePool
 from server.engines.session import EngineSession
@@ -105,7 +106,12 @@ def create_app(
     )
     _add_routes(app, settings, config, engines=engines, media=media, drain=drain, metrics=metrics)
     quotas = Quotas(limits_of=config.limits_of, counts=counts, metrics=metrics)
-    app.add_middleware(Limited, quotas=quotas)  # the middleware added last is the outermost
+    app.add_middleware(  # the middleware added last is the outermost
+        Limited,
+        quotas=quotas,
+        models=lambda: engines.catalogue.names,
+        max_body_bytes=settings.max_body_bytes,
+    )
     app.add_middleware(Authenticated, tenants=tenant_keys(config), metrics=metrics_keys(config))
     app.add_middleware(RefuseWhileDraining, drain=drain)
     app.add_middleware(ErrorsInOpenAIShape)
@@ -155,18 +161,30 @@ class _Media:
 
 
 def _engines(settings: Settings, config: Configuration, metrics: Metrics) -> _Engines:
-    for name, alias in (config.aliases or {}).items():
+    aliases = config.aliases
+    for name, alias in (aliases or {}).items():
         metrics.retention_limit.labels(name).set(alias.max_retention)
     session = EngineSession(
         connect_seconds=settings.engine_connect_seconds,
         read_seconds=settings.engine_read_seconds,
         api_key=_engine_key(settings),
     )
-    pool = EnginePool(settings.engines, session=session, metrics=metrics, health_seconds=settings.engine_health_seconds)
+    wanted = Wanted(
+        models=None if aliases is None else frozenset(alias.engine_model for alias in aliases.values()),
+        decoded_bytes=settings.media_max_decoded_bytes,
+        output_tokens=settings.max_output_tokens or 0,
+    )
+    pool = EnginePool(
+        settings.engines,
+        session=session,
+        metrics=metrics,
+        health_seconds=settings.engine_health_seconds,
+        wanted=wanted,
+    )
     return _Engines(
         session=session,
         pool=pool,
-        catalogue=Catalogue(aliases=config.aliases, pool=pool),
+        catalogue=Catalogue(aliases=aliases, pool=pool),
         exchanges=Exchanges(
             session=session, pool=pool, metrics=metrics, headers_seconds=settings.engine_headers_seconds
         ),

@@ -17,6 +17,8 @@ GatewayError
 ├── Overloaded                the gateway is at capacity: its queue, memory, downloads or media store
 ├── Draining                  the gateway is shutting down
 ├── EngineUnavailable         no engine for the request's model accepted it; no computing time was spent
+├── ModelNotServed            no engine serves the model of the request's alias
+├── EngineMisconfigured       an engine refused the request because of how it or the gateway is set up
 ├── EngineFailed              an engine accepted the request and then failed
 ├── EngineTimeout             an engine accepted the request and then stopped responding
 ├── EngineRefused             an engine answered with an error of its own
@@ -27,10 +29,12 @@ GatewayError
 import json
 import math
 import re
-from dataclasses import dataclass
-from typing import Any
+from copy import copy
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 MESSAGE_LIMIT = 800
+MISCONFIGURED = "the engine does not accept the gateway's requests as it is set up, which only the operator can change"
 
 
 class ConfigurationError(Exception):
@@ -56,6 +60,8 @@ class GatewayError(Exception):
         `retry_after_seconds` is the time after which a retry makes sense, if it is known.
         """
         super().__init__(message)
+        self.engine_status: int | None = None
+        """The status that the engine answered with, if it did."""
         self.message = message
         self.param = param
         self.code = code
@@ -80,6 +86,12 @@ class SamplingRefused(InvalidRequest):
 
 class MediaRefused(InvalidRequest):
     """A media part is not allowed or not readable."""
+
+    def at(self, param: str) -> Self:
+        """Return the same error with the place of the medium as its `param`. Several requests may share one error."""
+        placed = copy(self)
+        placed.param = param
+        return placed
 
 
 class FetchFailed(MediaRefused):
@@ -133,6 +145,9 @@ class Overloaded(GatewayError):
     Its queue, its memory for requests, its downloads or its media store is full, or the request has waited too long.
     """
 
+    body_untouched = True
+    """Whether nothing of the request's body was read."""
+
 
 class Draining(GatewayError):
     """The gateway is shutting down."""
@@ -140,6 +155,19 @@ class Draining(GatewayError):
 
 class EngineUnavailable(GatewayError):
     """No engine for the request's model could be reached, so no engine has spent computing time on the request."""
+
+
+class ModelNotServed(GatewayError):
+    """All engines have told what they serve, and the model of the request's alias is not among it."""
+
+
+class EngineMisconfigured(GatewayError):
+    """The request failed because of how the gateway and its engines are set up: only the operator can mend that."""
+
+    def __init__(self, message: str, *, code: str | None = None, engine_message: str | None = None) -> None:
+        """Keep the engine's own message for the log."""
+        super().__init__(message, code=code)
+        self.engine_message = engine_message
 
 
 class EngineFailed(GatewayError):
@@ -208,6 +236,10 @@ VERDICTS: dict[type[GatewayError], Verdict] = {
     Overloaded: Verdict(429, "rate_limit_error", "queue_full", code="rate_limit_exceeded", retry_after_seconds=1),
     Draining: Verdict(503, "server_error", "draining", code="draining", retry_after_seconds=2),
     EngineUnavailable: Verdict(503, "server_error", "no_engine", code="engine_unavailable", retry_after_seconds=2),
+    ModelNotServed: Verdict(503, "server_error", "misconfigured", code="model_not_served", retry_after_seconds=10),
+    EngineMisconfigured: Verdict(
+        500, "server_error", "misconfigured", code="engine_misconfigured", retry_is_waste=True
+    ),
     EngineFailed: Verdict(502, "server_error", "engine_failed", code="engine_failed", retry_is_waste=True),
     EngineTimeout: Verdict(504, "server_error", "engine_timeout", code="engine_timeout", retry_is_waste=True),
     ClientGone: Verdict(499, "invalid_request_error", "client_gone", code="client_closed_request"),
@@ -231,6 +263,8 @@ class ErrorAnswer:
     reason: str
     content: dict[str, Any]
     headers: dict[str, str]
+    cause: str | None = None
+    """What lies behind the error, for the log: the kind of an exception or an engine's status, never a message."""
 
     def body(self) -> bytes:
         """Return OpenAI's error object as JSON."""
@@ -244,7 +278,8 @@ class ErrorAnswer:
 def answer_to(exc: BaseException) -> ErrorAnswer:
     """Return the answer to `exc`. Any exception but a GatewayError becomes an internal error without details."""
     if not isinstance(exc, GatewayError):
-        return _answer(INTERNAL, GatewayError("the gateway failed on this request"))
+        answer = _answer(INTERNAL, GatewayError("the gateway failed on this request"))
+        return replace(answer, cause=type(exc).__name__)
     verdict = ENGINE_VERDICTS[exc.status] if isinstance(exc, EngineRefused) else VERDICTS[type(exc)]
     return _answer(verdict, exc)
 
@@ -265,26 +300,47 @@ def _answer(verdict: Verdict, exc: GatewayError) -> ErrorAnswer:
         "param": exc.param,
         "code": exc.code or verdict.code,
     }
-    return ErrorAnswer(verdict.status, verdict.reason, {"error": error}, headers)
+    return ErrorAnswer(verdict.status, verdict.reason, {"error": error}, headers, _cause_of(exc))
+
+
+def _cause_of(exc: GatewayError) -> str | None:
+    if exc.engine_status is not None:
+        return f"engine status {exc.engine_status}"
+    cause: BaseException | None = exc
+    while isinstance(cause, GatewayError):
+        cause = cause.__cause__
+    return None if cause is None else type(cause).__name__
 
 
 def engine_error(status: int, body: bytes) -> GatewayError:
+    """Return an engine's error answer as one of the gateway's errors, see `_translated`."""
+    error = _translated(status, body)
+    error.engine_status = status
+    return error
+
+
+def _translated(status: int, body: bytes) -> GatewayError:
     """Translate an engine's error answer, which is JSON in any of vLLM's shapes or the text of a proxy in between.
 
     An error that the client can correct (most 4xx) keeps its message, scrubbed. The engine's 401 and 403 concern the
-    gateway's own credentials, and its 5xx messages describe its internals. Both become an EngineFailed.
+    gateway's own credentials, and some of its 400s concern what the gateway has added to the request. Both become an
+    EngineMisconfigured. The engine's 5xx messages describe its internals; they become an EngineFailed.
     """
+    message, param = _message_of(body)
+    text = scrub(message) if message else "the engine refused the request"
+    if status in (401, 403) or (status in (400, 422) and _is_about_the_set_up(text, param)):
+        return EngineMisconfigured(MISCONFIGURED, engine_message=text)
     if status == 503:
         return EngineRefused("the engine is not taking requests, try again later", status=503)
     if status in (408, 504):
         return EngineTimeout("the engine did not answer in time")
     if status not in (400, 404, 413, 415, 422, 429):
         return EngineFailed("the engine failed on this request")
-    message, param = _message_of(body)
     prompt, context = _PROMPT_TOKENS.search(message or ""), _CONTEXT_TOKENS.search(message or "")
     if prompt and context and status == 400:
         return ContextExceeded(prompt_tokens=int(prompt[1] or prompt[2]), context_tokens=int(context[1]))
-    text = scrub(message) if message and not _NOT_FOR_CLIENTS.search(message) else "the engine refused the request"
+    if _NOT_FOR_CLIENTS.search(message or ""):
+        text = "the engine refused the request"
     if status == 404 and "does not exist" not in text:  # the engine lacks the route, not the model
         return EngineFailed("the engine does not serve this kind of request")
     code = "context_length_exceeded" if "maximum context length" in text or "max_model_len" in text else None
@@ -314,6 +370,18 @@ def _complaint_of(message: str, param: object) -> tuple[str | None, str | None]:
     rule = (found[1] or found[2]).replace("\\'", "'").removeprefix("Value error, ")
     rule = f"must {rule.removeprefix('Input should ')}" if rule.startswith("Input should ") else f"is wrong: {rule}"
     return f"{place} {rule}", place
+
+
+_OURS = re.compile(
+    r"--trust-request-mm-kwargs|--allowed-local-media-path|--allowed-media-domains|\bmm_processor_kwargs\b"
+    r"|\bmedia_io_kwargs\b|local files|cache_salt",
+    re.IGNORECASE,
+)
+"""What an engine's message is about if it refuses what the gateway itself has put into the request."""
+
+
+def _is_about_the_set_up(message: str, param: str | None) -> bool:
+    return _OURS.search(f"{param or ''} {message}") is not None
 
 
 def _message_of(body: bytes) -> tuple[str | None, str | None]:

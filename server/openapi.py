@@ -22,11 +22,13 @@ from server.errors import (
     BodyTooLarge,
     Draining,
     EngineFailed,
+    EngineMisconfigured,
     EngineTimeout,
     EngineUnavailable,
     ForbiddenField,
     GatewayError,
     InvalidRequest,
+    ModelNotServed,
     Overloaded,
     RateLimited,
     Unauthorized,
@@ -41,7 +43,7 @@ KEY_SCHEME = "apiKey"
 EVERYWHERE = (Unauthorized, RateLimited, Draining)
 BY_ENGINES = (
     *(InvalidRequest, ForbiddenField, UnknownModel, BodyTooLarge, BodyTimeout),
-    *(Overloaded, EngineUnavailable, EngineFailed, EngineTimeout),
+    *(Overloaded, EngineUnavailable, ModelNotServed, EngineMisconfigured, EngineFailed, EngineTimeout),
 )
 """The errors that every generating endpoint may answer with, besides the engine's own."""
 
@@ -151,7 +153,7 @@ def refusals(*kinds: type[GatewayError], by_engine: bool = False) -> dict[int | 
 
     Those are `kinds`, the errors of the middleware and, with `by_engine`, the engine's own errors.
     """
-    verdicts = [VERDICTS[kind] for kind in (*kinds, *EVERYWHERE)]
+    verdicts = [*(VERDICTS[kind] for kind in (*kinds, *EVERYWHERE)), INTERNAL]
     if by_engine:
         verdicts += ENGINE_VERDICTS.values()
     by_status: dict[int, list[Verdict]] = defaultdict(list)
@@ -186,7 +188,7 @@ def _complete(described: Schema, *, is_api: bool, needs_key: bool) -> None:
     responses.pop("422", None)
     for verdict in (INTERNAL, *([VERDICTS[Unauthorized]] if needs_key and not is_api else [])):
         content = {"application/json": {"schema": {"$ref": f"#/components/schemas/{ErrorBody.__name__}"}}}
-        responses[str(verdict.status)] = {**_refusal([verdict]), "content": content}
+        responses.setdefault(str(verdict.status), {**_refusal([verdict]), "content": content})
     described["responses"] = dict(sorted(responses.items()))
     for status, response in responses.items():
         response.pop("model", None)

@@ -207,18 +207,26 @@ class Allowance:
             await self._take("video-seconds", cost, limit)
         self._count("video_seconds", cost)
 
+    def note_refused(self) -> None:
+        """Count the request among those that were refused for a limit."""
+        self._count("rate_limited", 1)
+
     async def _admit(self) -> None:
+        """Take one from the limit on requests, unless another limit is used up: a refusal costs nothing."""
         limits, checks = self._limits, []
-        if limits.requests_per_minute is not None:
-            checks.append(self._take("requests", 1, limits.requests_per_minute))
         if limits.tokens_per_minute is not None:
             checks.append(self._check("tokens", 1, limits.tokens_per_minute))
         if limits.video_seconds_per_minute is not None:
             checks.append(self._check("video-seconds", 0, limits.video_seconds_per_minute))
         outcomes = await asyncio.gather(*checks, return_exceptions=True)  # runs all checks: each sets its headers
-        for outcome in outcomes:
-            if outcome is not None:
-                raise outcome
+        refusal = next((outcome for outcome in outcomes if outcome is not None), None)
+        if limits.requests_per_minute is not None:
+            if refusal is None:
+                await self._take("requests", 1, limits.requests_per_minute)
+            else:
+                await self._check("requests", 0, limits.requests_per_minute)
+        if refusal is not None:
+            raise refusal
         self._count("requests", 1)
 
     async def _settle(self, tokens: int) -> None:

@@ -1,16 +1,20 @@
 """Reads a request's body within limits of size and time."""
 
 import asyncio
+import json
 import re
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers
 from starlette.types import Receive
 
 from server.admission.buffers import Buffer
-from server.errors import BodyTimeout, BodyTooLarge, ClientGone, InvalidRequest
+from server.errors import BodyTimeout, BodyTooLarge, ClientGone, InvalidRequest, Overloaded
 
+SKIM_SECONDS = 2.0  # for what of a refused body is still read
+_MODEL = re.compile(rb'"model"\s*:\s*("(?:[^"\\]|\\.){1,200}")')
+_MODEL_BYTES = 220
 _LENGTH = re.compile(r"[0-9]{1,18}")
 
 
@@ -75,8 +79,45 @@ async def read_body(headers: Headers, receive: Receive, buffer: Buffer, limits: 
         buffer.expect(announced)
 
     async def keep(piece: bytes) -> None:
-        buffer.grow(len(piece))
+        try:
+            buffer.grow(len(piece))
+        except Overloaded as exc:
+            exc.body_untouched = False
+            raise
         body.extend(piece)
 
     await consume_body(headers, receive, keep, max_bytes=limits.max_bytes, seconds=limits.seconds)
     return body
+
+
+async def skim_model(headers: Headers, receive: Receive, known: Collection[str], *, max_bytes: int) -> str | None:
+    """Return the model that the body of a refused request names, None if it names none of `known`.
+
+    The body is read until then, at most `max_bytes` of it and for at most SKIM_SECONDS, and nothing of it is kept. A
+    client that waits to be asked for its body (`expect`) is not asked.
+    """
+    if "expect" in headers or headers.get("content-type", "").startswith("multipart/"):
+        return None
+    size, window = 0, b""
+    try:
+        async with asyncio.timeout(SKIM_SECONDS):
+            while size < max_bytes:
+                message = await receive()
+                piece = message.get("body", b"")
+                size += len(piece)
+                window = window[-_MODEL_BYTES:] + piece
+                for name in map(_text, _MODEL.findall(window)):
+                    if name in known:
+                        return name
+                if not message.get("more_body", False):
+                    return None
+    except TimeoutError:
+        pass
+    return None
+
+
+def _text(literal: bytes) -> str:
+    try:
+        return str(json.loads(literal))
+    except ValueError:
+        return ""

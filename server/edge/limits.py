@@ -1,9 +1,15 @@
 """The middleware that applies the tenants' limits to API requests."""
 
+from collections.abc import Callable, Collection
+
+from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.admission.quotas import Quotas
+from server.edge.body import skim_model
 from server.edge.state import caller_of, record_of, set_allowance
+from server.errors import RateLimited
+from server.observe.record import NO_MODEL
 
 MODELS_PATH = "/v1/models"
 
@@ -11,10 +17,14 @@ MODELS_PATH = "/v1/models"
 class Limited:
     """Middleware that counts API requests against their tenant's limits, except those that only look models up."""
 
-    def __init__(self, app: ASGIApp, *, quotas: Quotas) -> None:
-        """Wrap `app`."""
+    def __init__(
+        self, app: ASGIApp, *, quotas: Quotas, models: Callable[[], Collection[str]], max_body_bytes: int
+    ) -> None:
+        """Wrap `app`. `models` returns the models by whose names refused requests are counted."""
         self._app = app
         self._quotas = quotas
+        self._models = models
+        self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -24,8 +34,15 @@ class Limited:
         record = record_of(scope)
         allowance = self._quotas.allowance(caller_of(scope).tenant)
         set_allowance(scope, allowance)
-        async with allowance.taken(tokens_used=lambda: record.tokens):
-            await self._app(scope, receive, send)
+        try:
+            async with allowance.taken(tokens_used=lambda: record.tokens):
+                await self._app(scope, receive, send)
+        except RateLimited:
+            allowance.note_refused()
+            if record.model == NO_MODEL and scope["method"] == "POST":
+                model = await skim_model(Headers(scope=scope), receive, self._models(), max_bytes=self._max_body_bytes)
+                record.model = model or NO_MODEL
+            raise
 
 
 def _is_counted(method: str, path: str) -> bool:

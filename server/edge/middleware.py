@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.admission.drain import Drain
@@ -74,13 +74,20 @@ class Observed:
 
 
 def _route_in(scope: Scope, *, default: str) -> str:
-    """Return the path of the request's route, with `{id}` in place of each parameter, or `default` without a route."""
+    """Return the path of the request's route, with `{id}` in place of each parameter, or `default` without a route.
+
+    A request that was refused before its route was looked up has one all the same.
+    """
     route: Any = scope.get("route")
+    if route is None and "app" in scope:
+        matches = (it for it in scope["app"].routes if it.matches(scope)[0] is Match.FULL)
+        route = next(matches, None)
     return _PATH_PARAMETER.sub("{id}", route.path_format) if isinstance(route, Route) else default
 
 
 def _log(record: RequestRecord, seconds: float, *, tenant: str) -> None:
     before, after = record.video_tokens or (None, None)
+    retention, first_token = record.retention, record.seconds_to_first_token
     logger.log(
         logging.INFO if record.route.startswith("/v1") or record.reason else logging.DEBUG,
         "request",
@@ -89,13 +96,20 @@ def _log(record: RequestRecord, seconds: float, *, tenant: str) -> None:
             "route": record.route,
             "tenant": tenant,
             "model": record.model,
+            "engine": record.engine,
             "status": record.status,
             "stream": record.stream,
             "seconds": round(seconds, 6),
+            "seconds_to_first_token": None if first_token is None else round(first_token, 6),
             "overhead_ms": round(record.overhead_ms(), 3),
             "reason": record.reason,
+            "code": record.code,
+            "cause": record.cause,
+            "prompt_tokens": record.prompt_tokens,
+            "answer_tokens": record.answer_tokens,
             "video_tokens_before": before,
             "video_tokens_after": after,
+            "retention": None if retention is None else round(retention, 4),
         },
     )
 

@@ -33,6 +33,12 @@ def caller_of(scope: Scope) -> Caller:
     return caller
 
 
+def sender_of(scope: Scope) -> str:
+    """Return whom a request is from, as far as the gateway can tell: its tenant or, without tenants, its address."""
+    client = scope.get("client")
+    return caller_of(scope).tenant or (client[0] if client else "")
+
+
 def set_allowance(scope: Scope, allowance: Allowance) -> None:
     """Store the request's allowance: what it takes from its tenant's limits."""
     scope["state"][_ALLOWANCE] = allowance

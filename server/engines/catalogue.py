@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from server.aliases import Alias, pass_through
 from server.engines.pool import EnginePool
-from server.errors import EngineUnavailable, UnknownModel
+from server.errors import EngineUnavailable, ModelNotServed, UnknownModel
 
 MOST_SHOWN = 20  # models, in the error about one that there isn't
 
@@ -19,6 +19,8 @@ class RetentionBounds(BaseModel):
     retention: float | None
     min_retention: float
     max_retention: float
+    engine_retention: float | None
+    """What engines keep if neither the request nor the model says; None if they do not tell, or differ."""
 
 
 class ModelCard(BaseModel):
@@ -41,7 +43,7 @@ class ModelList(BaseModel):
 
 
 class Catalogue:
-    """Looks models up by name. The models of engines that are down are still known."""
+    """Looks models up by name. The models of engines that are down are still known, those that no engine serves not."""
 
     def __init__(self, *, aliases: Mapping[str, Alias] | None, pool: EnginePool) -> None:
         """Offer `aliases`, or every model of the pool's engines under its own name."""
@@ -49,17 +51,27 @@ class Catalogue:
         self._pool = pool
         self._created = int(time.time())
 
+    @property
+    def names(self) -> Collection[str]:
+        """The names of all models."""
+        return self._offered().keys()
+
     def resolve(self, name: str, *, allowed: Collection[str] | None = None) -> Alias:
         """Return the alias called `name`.
 
         `allowed` are the models that the tenant may use (None: all). For that tenant, the others do not exist.
-        Raises UnknownModel, or EngineUnavailable if no engine has reported its models yet.
+        Raises UnknownModel, EngineUnavailable if the engines that may serve the model have not reported yet, or
+        ModelNotServed if none of them serves the model of the alias.
         """
         offered = self._offered()
         if name in offered and (allowed is None or name in allowed):
             return offered[name]
-        if not offered:
-            raise EngineUnavailable("no engine is available, try again later")
+        is_alias = name in (self._aliases or ()) and (allowed is None or name in allowed)
+        if self._aliases is None or is_alias:
+            if not self._pool.models or (is_alias and not self._pool.all_seen):
+                raise EngineUnavailable("no engine is available, try again later")
+            if is_alias:
+                raise ModelNotServed("no engine serves this model, which only the operator can change")
         usable = sorted(offered if allowed is None else allowed & offered.keys())
         shown = ", ".join(usable[:MOST_SHOWN]) + (", …" if len(usable) > MOST_SHOWN else "")
         raise UnknownModel(
@@ -75,7 +87,11 @@ class Catalogue:
         return self._card(self.resolve(name, allowed=allowed))
 
     def _offered(self) -> Mapping[str, Alias]:
-        return pass_through(self._pool.models) if self._aliases is None else self._aliases
+        """Return the aliases that an engine serves or has served last, or the engines' own models without aliases."""
+        served = self._pool.models
+        if self._aliases is None:
+            return pass_through(served)
+        return {name: alias for name, alias in self._aliases.items() if alias.engine_model in served}
 
     def _card(self, alias: Alias) -> ModelCard:
         length = self._pool.models.get(alias.engine_model, {}).get("max_model_len")
@@ -83,7 +99,10 @@ class Catalogue:
             id=alias.name,
             created=self._created,
             aot=RetentionBounds(
-                retention=alias.retention, min_retention=alias.min_retention, max_retention=alias.max_retention
+                retention=alias.retention,
+                min_retention=alias.min_retention,
+                max_retention=alias.max_retention,
+                engine_retention=self._pool.retention(alias.engine_model),
             ),
             max_model_len=length if isinstance(length, int) else None,
         )

@@ -1,10 +1,12 @@
 """Sends a request to an engine and gives its answer: headers first, then the body as it arrives."""
 
 import asyncio
+import json
 import logging
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from time import perf_counter
 
 import aiohttp
@@ -13,7 +15,15 @@ from server.engines.pool import Attempt, Engine, EnginePool
 from server.engines.profile import VideoRules
 from server.engines.savings import Savings
 from server.engines.session import Connecting, EngineSession
-from server.errors import EngineFailed, EngineTimeout, EngineUnavailable, GatewayError, engine_error
+from server.engines.streams import EventStream, is_aborted
+from server.errors import (
+    EngineFailed,
+    EngineMisconfigured,
+    EngineTimeout,
+    EngineUnavailable,
+    GatewayError,
+    engine_error,
+)
 from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
 
@@ -26,6 +36,7 @@ PIECE_BYTES = 256 * 1024
 WHOLE_BODY_BYTES = 2**20  # aiohttp wants larger bodies in pieces, so that writing one does not block the event loop
 ERROR_BODY_BYTES = 64 * 1024
 ERROR_BODY_SECONDS = 5.0
+LONGEST_ANSWER_BYTES = 64 * 2**20
 MAX_ATTEMPTS = 3
 
 
@@ -38,6 +49,12 @@ class Call:
     """The engine's name for the model."""
     is_stream: bool
     has_video: bool
+    has_media: bool
+    """Whether it holds videos, images or audio."""
+    reader: Callable[[Savings | None], EventStream]
+    """Returns a parser for the engine's stream."""
+    sender: str
+    """Who asks: errors that only one sender meets do not count against an engine."""
     key: str | None = None
     """The affinity key: calls with the same key go to the same engine, as long as its load allows."""
     rules: VideoRules | None = None
@@ -45,36 +62,121 @@ class Call:
     headers: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class _Asking:
+    """A request to an engine, with all that is sent and noted along with it."""
+
+    call: Call
+    body: Body = field(repr=False)
+    content: bytes
+    """What tells the request from others of the same sender."""
+    traced: Mapping[str, str]
+    record: RequestRecord
+
+
+class Refused(Exception):
+    """The engine answered with an error, before it generated anything."""
+
+    def __init__(self, error: GatewayError, *, status: int | None) -> None:
+        """Keep the error for the client, and the engine's status; None if it sent its error in a stream."""
+        super().__init__(error.message)
+        self.error = error
+        self.status = status
+
+
 class Exchange:
     """An engine's answer, whose headers have been read. Errors while reading its body are raised as GatewayErrors."""
 
-    def __init__(self, response: aiohttp.ClientResponse, attempt: Attempt) -> None:
-        """Wrap a response with status 200. Whether its body arrives decides the outcome of `attempt`."""
+    def __init__(self, response: aiohttp.ClientResponse, attempt: Attempt, *, call: Call, content: bytes) -> None:
+        """Wrap a response with status 200. Whether its body arrives decides the outcome of `attempt`.
+
+        `content` identifies the request among those of the same sender.
+        """
         self._response = response
         self._attempt = attempt
+        self._call = call
+        self._content = content
+        self._ahead: list[bytes] = []
         self.savings = Savings.from_headers(response.headers)
         self.is_stream = response.content_type == "text/event-stream"
         self.content_type = response.headers.get("content-type", "application/json")
 
     async def read(self) -> bytes:
-        """Return the whole body."""
-        return b"".join([piece async for piece in self.pieces()])
+        """Return the whole body.
+
+        Raises EngineFailed if it is larger than LONGEST_ANSWER_BYTES, incomplete, or of a request that was aborted.
+        """
+        pieces, size_bytes = [], 0
+        async for piece in self.pieces():
+            pieces.append(piece)
+            size_bytes += len(piece)
+            if size_bytes > LONGEST_ANSWER_BYTES:
+                raise EngineFailed(f"the engine's answer is larger than {LONGEST_ANSWER_BYTES} bytes")
+        body = b"".join(pieces)
+        if is_aborted(body) or not (self._says_its_end or _is_json(body)):
+            self._attempt.failed()
+            raise EngineFailed("the engine broke off while working on this request")
+        return body
+
+    @property
+    def _says_its_end(self) -> bool:
+        """Whether the body says where it ends. Otherwise it ends where the connection does, wherever that is."""
+        return bool({"content-length", "transfer-encoding"} & {name.lower() for name in self._response.headers})
+
+    async def begin(self) -> None:
+        """Read a stream until it holds output, and keep what was read for `pieces`.
+
+        Raises Refused if the stream holds an error and no output: nothing was generated.
+        """
+        stream = self._call.reader(None)
+        async for piece in self._received():
+            self._ahead.append(piece)
+            stream.feed(piece)
+            if stream.failure is not None and not stream.tokens:
+                raise Refused(stream.failure, status=500 if isinstance(stream.failure, EngineFailed) else None)
+            if stream.tokens or stream.done or stream.failure is not None:
+                return
 
     async def pieces(self) -> AsyncIterator[bytes]:
-        """Yield the body as it arrives.
+        """Yield the body as it arrives. Whoever reads it says with `complete` or `broke_off` what has come of it."""
+        ahead, self._ahead = self._ahead, []
+        for piece in ahead:
+            yield piece
+        async for piece in self._received():
+            yield piece
 
-        The attempt succeeds with the first byte of the body: headers alone do not show that the engine works.
-        """
+    async def _received(self) -> AsyncIterator[bytes]:
+        content, wait = self._response.content, self._attempt.wait
+        give_up = partial(content.set_exception, aiohttp.ServerDisconnectedError())
         begun = False
         try:
-            async for piece in self._response.content.iter_any():
+            while True:
+                wait.begin(give_up)
+                piece = await content.readany()
+                wait.over()
+                if not piece:
+                    return
                 if not begun:
                     begun = True
-                    self._attempt.succeeded()
+                    self._attempt.answer_begins()
                 yield piece
         except (aiohttp.ClientError, OSError) as exc:
             self._attempt.failed()
             raise _broken(exc) from exc
+        finally:
+            wait.over()
+
+    def complete(self) -> None:
+        """Note that the answer is complete: the engine works."""
+        self._attempt.succeeded()
+
+    def broke_off(self) -> None:
+        """Note that the engine ended its answer before it was complete."""
+        self._attempt.failed()
+
+    def ended_with_error(self) -> None:
+        """Note that the engine reported an error of its own in the answer, as it might have in place of one."""
+        self._attempt.answered_with_error(self._call.sender, self._content)
 
 
 class Exchanges:
@@ -91,23 +193,22 @@ class Exchanges:
     async def exchange(self, call: Call, body: Body, record: RequestRecord) -> AsyncIterator[Exchange]:
         """Post a request to an engine and yield its answer. Leaving the block early makes the engine abort the request.
 
-        Another engine is tried if the first one can't be connected to or answers 503, because neither has spent
-        computing time on the request. There are at most MAX_ATTEMPTS attempts. A request that an engine has accepted
-        and then failed on is never sent again: it may have cost a prefill, or it may have caused the failure.
+        Another engine is tried if the first one can't be connected to, answers 503 or is not set up for the request,
+        because it has then spent no computing time on it. There are at most MAX_ATTEMPTS attempts. A request that an
+        engine has accepted and then failed on is not sent to another: it may have cost a prefill, or it may have
+        caused the failure. With media it is sent to the same engine once more, see `_ask`.
         Raises EngineUnavailable, EngineFailed, EngineTimeout, or the engine's own error.
         """
+        content = _identity(call, body)
         async with AsyncExitStack() as held:
-            attempt, response = await self._answered(call, body, record, held)
+            exchange = await self._answered(call, body, content, record, held)
             del body  # frees the memory early: a body may have megabytes, and the answer may take minutes
-            exchange = Exchange(response, attempt)
-            if call.has_video:
-                _note_savings(attempt.engine, exchange.savings, record.request_id)
             yield exchange
 
     async def _answered(
-        self, call: Call, body: Body, record: RequestRecord, held: AsyncExitStack
-    ) -> tuple[Attempt, aiohttp.ClientResponse]:
-        """Return the answer of the first engine that accepts the request, and its attempt.
+        self, call: Call, body: Body, content: bytes, record: RequestRecord, held: AsyncExitStack
+    ) -> Exchange:
+        """Return the answer of the first engine that accepts the request.
 
         Whatever must be released after the answer has been read is pushed on the exit stack `held`.
         """
@@ -125,25 +226,71 @@ class Exchanges:
             if tried:
                 self._metrics.upstream_retries.labels(reason).inc()
             tried.append(attempt.engine)
+            record.engine = attempt.engine.name
             traced = held.enter_context(record.trace.engine(attempt.engine.name)) if record.trace else {}
+            asking = _Asking(call, body, content, traced, record)
             try:
-                response = await self._send(call, attempt, body, traced, record)
+                return await self._ask(asking, attempt, held)
             except EngineUnavailable as exc:
                 reason, refusal = "connect", exc
-            else:
-                held.callback(_let_go, response)
-                if response.status == 200:
-                    return attempt, response
-                refusal = await self._refusal(attempt, response, record.request_id)
-                if response.status != 503:
-                    raise refusal
-                reason = "refused"
+            except Refused as refused:
+                refusal = refused.error
+                if refused.status == 503:
+                    reason = "refused"
+                elif isinstance(refusal, EngineMisconfigured):
+                    reason = "misconfigured"
+                else:
+                    raise refusal from None
             await held.aclose()
         raise refusal
 
-    async def _send(
-        self, call: Call, attempt: Attempt, body: Body, traced: Mapping[str, str], record: RequestRecord
-    ) -> aiohttp.ClientResponse:
+    async def _ask(self, asking: "_Asking", attempt: Attempt, held: AsyncExitStack) -> Exchange:
+        """Return the answer of one engine.
+
+        A request with media that the engine answers with 500 is sent to it once more. After a request that vLLM
+        refuses for a parameter, its API server takes the media of that request for cached in the engine, which has
+        never seen them (vllm-project/vllm#43941). The next request about these media fails, and clears that up.
+        Raises Refused for an error of the engine, and EngineUnavailable if the engine can't be reached.
+        """
+        try:
+            return await self._once(asking, attempt, held)
+        except Refused as refused:
+            if refused.status != 500 or not asking.call.has_media:
+                self._judge(asking, attempt, refused)
+                raise
+        self._metrics.upstream_retries.labels("cache_miss").inc()
+        try:
+            return await self._once(asking, attempt, held)
+        except EngineUnavailable as exc:
+            raise EngineFailed("the engine broke off while working on this request") from exc
+        except Refused as refused:
+            self._judge(asking, attempt, refused)
+            raise refused.error from None
+
+    async def _once(self, asking: "_Asking", attempt: Attempt, held: AsyncExitStack) -> Exchange:
+        response = await self._send(asking, attempt)
+        held.callback(_let_go, response)
+        if response.status != 200:
+            error = await self._refusal(response, attempt.engine, asking.record.request_id)
+            raise Refused(error, status=response.status)
+        exchange = Exchange(response, attempt, call=asking.call, content=asking.content)
+        if asking.call.has_video:
+            _note_savings(attempt.engine, exchange.savings, asking.record.request_id)
+        if exchange.is_stream and asking.call.is_stream and asking.call.has_media:
+            await exchange.begin()
+        return exchange
+
+    @staticmethod
+    def _judge(asking: "_Asking", attempt: Attempt, refused: Refused) -> None:
+        if isinstance(refused.error, EngineMisconfigured):
+            return
+        if refused.status is not None and refused.status >= 500:
+            attempt.answered_with_error(asking.call.sender, asking.content)
+        else:
+            attempt.succeeded()
+
+    async def _send(self, asking: "_Asking", attempt: Attempt) -> aiohttp.ClientResponse:
+        call, body, record = asking.call, asking.body, asking.record
         connecting = Connecting()
         size_bytes = sum(map(len, body))
         begin = perf_counter()
@@ -151,7 +298,8 @@ class Exchanges:
         # Then only the session's limit on silence applies.
         limit = self._headers_seconds if call.is_stream else None
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(limit) as deadline:
+                attempt.wait.begin(partial(deadline.reschedule, 0.0))
                 response = await self._session.http.post(
                     attempt.engine.url + call.path,
                     data=b"".join(body) if size_bytes <= WHOLE_BODY_BYTES else _in_pieces(body),
@@ -160,7 +308,7 @@ class Exchanges:
                         "content-length": str(size_bytes),
                         "x-request-id": record.request_id,
                         **call.headers,
-                        **traced,
+                        **asking.traced,
                     },
                     allow_redirects=False,
                     trace_request_ctx=connecting,
@@ -170,29 +318,35 @@ class Exchanges:
             raise EngineUnavailable("no engine is available, try again later") from exc
         except (aiohttp.ClientError, OSError) as exc:
             attempt.failed()
-            raise _broken(exc) from exc
+            raise _broken(exc, gone=attempt.wait.in_vain) from exc
+        finally:
+            attempt.wait.over()
         record.engine_answered(begin=begin, connected=connecting.finished or begin, answered=perf_counter())
         return response
 
-    async def _refusal(self, attempt: Attempt, response: aiohttp.ClientResponse, request_id: str) -> GatewayError:
+    async def _refusal(self, response: aiohttp.ClientResponse, engine: Engine, request_id: str) -> GatewayError:
         try:
             async with asyncio.timeout(ERROR_BODY_SECONDS):
                 body = await response.content.read(ERROR_BODY_BYTES)
         except (aiohttp.ClientError, OSError):
             body = b""
-        if response.status >= 500:
-            attempt.failed()
+        error = engine_error(response.status, body)
+        where = {"request_id": request_id, "engine": engine.name, "engine_status": response.status}
+        if isinstance(error, EngineMisconfigured):
+            logger.error(
+                "engine is not set up for the gateway", extra={**where, "engine_message": error.engine_message}
+            )
         else:
-            attempt.succeeded()
-        logger.warning(
-            "engine answered with an error",
-            extra={
-                "request_id": request_id,
-                "engine": attempt.engine.name,
-                "engine_status": response.status,
-            },
-        )
-        return engine_error(response.status, body)
+            logger.warning("engine answered with an error", extra=where)
+        return error
+
+
+def _identity(call: Call, body: Body) -> bytes:
+    """Return what tells a request from others of the same sender: its media, or else the ends of its body."""
+    if call.key is not None:
+        return call.key.encode()
+    first, last = body[0], body[-1]
+    return b"%d " % sum(map(len, body)) + first[:512] + last[-1024:]
 
 
 def _let_go(response: aiohttp.ClientResponse) -> None:
@@ -216,10 +370,18 @@ def _note_savings(engine: Engine, savings: Savings | None, request_id: str) -> N
     engine.reports_savings = savings is not None
 
 
-def _broken(exc: Exception) -> GatewayError:
-    if isinstance(exc, TimeoutError):
+def _broken(exc: Exception, *, gone: bool = False) -> GatewayError:
+    if isinstance(exc, TimeoutError) and not gone:
         return EngineTimeout("the engine did not answer in time")
     return EngineFailed("the engine broke off while working on this request")
+
+
+def _is_json(body: bytes) -> bool:
+    try:
+        json.loads(body)
+    except ValueError:
+        return False
+    return True
 
 
 async def _in_pieces(body: Body) -> AsyncIterator[memoryview]:

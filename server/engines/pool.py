@@ -6,12 +6,14 @@ import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import aiohttp
 
-from server.engines import routing
+from server.engines import routing, silence
 from server.engines.breaker import Breaker
+from server.engines.check import REMEDIES, Check, Wanted, examine
 from server.engines.profile import PATH as PROFILE_PATH
 from server.engines.profile import EngineProfile, VideoRules, read_profile
 from server.engines.session import EngineSession
@@ -22,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 HEALTH_TIMEOUT_SECONDS = 5.0
 SILENT_CHECKS_UNTIL_DOWN = 3  # time-outs in a row, as a busy engine may answer late; any other failure counts at once
+
+ERRORS_UNTIL_ASKED = 3  # 5xx answers without a good one in between, after which a check asks the engine a question
+
+_LOGGED_OF_PROFILE = {"versions", "architecture", "frames_format", "reduction", "context_length", "limits"}
 
 
 @dataclass(eq=False)
@@ -34,11 +40,25 @@ class Engine:
     inflight: int = 0
     last_chosen: int = 0
     silent_checks: int = 0
+    errors_in_a_row: int = 0
+    """How many requests it has answered with 5xx since its last good answer, whoever sent them."""
     reports_savings: bool = True
     models: dict[str, dict[str, Any]] = field(default_factory=dict)
     profile: EngineProfile | None = None
     """What the engine tells about itself. None if it tells nothing, for example because it runs without the plugin."""
+    seen: bool = False
+    """Whether it has listed its models at least once."""
+    takes_key: bool = True
+    checks: dict[Check, bool] = field(default_factory=dict)
+    """The outcomes of its examination, see `examine`."""
     breaker: Breaker = field(default_factory=Breaker)
+    waits: set[silence.Wait] = field(default_factory=set)
+    """How long its requests have waited for it."""
+
+    @property
+    def failed_checks(self) -> list[Check]:
+        """The checks of its examination that fail."""
+        return [check for check, outcome in self.checks.items() if not outcome]
 
     @property
     def video_rules(self) -> VideoRules | None:
@@ -49,8 +69,8 @@ class Engine:
 class Attempt:
     """One request at one engine.
 
-    The caller reports the outcome with `succeeded`, `failed` or `unreachable`. Without a report the outcome is unknown,
-    for example because the client left first, and the circuit breaker counts neither a success nor a failure.
+    The caller reports the outcome. Without a report the outcome is unknown, for example because the client left first,
+    and the circuit breaker counts neither a success nor a failure.
     """
 
     def __init__(self, engine: Engine, pool: "EnginePool") -> None:
@@ -58,15 +78,28 @@ class Attempt:
         self.engine = engine
         self._pool = pool
         self._on_trial = engine.breaker.begin()
+        self.wait = silence.Wait()
         engine.inflight += 1
+        engine.waits.add(self.wait)
+
+    def answer_begins(self) -> None:
+        """Note the first byte of the body. Headers alone do not show that the engine works."""
+        self._pool.note_answer(self.engine, complete=False)
 
     def succeeded(self) -> None:
-        """Note that the engine has answered. A 4xx answer is a success too: the engine works, the request is wrong."""
-        self._pool.note_success(self.engine)
+        """Note a complete answer. A 4xx answer is a success too: the engine works, the request is wrong."""
+        self._pool.note_answer(self.engine, complete=True)
 
     def failed(self) -> None:
-        """Note that the engine timed out, broke off its answer or answered with a 5xx error."""
+        """Note that the engine timed out or broke off its answer."""
         self._pool.note_failure(self.engine, on_trial=self._on_trial)
+
+    def answered_with_error(self, sender: str, content: bytes) -> None:
+        """Note that the engine answered with a 5xx error, which may be the fault of the request.
+
+        `sender` is who asked, and `content` identifies the request.
+        """
+        self._pool.note_error(self.engine, sender, content)
 
     def unreachable(self) -> None:
         """Note that the engine could not be connected to. It gets no requests until its next health check passes."""
@@ -75,18 +108,29 @@ class Attempt:
     def end(self) -> None:
         """Stop counting the request as in flight."""
         self.engine.inflight -= 1
+        self.engine.waits.discard(self.wait)
         self.engine.breaker.end(trial=self._on_trial)
 
 
 class EnginePool:
     """The engines and their state, which health checks and the outcomes of requests keep up to date."""
 
-    def __init__(self, urls: Sequence[str], *, session: EngineSession, metrics: Metrics, health_seconds: float) -> None:
-        """Start with all engines down, until `check` or `watch` finds them up."""
+    def __init__(
+        self,
+        urls: Sequence[str],
+        *,
+        session: EngineSession,
+        metrics: Metrics,
+        health_seconds: float,
+        wanted: Wanted = Wanted(),  # noqa: B008 - it is frozen
+    ) -> None:
+        """Start with all engines down, until `check` or `watch` finds them up. `wanted` is what they should serve."""
         self.engines = [Engine(f"engine-{i}", url) for i, url in enumerate(urls)]
         self._session = session
         self._metrics = metrics
         self._health_seconds = health_seconds
+        self._wanted = wanted
+        self._unserved: frozenset[str] = frozenset()
         self._choices = itertools.count(1)
         for engine in self.engines:
             self._metrics.engine_up.labels(engine.name).set(0)
@@ -102,6 +146,11 @@ class EnginePool:
         """The cards of all models by name. An engine that is down counts with the models it served last."""
         return {name: card for engine in reversed(self.engines) for name, card in engine.models.items()}
 
+    @property
+    def all_seen(self) -> bool:
+        """Whether every engine has listed its models at least once."""
+        return all(engine.seen for engine in self.engines)
+
     def video_rules(self, model: str) -> VideoRules | None:
         """Return the rules for sampling frames that all engines of a model share.
 
@@ -115,6 +164,12 @@ class EnginePool:
         """Return the profile of an engine that serves `model` by these rules; None if there is none any more."""
         serving = (engine for engine in self.engines if engine.healthy and model in engine.models)
         return next((engine.profile for engine in serving if engine.video_rules == rules), None)
+
+    def retention(self, model: str) -> float | None:
+        """Return the share of video tokens that the engines of a model keep by default, None if it is not known."""
+        profiles = [engine.profile for engine in self.engines if model in engine.models]
+        told = {None if profile is None else profile.reduction.retention for profile in profiles}
+        return told.pop() if len(told) == 1 else None
 
     @contextmanager
     def attempt(
@@ -167,19 +222,32 @@ class EnginePool:
             self._metrics.affinity.labels(affinity).inc()
         return engine
 
-    def note_success(self, engine: Engine) -> None:
-        """Close the engine's circuit breaker, because it has answered a request."""
+    def note_answer(self, engine: Engine, *, complete: bool) -> None:
+        """Close the engine's circuit breaker, because it answers a request."""
         if not engine.breaker.closed:
             logger.info("engine answers again", extra={"engine": engine.name})
             self._metrics.engine_breaker_open.labels(engine.name).set(0)
-        engine.breaker.succeed()
+        if complete:
+            engine.breaker.succeed()
+            engine.errors_in_a_row = 0
+        else:
+            engine.breaker.answer_begins()
 
     def note_failure(self, engine: Engine, *, on_trial: bool) -> None:
         """Count a failure of the engine, which may open its circuit breaker."""
         if engine.breaker.fail(trial=on_trial):
-            seconds = round(engine.breaker.seconds_to_trial(), 3)
-            logger.warning("engine keeps failing", extra={"engine": engine.name, "seconds_to_trial": seconds})
-            self._metrics.engine_breaker_open.labels(engine.name).set(1)
+            self._note_opened(engine)
+
+    def note_error(self, engine: Engine, sender: str, content: bytes) -> None:
+        """Count a 5xx answer of the engine, which may open its circuit breaker."""
+        engine.errors_in_a_row += 1
+        if engine.breaker.note_error(sender, content):
+            self._note_opened(engine)
+
+    def _note_opened(self, engine: Engine) -> None:
+        seconds = round(engine.breaker.seconds_to_trial(), 3)
+        logger.warning("engine keeps failing", extra={"engine": engine.name, "seconds_to_trial": seconds})
+        self._metrics.engine_breaker_open.labels(engine.name).set(1)
 
     def mark_unreachable(self, engine: Engine) -> None:
         """Send no requests to the engine until its next health check passes."""
@@ -190,8 +258,14 @@ class EnginePool:
         await asyncio.gather(*(self._check(engine) for engine in self.engines))
 
     async def watch(self) -> None:
-        """Check the engines forever, each in a loop of its own, so that a silent engine does not delay the others."""
-        await asyncio.gather(*(self._watch(engine) for engine in self.engines))
+        """Check the engines forever, each in loops of its own, so that a silent engine does not delay the others."""
+        await asyncio.gather(
+            *(self._watch(engine) for engine in self.engines),
+            *(
+                silence.watch(engine.url, engine.waits, gone=partial(self.mark_unreachable, engine))
+                for engine in self.engines
+            ),
+        )
 
     async def _watch(self, engine: Engine) -> None:
         while True:
@@ -203,10 +277,12 @@ class EnginePool:
         try:
             async with self._session.http.get(f"{engine.url}/health", timeout=limit) as answer:
                 healthy = answer.status == 200
-            if healthy:
-                await self._discover(engine, limit)
+            if healthy and await self._discover(engine, limit):
                 await self._read_profile(engine, limit)
-                healthy = bool(engine.models)
+                healthy = bool(engine.models) and await self._answers(engine, limit)
+                self._examine(engine, reconnected=healthy and not engine.healthy)
+            else:
+                healthy = False
         except TimeoutError:
             engine.silent_checks += 1
             healthy = engine.healthy and engine.silent_checks < SILENT_CHECKS_UNTIL_DOWN
@@ -216,18 +292,64 @@ class EnginePool:
             engine.silent_checks = 0
         self._set(engine, healthy=healthy)
 
-    async def _discover(self, engine: Engine, limit: aiohttp.ClientTimeout) -> None:
+    def _examine(self, engine: Engine, *, reconnected: bool) -> None:
+        """Check whether the engine is set up for the gateway, and say so when it comes up or something has changed."""
+        before, profile = engine.checks, engine.profile
+        engine.checks = examine(self._wanted, takes_key=engine.takes_key, models=engine.models, profile=profile)
+        for check in before.keys() - engine.checks.keys():
+            self._metrics.engine_check.remove(engine.name, check)
+        for check, outcome in engine.checks.items():
+            self._metrics.engine_check.labels(engine.name, check).set(int(outcome))
+        if engine.checks == before and not reconnected:
+            return
+        told = {} if profile is None else profile.model_dump(include=_LOGGED_OF_PROFILE)
+        failed = list(engine.failed_checks)
+        where = {"engine": engine.name, "models": sorted(engine.models), "failed_checks": failed}
+        logger.info("engine examined", extra={**where, **told})
+        for check in engine.failed_checks:
+            logger.warning("engine check failed: %s", REMEDIES[check], extra={"engine": engine.name, "check": check})
+
+    def _note_unserved(self) -> None:
+        unserved = (self._wanted.models or frozenset()).difference(self.models)
+        if unserved - self._unserved and self.all_seen:
+            logger.warning(
+                "no engine serves some of the models that aliases name: these aliases are not offered",
+                extra={"engine_models": sorted(unserved)},
+            )
+        self._unserved = unserved if self.all_seen else frozenset()
+
+    async def _answers(self, engine: Engine, limit: aiohttp.ClientTimeout) -> bool:
+        """Return whether the engine answers a question. It is asked one only if it keeps answering others with errors.
+
+        This tells an engine that fails everything from one that is sent requests it can't answer.
+        """
+        if engine.errors_in_a_row < ERRORS_UNTIL_ASKED:
+            return True
+        question = {"model": next(iter(engine.models)), "prompt": "a", "max_tokens": 1}
+        async with self._session.http.post(f"{engine.url}/v1/completions", json=question, timeout=limit) as answer:
+            answers = answer.status < 500
+        engine.errors_in_a_row = 0 if answers else engine.errors_in_a_row
+        return answers
+
+    async def _discover(self, engine: Engine, limit: aiohttp.ClientTimeout) -> bool:
+        """Read which models the engine serves; return False if it does not say."""
         async with self._session.http.get(f"{engine.url}/v1/models", timeout=limit) as answer:
+            engine.takes_key = answer.status not in (401, 403)
+            if not engine.takes_key:
+                self._examine(engine, reconnected=False)
             if answer.status != 200:
-                return
+                return False
             try:
                 listing = await answer.json(content_type=None)
                 cards = {str(card["id"]): dict(card) for card in listing["data"]}
             except (ValueError, KeyError, TypeError):
-                return
+                return False
         if cards and cards.keys() != engine.models.keys():
             logger.info("engine serves these models", extra={"engine": engine.name, "models": sorted(cards)})
         engine.models = cards or engine.models
+        engine.seen = True
+        self._note_unserved()
+        return True
 
     async def _read_profile(self, engine: Engine, limit: aiohttp.ClientTimeout) -> None:
         async with self._session.http.get(f"{engine.url}{PROFILE_PATH}", timeout=limit) as answer:
@@ -247,6 +369,6 @@ class EnginePool:
         if engine.healthy != healthy:
             logger.info("engine is %s", "up" if healthy else "down", extra={"engine": engine.name})
             if healthy:  # the engine may have been restarted since it failed
-                self.note_success(engine)
+                self.note_answer(engine, complete=True)
         engine.healthy = healthy
         self._metrics.engine_up.labels(engine.name).set(int(healthy))

@@ -124,6 +124,22 @@ class Reduction(_Told):
 
     active: bool = False
     retention: Annotated[float, Field(gt=0, le=1)] = 1.0
+    preset: str | None = None
+    settings: dict[str, Any] | None = None
+
+
+class Versions(_Told):
+    """The versions of what an engine runs."""
+
+    aot_vllm: str | None = None
+    vllm: str | None = None
+
+
+class EngineLimits(_Told):
+    """How much an engine takes in one request; None is no limit."""
+
+    videos: int | None = None
+    media_decode_bytes: int | None = None
 
 
 class EngineProfile(_Told):
@@ -137,11 +153,20 @@ class EngineProfile(_Told):
     size: Size | None = None
     tokens: Tokens | None = None
     max_frames: Count | None = None
+    versions: Versions = Versions()
+    request_kwargs_trusted: bool | None = None
+    prompt_tokens_details: bool | None = None
+    limits: EngineLimits = EngineLimits()
+
+    @property
+    def speaks_frames(self) -> bool:
+        """Whether it takes frames in the format that the gateway writes."""
+        return self.frames_format == FRAMES_FORMAT
 
     @property
     def video_rules(self) -> VideoRules | None:
         """The rules for handing over frames; None if this engine has to be handed videos as they are."""
-        if self.frames_format != FRAMES_FORMAT:
+        if not self.speaks_frames:
             return None
         if self.sampling is None or self.size is None or self.tokens is None or self.max_frames is None:
             return None

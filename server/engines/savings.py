@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 _USAGE = b'"usage":'  # always a key: inside a JSON string, its quotes would be escaped
+MOST_USAGE_KEYS = 16  # that are looked at, the last first
 BEFORE, AFTER, RETENTION = "x-aot-video-tokens-before", "x-aot-video-tokens-after", "x-aot-video-retention"
 
 
@@ -56,18 +57,23 @@ class Savings:
 
 
 def usage_in(body: bytes) -> dict[str, Any]:
-    """Return the `usage` object in an engine's answer, empty if there is none.
+    """Return the `usage` object of an engine's answer, empty if there is none.
 
-    Only this object is parsed, because the rest of the answer may have megabytes.
+    Only what follows its key is parsed, because the rest of the answer may have megabytes. A key belongs to the answer
+    itself, and not to an object within it, if the rest of the body is an object's.
     """
-    _, mark, rest = body.rpartition(_USAGE)
-    if not mark:
-        return {}
-    try:
-        usage, _ = json.JSONDecoder().raw_decode(rest.decode("utf-8", errors="replace").lstrip())
-    except ValueError:
-        return {}
-    return usage if isinstance(usage, dict) else {}
+    end = len(body)
+    for _ in range(MOST_USAGE_KEYS):
+        end = body.rfind(_USAGE, 0, end)
+        if end < 0:
+            return {}
+        try:
+            rest = json.loads(b"{" + body[end:])
+        except ValueError:
+            continue
+        usage = rest["usage"]
+        return usage if isinstance(usage, dict) else {}
+    return {}
 
 
 def tokens_of(usage: dict[str, Any]) -> int:

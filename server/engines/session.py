@@ -1,5 +1,6 @@
 """The HTTP connections to engines."""
 
+import socket
 from time import perf_counter
 from types import SimpleNamespace, TracebackType
 from typing import Any, Self
@@ -9,6 +10,8 @@ import aiohttp
 # Below the 5 s after which vLLM's uvicorn closes idle connections. A request on a connection that the engine closes at
 # that moment fails, and may not be sent again.
 KEEPALIVE_SECONDS = 3.0
+# A connection whose other end has vanished without a word breaks after this many seconds, and a probe a second.
+LOST_AFTER_SECONDS = 4
 
 
 class Connecting:
@@ -45,7 +48,7 @@ class EngineSession:
         timing.on_connection_create_end.append(_note_connected)
         timing.on_connection_reuseconn.append(_note_connected)
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, socket_factory=_probed_socket),
             timeout=self._timeout,
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"accept-encoding": "identity", "user-agent": "aot-gateway", **self._authorization},
@@ -58,6 +61,17 @@ class EngineSession:
     ) -> None:
         """Close all connections."""
         await self.http.close()
+
+
+def _probed_socket(found: aiohttp.AddrInfoType) -> socket.socket:
+    """Return a socket on which the kernel probes whether the other end still exists while nothing is sent."""
+    family, kind, protocol, _, _ = found
+    probed = socket.socket(family, kind, protocol)
+    probed.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (("KEEPIDLE", 1), ("KEEPINTVL", 1), ("KEEPCNT", LOST_AFTER_SECONDS - 1)):
+        if hasattr(socket, f"TCP_{name}"):  # some systems lack one of them
+            probed.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
+    return probed
 
 
 async def _note_connected(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: Any) -> None:

@@ -13,6 +13,7 @@ from server.errors import EngineFailed, ErrorAnswer, GatewayError, engine_error
 LONGEST_EVENT_BYTES = 16 * 2**20
 _EVENT = re.compile(rb".*?(?:\r\n\r\n|\n\n)", re.DOTALL)
 _EMPTY_CHOICES = re.compile(rb'"choices":\s*\[\s*\]')
+_ABORTED = re.compile(rb'"finish_reason":\s*"abort"')  # in a JSON string, the quotes would be escaped
 _TOKEN_FIELDS = ("content", "reasoning", "reasoning_content", "tool_calls", "refusal", "text")  # completions: text
 
 
@@ -28,21 +29,20 @@ class EventStream(ABC):
 
     def __init__(self, *, model: str | None = None) -> None:
         """Start with an empty buffer. Events get `model` as the model's name; with None they keep the engine's."""
-        self._tail = b""
+        self._tail = bytearray()
         self._renamed = Renaming(model)
         self.tokens = 0
         self.done = False
         self.usage: dict[str, Any] = {}
         self.failure: GatewayError | None = None
+        self.broke_off = False
+        """Whether the failure is that the stream ended too early, and not an error that the engine answered with."""
 
     def feed(self, piece: bytes) -> bytes:
         """Take the next piece, and return the bytes that may be sent to the client now."""
-        data = self._tail + piece if self._tail else piece
-        lf, crlf = data.rfind(b"\n\n"), data.rfind(b"\r\n\r\n")
-        cut = max(lf + 2 if lf >= 0 else 0, crlf + 4 if crlf >= 0 else 0)
-        whole, self._tail = self._renamed(data[:cut]), data[cut:]
+        whole = self._renamed(self._whole_events(piece))
         if len(self._tail) > LONGEST_EVENT_BYTES:
-            self.failure = EngineFailed("the engine's stream could not be read")
+            self._break_off("the engine's stream could not be read")
             return whole
         if not whole:
             return b""
@@ -56,10 +56,26 @@ class EventStream(ABC):
                 break
         return b"".join(passed)
 
+    def _whole_events(self, piece: bytes) -> bytes:
+        """Return the events that are whole with `piece`. Nothing is searched twice for their ends."""
+        if not self._tail:
+            cut = _end_of_events(piece, 0)
+            self._tail += piece[cut:]
+            return piece[:cut]
+        searched = max(0, len(self._tail) - 3)
+        self._tail += piece
+        cut = _end_of_events(self._tail, searched)
+        whole = bytes(self._tail[:cut])
+        del self._tail[:cut]
+        return whole
+
+    def _break_off(self, message: str) -> None:
+        self.failure, self.broke_off = EngineFailed(message), True
+
     def end(self) -> None:
         """Note that the engine has closed the stream. Without its closing event, this is a failure."""
         if not self.done and self.failure is None:
-            self.failure = EngineFailed("the engine's stream ended early")
+            self._break_off("the engine's stream ended early")
 
     def farewell(self, told: ErrorAnswer) -> bytes:
         """Return the error `told` as the last event of the stream."""
@@ -73,7 +89,7 @@ class EventStream(ABC):
 class ChatStream(EventStream):
     """A stream of chat or completion chunks, forwarded unchanged except for the model's name and the usage chunk."""
 
-    LANDMARKS = (b'"usage"', b'"error"', b"[DONE]")
+    LANDMARKS = (b'"usage"', b'"error"', b'"abort"', b"[DONE]")
 
     def __init__(self, *, savings: Savings | None, usage_wanted: bool, model: str | None = None) -> None:
         """Add `savings` to the usage chunk, or drop that chunk if the client did not ask for it (`usage_wanted`)."""
@@ -86,6 +102,9 @@ class ChatStream(EventStream):
         if payload == b"[DONE]":
             self.done = True
             return event
+        if is_aborted(payload):
+            self._break_off("the engine broke off while working on this request")
+            return b""
         has_usage = b'"usage"' in payload and _EMPTY_CHOICES.search(payload) is not None
         if self.tokens and not has_usage and b'"error"' not in payload:
             self.tokens += bool(payload)
@@ -153,6 +172,17 @@ class ResponseStream(EventStream):
             return event
         data = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
         return b"".join((event[: event.index(b"data:")], b"data: ", data, b"\n\n"))
+
+
+def is_aborted(content: bytes) -> bool:
+    """Return whether an engine says that it has given up a request before its end, as vLLM does when it is stopped."""
+    return b'"abort"' in content and _ABORTED.search(content) is not None
+
+
+def _end_of_events(data: bytes | bytearray, begin: int) -> int:
+    """Return where the last whole event in `data` ends, 0 if none ends after `begin`."""
+    lf, crlf = data.rfind(b"\n\n", begin), data.rfind(b"\r\n\r\n", begin)
+    return max(lf + 2 if lf >= 0 else 0, crlf + 4 if crlf >= 0 else 0)
 
 
 def _payload(event: bytes) -> bytes:

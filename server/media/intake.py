@@ -181,7 +181,7 @@ class Intake:
                         raise MediaRefused(f"a request must hold at most {MAX_MEDIA} media")
                     await self._take(part, asked, files, tally)
                 except MediaRefused as exc:
-                    raise MediaRefused(exc.message, param=part.param, code=exc.code) from exc
+                    raise exc.at(part.param) from exc
             yield tally.taken(way, None if way is None else self._pool.profile(target.engine_model, way.rules))
 
     async def _take(self, part: MediaPart, asked: _Asked, files: AsyncExitStack, tally: _Tally) -> None:

@@ -15,7 +15,8 @@ _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 
 _TTFT = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 7.5, 10, 15, 20, 30, 45, 60, 90, 120)
 _ITL = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1, 2.5, 5, 10)
 _REQUEST = (0.001, 0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 60, 120, 300, 600)
-_RATIO = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+# Retentions are hundredths, so that they lie amid these buckets: up to 0.3 a quantile reads them to half a hundredth.
+_RATIO = (*(hundredth / 100 + 0.005 for hundredth in range(31)), *(step / 40 for step in range(13, 40, 2)), 1.0)
 _BYTES = tuple(float(2**exponent) for exponent in range(14, 31, 2))
 _SECONDS = (1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600, 7200)
 
@@ -35,7 +36,7 @@ class Metrics:
         self._declare_engines()
         for counted, outcomes in (
             (self.rejections, REASONS),
-            (self.upstream_retries, ("connect", "refused")),
+            (self.upstream_retries, ("connect", "refused", "misconfigured", "cache_miss")),
             (self.affinity, ("hit", "spilled", "none")),
         ):
             for outcome in outcomes:  # every counter starts at 0: without this, rate() would miss its first event
@@ -56,7 +57,7 @@ class Metrics:
             before, after = record.video_tokens
             self.video_tokens.labels(record.model, "before").inc(before)
             self.video_tokens.labels(record.model, "after").inc(after)
-            self.video_retention.labels(record.model).observe(after / before)
+            self.video_retention.labels(record.model).observe(record.retention or 0.0)
 
     def _declare_requests(self) -> None:
         self.requests = self._counter(
@@ -100,7 +101,10 @@ class Metrics:
 
     def _declare_admission(self) -> None:
         self.tenant_usage = self._counter(
-            "tenant_usage_total", "What tenants used: requests, tokens, video_seconds", "tenant", "unit"
+            "tenant_usage_total",
+            "What tenants used: requests, tokens, video_seconds; and requests rate_limited",
+            "tenant",
+            "unit",
         )
         self.limits_backend_up = self._gauge(
             "limits_backend_up", "0 while limits are not shared because Redis is out of reach"
@@ -111,9 +115,12 @@ class Metrics:
 
     def _declare_engines(self) -> None:
         self.upstream_retries = self._counter(
-            "upstream_retries_total", "Requests sent to another engine, by what the first one did", "reason"
+            "upstream_retries_total", "Requests sent to an engine once more, by what came of the first time", "reason"
         )
         self.engine_up = self._gauge("engine_up", "1 if the engine's last health check passed", "engine")
+        self.engine_check = self._gauge(
+            "engine_check", "1 if the engine is set up for what the gateway asks of it, by check", "engine", "check"
+        )
         self.engine_breaker_open = self._gauge(
             "engine_breaker_open", "1 while the engine gets no requests, or one on trial, because it failed", "engine"
         )

@@ -42,6 +42,12 @@ class RequestRecord:
     status: int = 500
     reason: str | None = None
     """Why the request ended in an error: a label value of `rejections_total`."""
+    code: str | None = None
+    """The error's `code`, as the client got it."""
+    cause: str | None = None
+    """What lies behind the error: the kind of an exception or an engine's status."""
+    engine: str | None = None
+    """The name of the engine that was asked last."""
     body_complete: float | None = None
     headers_from_engine: float | None = None
     engine_seconds: float = 0.0
@@ -81,7 +87,28 @@ class RequestRecord:
 
     def fail(self, answer: ErrorAnswer) -> None:
         """Note the error that ended the request, even if the headers of a stream have already promised a 200."""
-        self.status, self.reason = answer.status, answer.reason
+        self.status, self.reason, self.cause = answer.status, answer.reason, answer.cause
+        self.code = answer.content["error"]["code"]
+
+    def count_of(self, *names: str) -> int | None:
+        """Return the first of these counts in the engine's `usage`, None if it has none of them."""
+        counts = (self.usage.get(name) for name in names)
+        return next((count for count in counts if type(count) is int), None)
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        """The tokens of the prompt, as the engine counts them."""
+        return self.count_of("prompt_tokens", "input_tokens")
+
+    @property
+    def answer_tokens(self) -> int | None:
+        """The tokens of the answer, as the engine counts them."""
+        return self.count_of("completion_tokens", "output_tokens")
+
+    @property
+    def retention(self) -> float | None:
+        """The share of its video tokens that the request kept, None without videos."""
+        return None if self.video_tokens is None else self.video_tokens[1] / self.video_tokens[0]
 
     def overhead_ms(self) -> float:
         """Return the gateway's own share of the time so far, in milliseconds.

@@ -109,8 +109,8 @@ class RequestTrace:
                 "gen_ai.request.stream": record.stream,
                 "gen_ai.response.model": record.engine_model,
                 "gen_ai.response.time_to_first_chunk": record.seconds_to_first_token,
-                "gen_ai.usage.input_tokens": record.usage.get("prompt_tokens", record.usage.get("input_tokens")),
-                "gen_ai.usage.output_tokens": record.usage.get("completion_tokens", record.usage.get("output_tokens")),
+                "gen_ai.usage.input_tokens": record.prompt_tokens,
+                "gen_ai.usage.output_tokens": record.answer_tokens,
             }
             self._span.update_name(f"{operation} {record.model}" if known else operation)
         else:
@@ -120,7 +120,7 @@ class RequestTrace:
             attributes |= {
                 "aot.video_tokens.before": before,
                 "aot.video_tokens.after": after,
-                "aot.video_retention": after / before,
+                "aot.video_retention": record.retention,
             }
         self._span.set_attributes({name: value for name, value in attributes.items() if value is not None})
         if record.status >= 500:

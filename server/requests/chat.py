@@ -20,7 +20,7 @@ from server.requests.fields import (
     read_stream_fields,
 )
 from server.requests.knobs import refuse_idle_fields, refuse_idle_keys_of_video
-from server.requests.parameters import OPERATOR_FIELDS
+from server.requests.parameters import OPERATOR_FIELDS, refuse_beside_media
 
 URL_KEYS: dict[str, Kind] = {"video_url": "video", "image_url": "image", "audio_url": "audio"}
 PART_TYPES = {"image_url": "input_image", "video_url": "input_video"}  # another `type` of parts with this key
@@ -48,6 +48,11 @@ class ParsedChat:
     def has_video(self) -> bool:
         """Whether at least one part is a video."""
         return any(part.kind == "video" for part in self.media)
+
+    @property
+    def has_media(self) -> bool:
+        """Whether at least one part is a video, an image or an audio clip."""
+        return bool(self.media)
 
     def address_to(self, target: Target) -> None:
         """Rewrite the fields for the engine: its name for the model, the retention, and `include_usage` in streams."""
@@ -132,13 +137,16 @@ def _read_request(body: bytes | bytearray) -> ParsedChat:
     model, stream, usage_wanted = read_stream_fields(fields)
     if not isinstance(fields.get("messages"), list):
         raise InvalidRequest("messages must be an array", param="messages")
+    media = list(_media_parts(fields["messages"]))
+    if media:
+        refuse_beside_media(fields)
     chat = ParsedChat(
         fields=fields,
         model=model,
         stream=stream,
         usage_wanted=usage_wanted,
         asked=read_aot(fields.get("aot")),
-        media=list(_media_parts(fields["messages"])),
+        media=media,
     )
     refuse_idle_fields(fields, has_video=chat.has_video)
     return chat

@@ -22,6 +22,10 @@ class ParsedRequest(Protocol):
     def has_video(self) -> bool:
         """Whether at least one part is a video."""
 
+    @property
+    def has_media(self) -> bool:
+        """Whether at least one part is a video, an image or an audio clip."""
+
     def address_to(self, target: Target) -> None:
         """Rewrite the fields for the engine."""
 

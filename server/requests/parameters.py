@@ -24,6 +24,9 @@ INSTEAD: Final = {
 }
 """What does the same as some of these, within the operator's bounds."""
 
+NOT_BESIDE_MEDIA: Final = ("truncate_prompt_tokens", "truncation_side")
+"""Fields that cut a prompt at a token: engines can't cut a medium."""
+
 MOST_ITEMS: Final = {
     "messages": 2048,
     "input": 2048,
@@ -90,6 +93,15 @@ def check_parameters(fields: Mapping[str, Any], bounds: Bounds) -> None:
     if isinstance(repetition, dict):
         name = "max_pattern_size"
         _check_number(repetition.get(name), f"repetition_detection.{name}", 0, LONGEST_REPETITION)
+
+
+def refuse_beside_media(fields: Mapping[str, Any]) -> None:
+    """Raise InvalidRequest for a field that engines can't combine with videos, images or audio."""
+    for name in NOT_BESIDE_MEDIA:
+        if fields.get(name) is not None:
+            raise InvalidRequest(
+                f"{name} can't be combined with videos, images or audio: leave it out, or send text alone", param=name
+            )
 
 
 def _check_sizes(fields: Mapping[str, Any]) -> None:

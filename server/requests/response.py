@@ -13,7 +13,7 @@ from server.media.part import MediaPart, Source
 from server.requests.aot import read_aot
 from server.requests.fields import parse_json_object, read_stream_fields
 from server.requests.knobs import refuse_idle_fields, refuse_idle_keys_of_video
-from server.requests.parameters import OPERATOR_FIELDS
+from server.requests.parameters import OPERATOR_FIELDS, refuse_beside_media
 from server.requests.text import ParsedText
 
 VIDEO_KEYS: dict[str, Source] = {"video_url": "url", "file_url": "url", "file_data": "base64", "file_id": "upload"}
@@ -27,6 +27,11 @@ class ParsedResponse(ParsedText):
     """A parsed request to `/v1/responses`."""
 
     media: list[MediaPart] = field(default_factory=list)
+
+    @property
+    def has_media(self) -> bool:
+        """Whether it holds videos or images."""
+        return bool(self.media)
 
     def address_to(self, target: Target) -> None:
         """Rewrite the fields for the engine: its name for the model, the retention, and `store` off.
@@ -63,6 +68,8 @@ def parse_response_request(body: bytes | bytearray) -> ParsedResponse:
     media = list(_media(given))
     has_video = any(part.kind == "video" for part in media)
     refuse_idle_fields(fields, has_video=has_video)
+    if media:
+        refuse_beside_media(fields)
     tools = fields.get("tools")
     for i, tool in enumerate(tools if isinstance(tools, list) else ()):
         if not isinstance(tool, dict) or tool.get("type") != "function":

@@ -29,6 +29,11 @@ class ParsedText:
     asked: Asked = Asked()  # noqa: RUF009 - it is frozen
     has_video: bool = False
 
+    @property
+    def has_media(self) -> bool:
+        """Whether it holds media: a completion never does."""
+        return False
+
     def address_to(self, target: Target) -> None:
         """Rewrite the fields for the engine: its name for the model."""
         self.fields["model"] = target.engine_model

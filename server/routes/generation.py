@@ -15,20 +15,23 @@ from server.admission.buffers import Buffer
 from server.admission.entrance import Entrance
 from server.admission.quotas import Allowance
 from server.aliases import Target
-from server.edge.body import BodyLimits, read_body
-from server.edge.state import allowance_of, caller_of, record_of
+from server.edge.body import BodyLimits, read_body, skim_model
+from server.edge.state import allowance_of, caller_of, record_of, sender_of
 from server.engines.catalogue import Catalogue
 from server.engines.exchange import Call, Exchange, Exchanges
 from server.engines.savings import tokens_of, usage_in
 from server.engines.streams import EventStream
-from server.errors import ClientGone, EngineFailed, GatewayError, UnknownModel, answer_to
+from server.errors import ClientGone, EngineFailed, GatewayError, Overloaded, UnknownModel, answer_to
 from server.media.intake import NOTHING, Taken
 from server.observe.metrics import Metrics
-from server.observe.record import OTHER, RequestRecord
+from server.observe.record import NO_MODEL, OTHER, RequestRecord
 from server.requests.outgoing import ParsedRequest, outgoing
 from server.requests.parameters import Bounds, check_parameters
 from server.requests.retention import settle_retention
 from server.routes.answer import Answer, as_asked
+
+SKIMMED_BYTES = 2**20
+"""How much is read of a body that there is no room for, to find the model that it names."""
 
 R = TypeVar("R", bound=ParsedRequest)
 
@@ -46,6 +49,8 @@ class Passage(Generic[R]):
     allowance: Allowance
     record: RequestRecord
     buffer: Buffer
+    sender: str
+    """The tenant or, without tenants, the client's address."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +91,23 @@ class Generation(ABC, Generic[R]):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
+        try:
+            await self._admitted(scope, receive, send)
+        except Overloaded as exc:
+            record = record_of(scope)
+            if record.model == NO_MODEL and exc.body_untouched:
+                headers, names = Headers(scope=scope), self.catalogue.names
+                record.model = await skim_model(headers, receive, names, max_bytes=SKIMMED_BYTES) or NO_MODEL
+            raise
+
+    async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
         record, allowance = record_of(scope), allowance_of(scope)
         with self.entrance.admitted() as buffer:
             body = await read_body(Headers(scope=scope), receive, buffer, self.body_limits)
             record.body_complete = perf_counter()
             request, target = self._read(body, caller_of(scope), record)
             del body
-            passage = Passage(request, target, caller_of(scope), allowance, record, buffer)
+            passage = Passage(request, target, caller_of(scope), allowance, record, buffer, sender=sender_of(scope))
             answer = Answer(send)
             try:
                 async with self.entrance.drain.leash(receive):
@@ -134,6 +149,9 @@ class Generation(ABC, Generic[R]):
                 model=target.engine_model,
                 is_stream=request.stream,
                 has_video=request.has_video,
+                has_media=request.has_media,
+                reader=request.reader,
+                sender=passage.sender,
                 key=taken.key,
                 rules=taken.rules,
                 headers=self.engine_headers(target, taken),
@@ -180,11 +198,17 @@ class Generation(ABC, Generic[R]):
                     self._observe_gaps(stream.tokens - tokens, now - latest, record.model)
                 tokens, latest = stream.tokens, now
             if stream.failure is not None:
-                raise stream.failure
-        stream.end()
-        if stream.failure is not None:
-            raise stream.failure
-        return b""
+                break
+        else:
+            stream.end()
+        if stream.failure is None:
+            exchange.complete()
+            return b""
+        if stream.broke_off:
+            exchange.broke_off()
+        elif isinstance(stream.failure, EngineFailed):
+            exchange.ended_with_error()
+        raise stream.failure
 
     def _observe_gaps(self, num_tokens: int, seconds: float, model: str) -> None:
         """Observe the gaps of `num_tokens` chunks that arrived together: they share `seconds` equally."""
@@ -198,5 +222,6 @@ async def _whole(exchange: Exchange, record: RequestRecord, answer: Answer) -> b
     record.usage = usage_in(body)
     record.tokens = tokens_of(record.usage)
     body = as_asked(body, exchange.savings, model=record.model)
+    exchange.complete()
     answer.address(exchange, {"content-length": str(len(body))})
     return body

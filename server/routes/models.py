@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from server.engines.catalogue import Catalogue, ModelCard, ModelList
-from server.errors import EngineUnavailable, UnknownModel
+from server.errors import EngineUnavailable, ModelNotServed, UnknownModel
 from server.observe.record import OTHER
 from server.openapi import refusals
 from server.routes.dependencies import TheCaller, TheRecord
@@ -17,7 +17,9 @@ def models_router(catalogue: Catalogue) -> APIRouter:
     async def list_models(caller: TheCaller) -> ModelList:
         return ModelList(data=catalogue.cards(allowed=caller.models))
 
-    @router.get("/{model:path}", responses=refusals(UnknownModel, EngineUnavailable))  # names may hold slashes
+    @router.get(
+        "/{model:path}", responses=refusals(UnknownModel, EngineUnavailable, ModelNotServed)
+    )  # names may hold slashes
     async def retrieve_model(model: str, caller: TheCaller, record: TheRecord) -> ModelCard:
         try:
             card = catalogue.card(model, allowed=caller.models)

@@ -21,6 +21,21 @@ class Status(BaseModel):
     status: str
 
 
+class EngineState(BaseModel):
+    """The state of one engine, under the name that it has in metrics and logs."""
+
+    engine: str
+    up: bool
+    failed_checks: list[str]
+    """What it is not set up for, by the names of `engine_check`. Empty also if it was never seen."""
+
+
+class Readiness(Status):
+    """Whether the gateway takes requests, and how it found its engines."""
+
+    engines: list[EngineState]
+
+
 def ops_router(
     *, drain: Drain, pool: EnginePool, registry: CollectorRegistry, document: Callable[[], dict[str, Any]]
 ) -> APIRouter:
@@ -31,13 +46,17 @@ def ops_router(
     async def live() -> Status:
         return Status(status="live")
 
-    @router.get("/health/ready", responses={503: {"model": Status, "description": NOT_READY}})
-    async def ready(response: Response) -> Status:
+    @router.get("/health/ready", responses={503: {"model": Readiness, "description": NOT_READY}})
+    async def ready(response: Response) -> Readiness:
+        engines = [
+            EngineState(engine=engine.name, up=engine.healthy, failed_checks=list(engine.failed_checks))
+            for engine in pool.engines
+        ]
         if not drain.has_begun and pool.any_healthy:
-            return Status(status="ready")
+            return Readiness(status="ready", engines=engines)
         response.status_code = 503
         response.headers["retry-after"] = str(RETRY_AFTER_SECONDS)
-        return Status(status="draining" if drain.has_begun else "no healthy engine")
+        return Readiness(status="draining" if drain.has_begun else "no healthy engine", engines=engines)
 
     @router.get("/metrics", response_class=PlainTextResponse, responses={200: {"description": "Prometheus metrics"}})
     async def metrics() -> PlainTextResponse:

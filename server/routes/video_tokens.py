@@ -107,11 +107,21 @@ class VideoTokens(ChatCompletions):
 
     async def _text_tokens(self, passage: Passage[ParsedChat], target: Target, taken: Taken) -> int:
         """Return how many tokens the prompt has without its videos, as an engine of the model counts them."""
-        call = Call(path="/tokenize", model=target.engine_model, is_stream=False, has_video=False, rules=taken.rules)
+        call = Call(
+            path="/tokenize",
+            model=target.engine_model,
+            is_stream=False,
+            has_video=False,
+            has_media=passage.request.has_media,
+            reader=passage.request.reader,
+            sender=passage.sender,
+            rules=taken.rules,
+        )
         body = text_prompt(passage.request, target)
         passage.buffer.resize(sum(map(len, body)))
         async with self.exchanges.exchange(call, body, passage.record) as exchange:
             content = await exchange.read()
+            exchange.complete()
         try:
             count = json.loads(content)["count"]
         except (ValueError, KeyError, TypeError):

@@ -63,6 +63,8 @@ UP, DOWN = (
     f'aot_gateway_engine_up{{{GATEWAY}, engine="engine-1"}}',
 )
 BREAKER = f'aot_gateway_engine_breaker_open{{{GATEWAY}, engine="engine-0"}}'
+CHECK = f'aot_gateway_engine_check{{{GATEWAY}, engine="engine-0", check="request_kwargs"}}'
+MISCONFIGURED = f'aot_gateway_rejections_total{{{GATEWAY}, reason="misconfigured"}}'
 BACKEND = f"aot_gateway_limits_backend_up{{{GATEWAY}}}"
 KV = f'vllm:kv_cache_usage_perc{{{ENGINE}, model_name="tiny"}}'
 PLUGIN = f"aot_engine_reductions_total{{{ENGINE}}}"
@@ -78,6 +80,14 @@ CASES = {
     ),
     "AOTEngineBreakerOpen": Case(
         one(BREAKER, 1), [one(BREAKER, 0), {BREAKER: "0x28 1 0 0"}], labels=JOB_AND_INSTANCE | {"engine": "engine-0"}
+    ),
+    "AOTMisconfigured": Case(
+        {MISCONFIGURED: "0x27 0+1x60"}, [one(MISCONFIGURED, 7)], labels={"instance": "gateway:8080"}
+    ),
+    "AOTEngineCheckFailed": Case(
+        one(CHECK, 0),
+        [one(CHECK, 1), {CHECK: "1x28 0 1x30"}],
+        labels=JOB_AND_INSTANCE | {"engine": "engine-0", "check": "request_kwargs"},
     ),
     "AOTEngineNotScraped": Case(one(SCRAPED, 0), [one(SCRAPED, 1)], labels=ENGINE_JOB),
     "AOTLimitsBackendDown": Case(one(BACKEND, 0), [one(BACKEND, 1)], labels=JOB_AND_INSTANCE),

@@ -122,12 +122,20 @@ class EngineDouble:
     """What it tells of itself; None for an engine without the plugin."""
     prompt_tokens: int = 20
     """What it counts in a prompt without videos."""
+    metrics: str = ""
+    """What it exports on `/metrics`."""
     healthy: bool = True
+    listing_status: int = 200
+    """The status of its answer to `/v1/models`."""
     headers: dict[str, str] = field(default_factory=lambda: dict(SAVED))
     completion: bytes = field(default_factory=lambda: json.dumps(COMPLETION, ensure_ascii=False).encode())
     pieces: list[bytes] = field(default_factory=lambda: [ROLE, *TEXT, USAGE, DONE])
     response_pieces: list[bytes] = field(default_factory=lambda: list(RESPONSE_STREAM))
+    first_pieces: list[bytes] | None = None
+    """What it streams the first time, instead of `pieces`."""
     error: tuple[int, bytes, str] | None = None
+    errors_left: int | None = None
+    """How many more times it answers with `error`; None is always."""
     delay_seconds: float = 0.0
     gap_seconds: float = 0.0
     dies_after: int | None = None
@@ -140,6 +148,8 @@ class EngineDouble:
     most_running: int = 0
     url: str = ""
     runner: web.AppRunner | None = None
+    site: web.TCPSite | None = None
+    """Its port. `await double.site.stop()` closes it and leaves the connections open, as a server that stops does."""
 
     @contextlib.asynccontextmanager
     async def serving(self, port: int = 0) -> AsyncIterator["EngineDouble"]:
@@ -147,6 +157,7 @@ class EngineDouble:
         app.router.add_get("/double", self._told)
         app.router.add_post("/double", self._tell)
         app.router.add_get("/health", self._health)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/aot/engine", self._profile)
         app.router.add_post("/tokenize", self._tokenize)
@@ -154,7 +165,8 @@ class EngineDouble:
             app.router.add_post(path, self._generate)
         self.runner = runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.2)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
+        self.site = web.TCPSite(runner, "127.0.0.1", port)
+        await self.site.start()
         self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         try:
             yield self
@@ -183,9 +195,12 @@ class EngineDouble:
             await self.health_hold.wait()
         return web.Response(status=200 if self.healthy else 503)
 
+    async def _metrics(self, request: web.Request) -> web.Response:
+        return web.Response(text=self.metrics)
+
     async def _models(self, request: web.Request) -> web.Response:
         cards = [{"id": m, "object": "model", "root": "/secret/path", "max_model_len": 4096} for m in self.models]
-        return web.json_response({"object": "list", "data": cards})
+        return web.json_response({"object": "list", "data": cards}, status=self.listing_status)
 
     async def _profile(self, request: web.Request) -> web.Response:
         return web.json_response(self.profile, status=404 if self.profile is None else 200)
@@ -202,14 +217,16 @@ class EngineDouble:
         self.most_running = max(self.most_running, self.running)
         try:
             self.request_headers.append({name.lower(): value for name, value in request.headers.items()})
-            self.requests.append(json.loads(await request.read()))
+            asked = json.loads(await request.read())
+            self.requests.append(asked)
             await asyncio.sleep(self.delay_seconds)
-            if self.hold is not None and not self.requests[-1].get("stream"):
+            if self.hold is not None and not asked.get("stream"):
                 await self.hold.wait()
-            if self.error is not None:
+            if self.error is not None and self.errors_left != 0:
+                self.errors_left = None if self.errors_left is None else self.errors_left - 1
                 status, body, content_type = self.error
                 return web.Response(status=status, body=body, content_type=content_type)
-            if self.requests[-1].get("stream"):
+            if asked.get("stream"):
                 return await self._stream(request)
             if self.dies_after is not None:
                 request.transport.abort()
@@ -236,7 +253,8 @@ class EngineDouble:
         answer = web.StreamResponse(headers=headers)
         await answer.prepare(request)
         streams = {"/v1/completions": TEXT_STREAM, "/v1/responses": self.response_pieces}
-        for i, piece in enumerate(streams.get(request.path, self.pieces)):
+        chat, self.first_pieces = self.first_pieces or self.pieces, None
+        for i, piece in enumerate(streams.get(request.path, chat)):
             if i == self.dies_after:
                 await asyncio.sleep(0.05)
                 request.transport.abort()

@@ -163,7 +163,26 @@ LONG = b"This model's maximum context length is 4096 tokens. However, you reques
             "does not exist",
         ),
         (404, b'{"detail":"Not Found"}', "application/json", 502, "engine_failed", "does not serve"),
-        (401, b'{"error":"Unauthorized"}', "application/json", 502, "engine_failed", "failed"),
+        (401, b'{"error":"Unauthorized"}', "application/json", 500, "engine_misconfigured", "only the operator"),
+        (403, b"", "text/html", 500, "engine_misconfigured", "only the operator"),
+        (
+            400,
+            b'{"error":{"message":"Per-request mm_processor_kwargs are disabled by default because they can change '
+            b"multimodal preprocessing resource usage. Start the server with --trust-request-mm-kwargs only when "
+            b'clients are trusted.","type":"BadRequestError","param":"mm_processor_kwargs","code":400}}',
+            "application/json",
+            500,
+            "engine_misconfigured",
+            "only the operator",
+        ),
+        (
+            400,
+            b'{"error":{"message":"Cannot load local files without `--allowed-local-media-path`.","code":400}}',
+            "application/json",
+            500,
+            "engine_misconfigured",
+            "only the operator",
+        ),
         (500, b'{"error":{"message":"CUDA at /opt/x","code":500}}', "application/json", 502, "engine_failed", "failed"),
         (503, b"<html>nginx</html>", "text/html", 503, "engine_unavailable", "not taking requests"),
         (504, b"<html>nginx</html>", "text/html", 504, "engine_timeout", "in time"),
@@ -182,7 +201,7 @@ async def test_an_engines_error_is_told_in_openais_words(engine, status, body, k
     assert error["code"] == code
     assert text in error["message"]
     assert ("retry-after" in answer.headers) == (seen in (429, 503))
-    assert ("x-should-retry" in answer.headers) == (seen in (502, 504))
+    assert ("x-should-retry" in answer.headers) == (seen in (500, 502, 504))
 
 
 @pytest.mark.parametrize(

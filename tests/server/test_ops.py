@@ -34,7 +34,8 @@ async def test_aliases_replace_the_engines_models(engine, tmp_path):
     async with gateway(engine, config=path) as client:
         listing = (await client.get("/v1/models")).json()["data"]
         assert [card["id"] for card in listing] == ["llava-fast"]
-        assert listing[0]["aot"] == {"retention": 0.1, "min_retention": 0.05, "max_retention": 0.5}
+        bounds = {"retention": 0.1, "min_retention": 0.05, "max_retention": 0.5}
+        assert listing[0]["aot"] == {**bounds, "engine_retention": None}
         assert (await client.post(CHAT, json=ask())).status_code == 404
         assert (await client.post(CHAT, json=ask(model="llava-fast"))).status_code == 200
         refused = await client.post(CHAT, json=ask(model="llava-fast", aot={"retention": 0.6}))
@@ -66,7 +67,7 @@ async def test_models_are_remembered_while_the_engine_is_down(engine):
 async def test_alive_and_ready_with_an_engine(engine):
     async with gateway(engine) as client:
         assert (await client.get("/health/live")).json() == {"status": "live"}
-        assert (await client.get("/health/ready")).json() == {"status": "ready"}
+        assert (await client.get("/health/ready")).json()["status"] == "ready"
 
 
 async def test_alive_but_not_ready_without_an_engine():
@@ -74,7 +75,8 @@ async def test_alive_but_not_ready_without_an_engine():
         assert (await client.get("/health/live")).status_code == 200
         ready = await client.get("/health/ready")
     assert ready.status_code == 503
-    assert ready.json() == {"status": "no healthy engine"}
+    never_seen = {"engine": "engine-0", "up": False, "failed_checks": []}
+    assert ready.json() == {"status": "no healthy engine", "engines": [never_seen]}
 
 
 async def test_metrics_are_served_with_the_build(engine):

@@ -2,7 +2,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from server.engines.breaker import FAILURES_TO_OPEN, FIRST_DELAY_SECONDS, LONGEST_DELAY_SECONDS, Breaker
+from server.engines.breaker import (
+    CONTENTS_TO_OPEN,
+    ERROR_SECONDS,
+    FAILURES_TO_OPEN,
+    FIRST_DELAY_SECONDS,
+    LONGEST_DELAY_SECONDS,
+    SENDERS_TO_OPEN,
+    Breaker,
+)
 
 
 class Clock:
@@ -77,8 +85,83 @@ def test_requests_that_were_under_way_when_it_opened_do_not_prolong_it(opened, c
     assert opened.seconds_to_trial() == FIRST_DELAY_SECONDS - 0.5
 
 
+def test_errors_that_one_sender_meets_never_open_it(clock):
+    breaker = Breaker(clock)
+    for number in range(50):
+        assert not breaker.note_error("acme", b"%d" % number)
+    for _ in range(50):
+        assert not breaker.note_error("globex", b"always the same")
+    assert breaker.closed
+
+
+def test_errors_open_it_once_several_senders_have_met_them_on_several_contents(clock):
+    breaker = Breaker(clock)
+    for sender in range(SENDERS_TO_OPEN):
+        for content in range(CONTENTS_TO_OPEN):
+            assert breaker.closed
+            opened = breaker.note_error(f"tenant {sender}", b"%d" % content)
+    assert opened
+    assert not breaker.admits
+
+
+def meet_errors(breaker, senders):
+    for sender in senders:
+        for content in range(CONTENTS_TO_OPEN):
+            breaker.note_error(sender, b"%d" % content)
+
+
+@pytest.mark.parametrize("good", ["succeed", "answer_begins"])
+def test_errors_count_only_until_the_next_good_answer(clock, good):
+    breaker = Breaker(clock)
+    meet_errors(breaker, ["acme"])
+    getattr(breaker, good)()
+    meet_errors(breaker, ["globex"])
+    assert breaker.closed
+
+
+def test_errors_count_only_for_a_while(clock):
+    breaker = Breaker(clock)
+    meet_errors(breaker, ["acme"])
+    clock.now += ERROR_SECONDS + 1
+    meet_errors(breaker, ["globex"])
+    assert breaker.closed
+    meet_errors(breaker, ["acme"])
+    assert not breaker.closed
+
+
+def test_an_error_to_the_trial_decides_nothing(clock):
+    breaker = Breaker(clock)
+    meet_errors(breaker, ["acme", "globex"])
+    clock.now = FIRST_DELAY_SECONDS
+    for number in range(20):
+        trial = breaker.begin()
+        assert not breaker.note_error("acme", b"%d" % number)
+        breaker.end(trial=trial)
+        assert breaker.admits
+    assert breaker.seconds_to_trial() == 0
+
+
+def test_answers_that_begin_and_break_off_open_it_all_the_same(clock):
+    breaker = Breaker(clock)
+    for _ in range(FAILURES_TO_OPEN):
+        assert breaker.admits
+        trial = breaker.begin()
+        breaker.answer_begins()
+        breaker.fail(trial=trial)
+    assert not breaker.admits
+
+
+def test_a_trial_whose_answer_begins_lets_all_through_but_does_not_forget(opened, clock):
+    clock.now = FIRST_DELAY_SECONDS
+    trial = opened.begin()
+    opened.answer_begins()
+    assert opened.closed
+    assert opened.fail(trial=trial)
+    assert opened.seconds_to_trial() == 2 * FIRST_DELAY_SECONDS
+
+
 @settings(deadline=None)
-@given(st.lists(st.sampled_from(["begin", "fail", "succeed", "leave", "wait"]), max_size=60))
+@given(st.lists(st.sampled_from(["begin", "fail", "error", "answer", "succeed", "leave", "wait"]), max_size=60))
 def test_it_never_lets_two_trials_run_and_never_locks_up(events):
     clock = Clock()
     breaker, running = Breaker(clock), []
@@ -91,6 +174,10 @@ def test_it_never_lets_two_trials_run_and_never_locks_up(events):
             trial = running.pop(0)
             if event == "fail":
                 breaker.fail(trial=trial)
+            elif event == "error":
+                breaker.note_error("acme" if len(running) % 2 else "globex", b"%d" % len(running))
+            elif event == "answer":
+                breaker.answer_begins()
             elif event == "succeed":
                 breaker.succeed()
             breaker.end(trial=trial)

@@ -4,6 +4,7 @@ import json
 import pytest
 
 from server import __version__
+from server.engines.check import REMEDIES
 from server.errors import REASONS
 from server.keys import digest_of, new_key
 from tests.server.clips import clip, data_url
@@ -54,6 +55,7 @@ LABELS = {
     "upstream_retries_total": {"reason"},
     "affinity_total": {"outcome"},
     "engine_up": {"engine"},
+    "engine_check": {"engine", "check"},
     "engine_breaker_open": {"engine"},
     "inflight_requests": set(),
     "buffered_bytes": set(),
@@ -63,12 +65,13 @@ LABELS = {
 CLOSED = {
     "stage": {"before", "after"},
     "phase": {"parse", "fetch", "probe", "queue", "connect"},
-    "reason": {*REASONS, "connect", "refused"},
+    "reason": {*REASONS, "connect", "refused", "misconfigured", "cache_miss"},
     "outcome": {"hit", "spilled", "none"},
-    "unit": {"requests", "tokens", "video_seconds"},
+    "unit": {"requests", "tokens", "video_seconds", "rate_limited"},
     "status_class": {"2xx", "4xx", "5xx"},
     "stream": {"true", "false"},
     "engine": {"engine-0", "engine-1"},
+    "check": set(REMEDIES),
     "version": {__version__},
     "tenant": {"acme", "globex", "none"},
     "model": {"fast", "other", "none"},
@@ -137,6 +140,7 @@ async def test_each_metric_has_its_labels_and_moves_with_its_request(watched):
         told("limits_backend_up"),
         told("engine_up", engine="engine-0"),
         told("engine_up", engine="engine-1"),
+        *(told("engine_check", engine=f"engine-{i}", check=check) for i in range(2) for check in ("key", "models")),
     }
 
     assert (await client.post(CHAT, json=ask_about(client.video, model="fast", stream=True))).status_code == 200
@@ -153,7 +157,7 @@ async def test_each_metric_has_its_labels_and_moves_with_its_request(watched):
         told("video_bytes"),
         told("video_duration_seconds"),
         told("probes_total"),
-        *(told("tenant_usage_total", tenant="acme", unit=unit) for unit in CLOSED["unit"]),
+        *(told("tenant_usage_total", tenant="acme", unit=unit) for unit in ("requests", "tokens", "video_seconds")),
         told("affinity_total", outcome="hit"),
         told("limits_backend_up"),
     }
@@ -182,14 +186,14 @@ async def test_each_metric_has_its_labels_and_moves_with_its_request(watched):
     assert told("upstream_retries_total", reason="refused") in moved
     seen |= names
 
-    other.error = (500, b"{}", "application/json")
+    other.dies_after = 0
     while value(client, "engine_breaker_open", engine="engine-1") == 0:
         assert (await client.post(CHAT, json=ask(model="fast"))).status_code in (502, 503)
     other.healthy = False
     await until(lambda: value(client, "engine_up", engine="engine-1") == 0)
     names, moved = watch.moved()
     assert {told("engine_up", engine="engine-1"), told("engine_breaker_open", engine="engine-1")} <= moved
-    assert seen | names == set(LABELS) - {"build_info", "video_retention_limit_ratio"}
+    assert seen | names == set(LABELS) - {"build_info", "video_retention_limit_ratio", "engine_check"}
 
     for name, labels in watch.begin:
         assert {label for label, _ in labels} == LABELS[name]

@@ -24,6 +24,20 @@ def test_what_only_the_operator_sets_is_refused_by_name_whatever_its_value(name)
     check_parameters({name: None}, BOUNDS)
 
 
+@pytest.mark.parametrize("fields", [{"truncate_prompt_tokens": 20}, {"truncation_side": "left"}])
+@pytest.mark.parametrize("kind", ["video", "image"])
+async def test_what_engines_cant_combine_with_media_is_refused_beside_media_alone(engine, fields, kind):
+    (name,) = fields
+    part = {"type": f"{kind}_url", f"{kind}_url": {"url": "https://example.com/medium"}}
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}]
+    async with gateway(engine) as client:
+        answer = await client.post(CHAT, json=ask(messages=messages, **fields))
+        assert answer.status_code == 400
+        assert error_of(answer)["param"] == name
+        assert (await client.post(CHAT, json=ask(**fields))).status_code == 200
+    assert len(engine.requests) == 1
+
+
 def test_template_switches_outside_the_list_are_refused_and_those_on_it_pass():
     with pytest.raises(ForbiddenField) as caught:
         check_parameters({"chat_template_kwargs": {"enable_thinking": False, "tools": []}}, BOUNDS)
