@@ -33,7 +33,8 @@ class EngineState(BaseModel):
 class Readiness(Status):
     """Whether the gateway takes requests, and how it found its engines."""
 
-    engines: list[EngineState]
+    engines: list[EngineState] | None = None
+    """None while the gateway drains, whatever its engines are."""
 
 
 def ops_router(
@@ -46,7 +47,11 @@ def ops_router(
     async def live() -> Status:
         return Status(status="live")
 
-    @router.get("/health/ready", responses={503: {"model": Readiness, "description": NOT_READY}})
+    @router.get(
+        "/health/ready",
+        responses={503: {"model": Readiness, "description": NOT_READY}},
+        response_model_exclude_none=True,
+    )
     async def ready(response: Response) -> Readiness:
         engines = [
             EngineState(engine=engine.name, up=engine.healthy, failed_checks=list(engine.failed_checks))
@@ -56,7 +61,9 @@ def ops_router(
             return Readiness(status="ready", engines=engines)
         response.status_code = 503
         response.headers["retry-after"] = str(RETRY_AFTER_SECONDS)
-        return Readiness(status="draining" if drain.has_begun else "no healthy engine", engines=engines)
+        if drain.has_begun:
+            return Readiness(status="draining")
+        return Readiness(status="no healthy engine", engines=engines)
 
     @router.get("/metrics", response_class=PlainTextResponse, responses={200: {"description": "Prometheus metrics"}})
     async def metrics() -> PlainTextResponse:

@@ -61,7 +61,7 @@ async def test_videos_that_it_passes_on_are_taken_but_not_its_wish_for_a_number_
 
 async def test_what_failed_is_repeated_by_its_own_loop_alone_and_a_limit_is_known_as_one(site):
     completions, engine, _ = site
-    engine.error = (500, b"{}", "application/json")
+    engine.error = (502, b"{}", "application/json")  # a 500 about media is asked for once more by the gateway itself
     with pytest.raises(openai.InternalServerError):
         await completions.create(**sampled(*map(frame, FRAMES)))
     assert len(engine.requests) == 1
