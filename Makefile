@@ -36,20 +36,20 @@ loadtest:  ## users who ask a real engine about videos, whole and then reduced; 
 	@$(VENV)/python loadtest/run.py $(if $(MODEL),--model "$(MODEL)") --retention "$(RETENTION)" --users "$(USERS)" --seconds "$(DURATION)"
 
 test: test-fast  ## all tests, with real engines on the model runner that vLLM has for GPUs
-	@$(PYTEST) tests/e2e $(SIDE_BY_SIDE)
+	@$(PYTEST) tests/e2e -m "not slow" $(SIDE_BY_SIDE)
 
 test-fast: install-test  ## the tests that need no engine
 	@$(PYTEST) tests -n 2 -m "not engine and not slow"
 
-test-slow: install-test  ## the tests that take long: kernels compiled for three kinds of GPUs, long sequences
-	@$(PYTEST) tests -n 2 -m slow
+test-slow: install-test  ## the tests that take long: load test, compiled kernels, damaged files by the thousand
+	@$(PYTEST) tests -m slow $(SIDE_BY_SIDE)
 
 test-runner-v1: install-test  ## the tests with real engines again, on vLLM's other model runner
 	@$(PYTEST) tests/e2e --runner v1 $(SIDE_BY_SIDE)
 
 test-gateway:  ## the gateway's tests, in an environment of their own without vLLM
 	@$(PYTHON) demo/environment.py --gateway-tests
-	@.venv-gateway/bin/python -m pytest tests/server -n 2
+	@.venv-gateway/bin/python -m pytest $(NO_SKIPS) tests/server -n 2 -m "not slow"
 
 check: lint test-fast  ## format, lint, types, import contracts, the tests that need no engine
 

@@ -11,7 +11,6 @@ because the questions about one clip are not independent.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import os
 import sys
@@ -39,6 +38,7 @@ from rich.progress import track
 
 from aot_vllm import VideoGrid
 from aot_vllm.core.budget import budget
+from bench.answers import Answers, interval, resampled
 from bench.arms import ABLATIONS, ARMS, UNPOOLED, Reduce, aot
 from bench.machine import ROOT, describe, engine_versions
 from demo.answering import BETWEEN, HEAD
@@ -46,19 +46,9 @@ from demo.h264 import through_h264
 from demo.task import KINDS, questions, render, scene
 
 RETENTIONS = (0.50, 0.25, 0.15, 0.10, 0.05)
-RESAMPLES = 2000
 FULL = "none"
 
-Results = dict[tuple[str, float], "Answers"]
-
-
-@dataclasses.dataclass
-class Answers:
-    """Whether the answers to the questions were right, and the clip and kind of each."""
-
-    right: list[bool] = dataclasses.field(default_factory=list)
-    clips: list[int] = dataclasses.field(default_factory=list)
-    kinds: list[str] = dataclasses.field(default_factory=list)
+Results = dict[tuple[str, float], Answers]
 
 
 # ---- engine
@@ -143,25 +133,6 @@ def measure(
 
 
 # ---- tables
-
-
-def resampled(answers: Answers, *, kind: str | None = None) -> tuple[float, np.ndarray]:
-    """Return the share of right answers, and the shares of `RESAMPLES` bootstrap samples of the clips."""
-    seeds = sorted(set(answers.clips))
-    index = {seed: place for place, seed in enumerate(seeds)}
-    right, asked = np.zeros(len(seeds)), np.zeros(len(seeds))
-    for was_right, seed, its_kind in zip(answers.right, answers.clips, answers.kinds, strict=True):
-        if kind in (None, its_kind):
-            right[index[seed]] += was_right
-            asked[index[seed]] += 1
-    draws = np.random.default_rng(0).integers(len(seeds), size=(RESAMPLES, len(seeds)))
-    return right.sum() / asked.sum(), right[draws].sum(1) / np.maximum(asked[draws].sum(1), 1)
-
-
-def interval(draws: np.ndarray) -> str:
-    """Return the middle 95% of the draws, in percent."""
-    low, high = np.quantile(draws, (0.025, 0.975))
-    return f"{low:.1%} to {high:.1%}"
 
 
 def by_retention(results: Results, arms: Sequence[str], retentions: Sequence[float]) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import logging
+import signal
 import sys
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -71,6 +72,7 @@ def main() -> int:
         sys.stderr.write(f"The gateway can't start:\n{exc}\n")
         return BAD_SETTINGS
     logs.configure(settings.log_level)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closing terminal's; readers inherit it
     config = uvicorn.Config(
         app,
         host=settings.host,

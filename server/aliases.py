@@ -69,16 +69,14 @@ class Alias:
         Raises RetentionRefused or SamplingRefused if what is asked lies outside the bounds of the alias.
         """
         asked = asked or Asked()
-        sampling = self._sampling(asked.sampling)
-        if asked.tokens is not None:
-            return Target(
-                self.engine_model,
-                max_tokens=asked.tokens,
-                min_retention=max(FINEST_RETENTION, self.min_retention),
-                max_retention=self.max_retention,
-                sampling=sampling,
-            )
-        return Target(self.engine_model, self._retention(asked.retention), sampling=sampling)
+        return Target(
+            self.engine_model,
+            self._retention(asked.retention) if asked.tokens is None else None,
+            max_tokens=asked.tokens,
+            min_retention=max(FINEST_RETENTION, self.min_retention),
+            max_retention=self.max_retention,
+            sampling=self._sampling(asked.sampling),
+        )
 
     def _retention(self, asked: float | None) -> float | None:
         if asked is None:

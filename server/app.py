@@ -25,6 +25,7 @@ from server.admission.quotas import Counts, Quotas, shared_storage
 from server.configuration import Configuration
 from server.edge.authentication import Authenticated
 from server.edge.body import BodyLimits
+from server.edge.cors import allow_origins
 from server.edge.limits import Limited
 from server.edge.middleware import ErrorsInOpenAIShape, Observed, RefuseWhileDraining, raise_in_our_terms
 from server.engines.catalogue import Catalogue
@@ -48,6 +49,7 @@ from server.routes.files import Files
 from server.routes.models import models_router
 from server.routes.ops import ops_router
 from server.routes.text import Completions, Responses
+from server.routes.video_tokens import VideoTokens
 from server.settings import PREFIX, Settings
 
 if TYPE_CHECKING:
@@ -114,6 +116,7 @@ def create_app(
     app.add_middleware(RefuseWhileDraining, drain=drain)
     app.add_middleware(ErrorsInOpenAIShape)
     app.add_middleware(Observed, metrics=metrics, tracing=tracing)
+    allow_origins(app, settings.cors_origins, headers=openapi.ANSWER_HEADERS)
     return app
 
 
@@ -285,6 +288,7 @@ def _add_routes(
     common = (entrance, body_limits, bounds, engines.catalogue, engines.exchanges, metrics)
     for endpoint in (
         ChatCompletions(*common, intake=media.intake, llm_d_headers=settings.llm_d_headers),
+        VideoTokens(*common, intake=media.intake, llm_d_headers=False, pool=engines.pool),
         Completions(*common),
         Responses(*common, intake=media.intake),
     ):

@@ -22,6 +22,7 @@ GatewayError
 ├── EngineFailed              an engine accepted the request and then failed
 ├── EngineTimeout             an engine accepted the request and then stopped responding
 ├── EngineRefused             an engine answered with an error of its own
+│   └── ContextExceeded       the prompt is longer than the model's context
 └── ClientGone                the client disconnected; seen in metrics and logs only
 """
 
@@ -190,6 +191,17 @@ class EngineRefused(GatewayError):
         self.status = status
 
 
+class ContextExceeded(EngineRefused):
+    """The engine counted more tokens in the prompt than its model takes."""
+
+    def __init__(self, *, prompt_tokens: int, context_tokens: int, advice: str = ": shorten the prompt") -> None:
+        """Keep both counts. `advice` goes on after them."""
+        message = f"This model's maximum context length is {context_tokens} tokens, and the prompt has {prompt_tokens}"
+        super().__init__(message + advice, status=400, code="context_length_exceeded")
+        self.prompt_tokens = prompt_tokens
+        self.context_tokens = context_tokens
+
+
 @dataclass(frozen=True)
 class Verdict:
     """How a class of errors is answered and counted.
@@ -315,15 +327,18 @@ def _translated(status: int, body: bytes) -> GatewayError:
     EngineMisconfigured. The engine's 5xx messages describe its internals; they become an EngineFailed.
     """
     message, param = _message_of(body)
-    text = scrub(message) if message else "the engine refused the request"
-    if status in (401, 403) or (status in (400, 422) and _is_about_the_set_up(text, param)):
-        return EngineMisconfigured(MISCONFIGURED, engine_message=text)
+    if status in (401, 403) or (status in (400, 422) and _OURS.search(f"{param} {message}")):
+        return EngineMisconfigured(MISCONFIGURED, engine_message=scrub(message or ""))
     if status == 503:
         return EngineRefused("the engine is not taking requests, try again later", status=503)
     if status in (408, 504):
         return EngineTimeout("the engine did not answer in time")
     if status not in (400, 404, 413, 415, 422, 429):
         return EngineFailed("the engine failed on this request")
+    prompt, context = _PROMPT_TOKENS.search(message or ""), _CONTEXT_TOKENS.search(message or "")
+    if prompt and context and status == 400:
+        return ContextExceeded(prompt_tokens=int(prompt[1] or prompt[2]), context_tokens=int(context[1]))
+    text = scrub(message) if message and not _NOT_FOR_CLIENTS.search(message) else "the engine refused the request"
     if status == 404 and "does not exist" not in text:  # the engine lacks the route, not the model
         return EngineFailed("the engine does not serve this kind of request")
     code = "context_length_exceeded" if "maximum context length" in text or "max_model_len" in text else None
@@ -331,15 +346,34 @@ def _translated(status: int, body: bytes) -> GatewayError:
 
 
 _OURS = re.compile(
-    r"--trust-request-mm-kwargs|--allowed-local-media-path|--allowed-media-domains|\bmm_processor_kwargs\b"
-    r"|\bmedia_io_kwargs\b|local files|cache_salt",
+    r"^(?:mm_processor|media_io)_kwargs\b|--trust-request-mm-kwargs|--allowed-local-media-path|\blocal files\b",
     re.IGNORECASE,
 )
-"""What an engine's message is about if it refuses what the gateway itself has put into the request."""
+"""Found in the `param` and message of an engine that refuses what the gateway itself has put into the request."""
+
+_PROMPT_TOKENS = re.compile(
+    r"(?:prompt|Input length) \((?:length )?(\d{1,12})\)"
+    r"|(?:contains|requested|resulted in)(?: at least)? (\d{1,12}) (?:input )?tokens"
+)
+_CONTEXT_TOKENS = re.compile(r"maximum (?:context|model) length (?:is |of |\()(\d{1,12})")
+_NOT_FOR_CLIENTS = re.compile(
+    r"\w+_embeds\b|image_pil|mm_processor_kwargs|media_io_kwargs|chat_template\b|--[a-z][\w-]+|max_model_len"
+    r"|(?:kv|ec)_transfer_params|vllm_xargs|VLLM_[A-Z_]+"
+)
+"""Names in an engine's message of what clients can't send, and of what only its operator can set."""
+_VALIDATION = re.compile(r"\d+ validation errors?\b")
+_COMPLAINT = re.compile(r"""["']msg["']: (?:"([^"]{1,300})"|'((?:[^'\\]|\\.){1,300})')""")
 
 
-def _is_about_the_set_up(message: str, param: str | None) -> bool:
-    return _OURS.search(f"{param or ''} {message}") is not None
+def _complaint_of(message: str, param: object) -> tuple[str | None, str | None]:
+    """Return the first of pydantic's complaints, in a sentence, and the place that it is about."""
+    found = _COMPLAINT.search(message)
+    place = param.removeprefix("body.") if isinstance(param, str) and re.fullmatch(r"[\w.-]{1,120}", param) else None
+    if found is None or place is None:
+        return None, place
+    rule = (found[1] or found[2]).replace("\\'", "'").removeprefix("Value error, ")
+    rule = f"must {rule.removeprefix('Input should ')}" if rule.startswith("Input should ") else f"is wrong: {rule}"
+    return f"{place} {rule}", place
 
 
 def _message_of(body: bytes) -> tuple[str | None, str | None]:
@@ -355,6 +389,8 @@ def _message_of(body: bytes) -> tuple[str | None, str | None]:
     if not isinstance(error, dict):
         return None, None
     message, param = error.get("message", error.get("detail")), error.get("param")
+    if isinstance(message, str) and _VALIDATION.match(message):
+        return _complaint_of(message, param)
     if isinstance(message, list):  # FastAPI's validation errors
         first = message[0] if message and isinstance(message[0], dict) else {}
         message = first.get("msg")

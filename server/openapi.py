@@ -86,6 +86,8 @@ _BY_VERDICT: dict[str, Schema] = {
     },
     "www-authenticate": {"description": "the scheme for sending the API key", "schema": {"const": "Bearer"}},
 }
+ANSWER_HEADERS = frozenset({*_EVERY_ANSWER, *_LIMITS, *SAVINGS, *_BY_VERDICT})
+"""The headers of answers, besides those of HTTP itself."""
 _EVENT: Schema = {
     "type": "object",
     "description": "One event of the stream",
@@ -124,19 +126,22 @@ class RawRoute(APIRoute):
         summary: str,
         kinds: Iterable[type[GatewayError]],
         headers: Mapping[str, Schema],
+        streams: bool = True,
     ) -> None:
-        """Route `POST path` to `app`, which answers with JSON, with a stream of events, or with an error of `kinds`.
+        """Route `POST path` to `app`, which answers with JSON or with an error of `kinds`.
 
-        `headers` are those of successful answers.
+        With `streams` it may also answer with a stream of events. `headers` are those of successful answers.
         """
-        answer = {"content": {"text/event-stream": {"schema": _EVENT}}, "headers": dict(headers)}
+        answer: Schema = {"headers": dict(headers)}
+        if streams:
+            answer["content"] = {"text/event-stream": {"schema": _EVENT}}
         super().__init__(
             path,
             signature,
             methods=["POST"],
             operation_id=signature.__name__,
             summary=summary,
-            response_description="The engine's answer",
+            response_description="The engine's answer" if streams else "The answer",
             responses={200: answer, **refusals(*kinds, by_engine=True)},
         )
         self.description = ""

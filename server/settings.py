@@ -59,6 +59,17 @@ def _check_hosts(hosts: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(host.lower() for host in hosts)
 
 
+def _check_origins(origins: tuple[str, ...]) -> tuple[str, ...]:
+    for origin in origins:
+        try:
+            fits = origin == "*" or str(yarl.URL(origin).origin()) == origin.lower()
+        except ValueError:
+            fits = False
+        if not fits or not origin.startswith(("http://", "https://", "*")):
+            raise ValueError("must be a list of origins like https://app.example.com, without paths, or *")
+    return tuple(origin.lower() for origin in origins)
+
+
 def _check_limits_backend(backend: SecretStr) -> SecretStr:
     value = backend.get_secret_value()
     try:
@@ -89,6 +100,7 @@ class Settings(BaseSettings):
     config: Path | None = None
     allow_open: bool = False
 
+    cors_origins: Annotated[Names, AfterValidator(_check_origins)] = ()
     limits_backend: Annotated[SecretStr, AfterValidator(_check_limits_backend)] = SecretStr("memory")
     max_body_bytes: int = Field(default=96 * MIB, ge=1024)
     body_seconds: float = Field(default=120, gt=0)

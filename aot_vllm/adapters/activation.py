@@ -10,6 +10,7 @@ from vllm import envs
 from vllm.logger import init_logger
 
 from aot_vllm.adapters import compat
+from aot_vllm.adapters.decoded import missing_frames
 from aot_vllm.adapters.registry import ARCHITECTURES, TESTED_VLLM_RELEASES, reduced_architecture
 from aot_vllm.adapters.settings import PPM, PluginSettings, Reduction
 from aot_vllm.errors import UnsupportedError
@@ -50,6 +51,7 @@ def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
     reduction.attach(model_config.hf_config)
     model_config.hf_config.architectures = [reduced_architecture(supported[0])]
     _extend_workers(vllm_config.parallel_config)
+    compat.refuse_missing_frames(missing_frames)
     logger.info(
         "AOT is active on %s: retention %g, settings %s.",
         supported[0],

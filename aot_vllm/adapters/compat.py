@@ -105,6 +105,44 @@ def load_frames_files() -> None:
     video_io.load_bytes, video_io.load_file = load_frames_bytes, load_frames_file
 
 
+def refuse_missing_frames(missing: Callable[..., str | None]) -> None:
+    """Make vLLM refuse a video of which fewer frames were read than should have been.
+
+    Without this function, vLLM logs a warning, or nothing at all, and answers about the frames that it has. `missing`
+    returns what is wrong, see `aot_vllm.adapters.decoded.missing_frames`. Needed for 0.32. Delete it once vLLM refuses
+    such videos.
+
+    Raises:
+        UnsupportedError: vLLM has no `vllm.multimodal.video.decode_video`.
+    """
+    from vllm.exceptions import VLLMValidationError
+    from vllm.multimodal import video
+
+    original = getattr(video, "decode_video", None)
+    if original is None:
+        raise UnsupportedError(
+            f"vLLM {vllm_version()} has no vllm.multimodal.video.decode_video, behind which aot-vllm counts the frames "
+            "that were read; install vllm 0.32.*, or uninstall aot-vllm to serve without it"
+        )
+    if getattr(original, _MARK, False):
+        return
+
+    @functools.wraps(original)
+    def decode_video(backend: str, loader: Any, data: bytes, *args: Any, **kwargs: Any) -> Any:
+        try:
+            decoded = original(backend, loader, data, *args, **kwargs)
+        except (ArithmeticError, RuntimeError, ValueError) as exc:  # of sampling from a length that makes no sense
+            raise VLLMValidationError(f"the video could not be read: {exc}", parameter="video_url") from exc
+        _, source, sampled, read = decoded
+        wrong = missing(data, announced=source.total_frames_num, sampled=sampled, num_read=len(read))
+        if wrong is not None:
+            raise VLLMValidationError(wrong, parameter="video_url")
+        return decoded
+
+    setattr(decode_video, _MARK, True)
+    vars(video)["decode_video"] = decode_video
+
+
 def stock_pruning_methods(model_config: ModelConfig) -> tuple[str, ...]:
     """Return the names of vLLM's own pruning methods for a model, empty if vLLM would ignore the rate.
 
@@ -125,34 +163,48 @@ def stock_pruning_methods(model_config: ModelConfig) -> tuple[str, ...]:
 
 
 def observe_rendered_chats(state: Any, observe: Callable[[Sequence[Any]], None]) -> None:
-    """Call `observe(engine_inputs)` each time the server has rendered a chat request into engine inputs.
+    """Call `observe(engine_inputs)` each time the server has rendered a chat or a response into engine inputs.
 
     Without this function, the savings of a request would be unknown. They are recorded by item hash, and only
-    `OnlineRenderer.render_chat` knows the hashes of a chat request. Needed for 0.32. Delete it once endpoint plugins
-    receive the rendered prompt.
+    `OnlineRenderer.render_chat` and `render_responses` know the hashes of a request. Needed for 0.32. Delete it once
+    endpoint plugins receive the rendered prompt.
 
     Raises:
         UnsupportedError: vLLM has no `state.online_renderer.render_chat`.
     """
     renderer = getattr(state, "online_renderer", None)
-    original: Callable[..., Awaitable[Any]] | None = getattr(renderer, "render_chat", None)
-    if renderer is None or original is None:
+    if renderer is None or getattr(renderer, "render_chat", None) is None:
         raise UnsupportedError(
             f"vLLM {vllm_version()} has no state.online_renderer.render_chat, from which aot-vllm reads the savings "
             "of a request; install vllm 0.32.*, or drop aot from VLLM_PLUGINS to serve without it"
         )
+    _observe(renderer, "render_chat", lambda rendered: rendered[1] if isinstance(rendered, tuple) else (), observe)
+    if getattr(renderer, "render_responses", None) is not None:
+        _observe(renderer, "render_responses", _input_of_response, observe)
+
+
+def _input_of_response(rendered: Any) -> Sequence[Any]:
+    found = getattr(rendered, "engine_input", None)  # an ErrorResponse has none
+    return () if found is None else (found,)
+
+
+def _observe(
+    renderer: Any, name: str, inputs_in: Callable[[Any], Sequence[Any]], observe: Callable[[Sequence[Any]], None]
+) -> None:
+    """Call `observe` with the inputs in what the renderer's method returns. Does nothing the second time."""
+    original: Callable[..., Awaitable[Any]] = getattr(renderer, name)
     if getattr(original, _MARK, False):
         return
 
     @functools.wraps(original)
-    async def render_chat(*args: Any, **kwargs: Any) -> Any:
+    async def render(*args: Any, **kwargs: Any) -> Any:
         rendered = await original(*args, **kwargs)
-        if isinstance(rendered, tuple):  # otherwise an ErrorResponse
-            observe(rendered[1])
+        if inputs := inputs_in(rendered):
+            observe(inputs)
         return rendered
 
-    setattr(render_chat, _MARK, True)
-    renderer.render_chat = render_chat
+    setattr(render, _MARK, True)
+    setattr(renderer, name, render)
 
 
 def is_first_api_server(vllm_config: VllmConfig) -> bool:

@@ -29,6 +29,9 @@ MOST_SAMPLED_FRAMES = 768
 MOST_SAMPLED_FPS = 30
 """Bounds of vLLM's loaders for the Qwen models, in frames and in frames per second."""
 
+_USUAL_TIMESTAMP = "<10.0 seconds>"
+"""A timestamp as Qwen3-VL's processor writes it before a unit of frames. Others may take a token more or less."""
+
 _SIZE_SETTINGS = frozenset({"size", "min_pixels", "max_pixels"})
 _VALUE_SETTINGS = frozenset({"do_normalize", "do_rescale", "rescale_factor", "image_mean", "image_std"})
 """Settings of a processor, from `--mm-processor-kwargs` or vLLM's own, with which the rules of sizes hold: those that
@@ -137,7 +140,14 @@ def _llava_onevision(info: Any, processor: Any) -> tuple[int, Rule | None, Rule 
     """Return the most frames that memory was profiled with, the rule of sizes and that of tokens."""
     max_frames = info.get_num_frames_with_most_features(info.ctx.model_config.max_model_len, {"video": 1})
     tokens = [info.get_num_video_tokens(image_width=1, image_height=1, num_frames=frames) for frames in (0, 1)]
-    token_rule = {"rule": "constant", "frames_per_unit": 1, "per_unit": tokens[1] - tokens[0], "extra": tokens[0]}
+    token_rule = {
+        "rule": "constant",
+        "frames_per_unit": 1,
+        "per_unit": tokens[1] - tokens[0],
+        "extra": tokens[0],
+        "text_per_video": 0,
+        "text_per_unit": 0,
+    }
     side = info.get_hf_config().vision_config.image_size
     fixed = (
         _size_settings(info) == {}
@@ -147,6 +157,14 @@ def _llava_onevision(info: Any, processor: Any) -> tuple[int, Rule | None, Rule 
         and (processor.size.get("height"), processor.size.get("width")) == (side, side)
     )
     return max_frames, {"rule": "fixed", "height": side, "width": side} if fixed else None, token_rule
+
+
+def _text_around(info: Any, *, whole: bool) -> dict[str, int]:
+    """Return the numbers of text tokens around a video: two marks, or two marks and a timestamp for each unit."""
+    if not whole:
+        return {"text_per_video": 2, "text_per_unit": 0}
+    timestamp = info.get_tokenizer().encode(_USUAL_TIMESTAMP, add_special_tokens=False)
+    return {"text_per_video": 0, "text_per_unit": 2 + len(timestamp)}
 
 
 def _qwen_vl(info: Any, processor: Any) -> tuple[int, Rule | None, Rule | None]:
@@ -177,4 +195,5 @@ def _qwen_vl(info: Any, processor: Any) -> tuple[int, Rule | None, Rule | None]:
         "over": "video" if whole else "frame",
         "temporal_factor": temporal,
     }
-    return max_frames, size_rule, {"rule": "grid", "frames_per_unit": temporal, "cell": factor, "extra": 0}
+    token_rule = {"rule": "grid", "frames_per_unit": temporal, "cell": factor, "extra": 0}
+    return max_frames, size_rule, token_rule | _text_around(info, whole=whole)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 logger = init_logger("vllm.aot")
 
 CHAT_PATH = "/v1/chat/completions"
+RESPONSES_PATH = "/v1/responses"
 METRICS_PATH = "/metrics"
 ENGINE_PATH = "/v1/aot/engine"
 """Under `/v1`, which vLLM's API key guards."""
@@ -59,7 +60,7 @@ def note_rendered(engine_inputs: Sequence[Any]) -> None:
 
 
 class SavingsMiddleware:
-    """Pure ASGI: adds `x-aot-video-*` headers to chat completions with videos, and updates counters before a scrape."""
+    """Pure ASGI: adds `x-aot-video-*` headers to answers about videos, and updates counters before a scrape."""
 
     def __init__(self, app: ASGIApp, *, endpoint: AOTEndpoint) -> None:
         """Wrap `app`."""
@@ -69,7 +70,7 @@ class SavingsMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
         path = scope.get("path", "")
-        if scope["type"] != "http" or path not in (CHAT_PATH, METRICS_PATH):
+        if scope["type"] != "http" or path not in (CHAT_PATH, RESPONSES_PATH, METRICS_PATH):
             await self.app(scope, receive, send)
             return
         if path == METRICS_PATH:

@@ -5,6 +5,10 @@ video, and one warp or a few hold the distances of a frame in registers. A step 
 which are single instructions of a warp since compute capability 8.0, and two rows of products, which are in flight
 together.
 
+Where tables of products would take too much memory, another kernel does without. There a step computes the row of the
+last choice from the features. Reading the features takes its time, so the positions are divided among programs on all
+processors of the GPU, which agree on each choice.
+
 Dimensions: T frames, n frames of a block, P positions of a frame, A anchors of a frame, D width.
 """
 
@@ -20,8 +24,25 @@ from aot_vllm.core.layout import counts_on
 from aot_vllm.kernels.launch import launch, power_of_2, product
 
 BLOCK_BYTES = 256 * 2**20
-"""Most memory for the products of a block of frames, with themselves and with the next frame. It holds 1,164 frames of
-14 x 14 tokens, or 372 frames of 300. A longer video takes three launches more for each further block."""
+"""Memory that tables of products may always take: of a frame with itself and with the next frame, for a block of
+frames. It holds 1,164 frames of 14 x 14 tokens, or 372 frames of 300."""
+
+MOST_BLOCKS = 3
+"""A block takes four launches. A longer video takes larger blocks, but no more memory than its features take."""
+
+TOKENS, COLUMNS = 16, 512
+"""What a program reads at a time of a frame without a table: so many tokens, so many columns of each."""
+
+BEHIND_ALL = -(2**63)
+"""Less than every mark of a choice."""
+
+
+@triton.jit
+def _ranks(far, real):
+    """Return integers in the order of the distances: a NaN is the farthest, padding is behind negative infinity."""
+    bits = (far + 0.0).to(tl.int32, bitcast=True)
+    rank = tl.where(far != far, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return tl.where(real, rank, -0x80000000)
 
 
 @triton.jit
@@ -54,10 +75,7 @@ def _spread_out(
         far = tl.where(starts_afresh, squares * positions - 2.0 * sums, near + squares)
         near = tl.full((BLOCK,), float("inf"), tl.float32)
         for choice in range(count):
-            # Integers in the order of the distances: a NaN is the farthest, and padding is behind negative infinity.
-            bits = (far + 0.0).to(tl.int32, bitcast=True)
-            rank = tl.where(far != far, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
-            rank = tl.where(real, rank, -0x80000000)
+            rank = _ranks(far, real)
             farthest = tl.max(rank, axis=0)
             best = tl.min(tl.where(rank == farthest, at, BLOCK), axis=0)  # the lowest position of a tie
             tl.store(order_ptr + choice, best.to(tl.int64))
@@ -77,21 +95,139 @@ def _spread_out(
     tl.store(near_ptr + at, near, mask=real)
 
 
+@triton.jit
+def _marks(far, token, real):
+    """Return integers in the order of choice: by distance, and a tie goes to the lowest position, in the lower half."""
+    return (_ranks(far, real).to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
+
+
+@triton.jit
+def _products(rows, vector_ptr, real, width, stride_column, stride_vector, COLUMNS: tl.constexpr):
+    """Return the products of some tokens with a vector. `rows` point to the tokens; zero for those not `real`."""
+    sums = tl.zeros((rows.shape[0], COLUMNS), tl.float32)
+    for start in range(0, width, COLUMNS):
+        column = (start + tl.arange(0, COLUMNS)).to(tl.int64)
+        inside = column < width
+        vector = tl.load(vector_ptr + column * stride_vector, mask=inside, other=0.0).to(tl.float32)
+        at = rows[:, None] + (column * stride_column)[None, :]
+        sums += tl.load(at, mask=real[:, None] & inside[None, :], other=0.0).to(tl.float32) * vector[None, :]
+    return tl.sum(sums, axis=1)
+
+
+@triton.jit
+def _agreed(mark, best_ptr, arrived_ptr, programs, BEHIND_ALL: tl.constexpr):
+    """Return the position of the largest mark of all programs: each waits here for all others.
+
+    The programs share nothing else. So there is nothing to order but these two numbers.
+    """
+    tl.atomic_max(best_ptr, mark, sem="relaxed")
+    tl.debug_barrier()
+    tl.atomic_add(arrived_ptr, 1, sem="acq_rel")
+    while tl.atomic_add(arrived_ptr, 0, sem="acquire") < programs:
+        pass
+    best = tl.atomic_max(best_ptr, BEHIND_ALL, sem="relaxed")  # reads it where all programs see the same
+    return 0x7FFFFFFF - (best & 0x7FFFFFFF)
+
+
+@triton.jit
+def _spread_out_without_table(
+    features_ptr,  # (T, P, D)
+    totals_ptr,  # (T, D) sums of the tokens
+    squares_ptr,  # (T, P) squares of the tokens' lengths
+    keep_ptr,  # (T,) how many anchors each frame keeps
+    far_ptr,  # (P,) squared distance to the nearest choice
+    near_ptr,  # (P,) squared distance to the nearest token that the frame before keeps, less the token's square
+    best_ptr,  # (T, A) in: `BEHIND_ALL`; out: the marks of the anchors
+    arrived_ptr,  # (T, A) in: zeros; out: how many programs have made their mark
+    frames,
+    positions,
+    count,
+    width,
+    stride_frame,
+    stride_token,
+    stride_column,
+    BEHIND_ALL: tl.constexpr,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    programs = tl.num_programs(0)
+    first, apart = tl.program_id(0) * TOKENS, programs * TOKENS  # a program has every `programs`-th run of tokens
+    for frame in range(frames):
+        kept_before = tl.load(keep_ptr + frame - 1, mask=frame > 0, other=0)
+        keep = tl.load(keep_ptr + frame)
+        keep = tl.where(frame + 1 < frames, keep, 0)
+        starts_afresh = kept_before == 0
+        mark = tl.full((), BEHIND_ALL, tl.int64)
+        for start in range(first, positions, apart):
+            token = start + tl.arange(0, TOKENS)
+            real = token < positions
+            squares = tl.load(squares_ptr + token, mask=real, other=0.0)
+            if starts_afresh:
+                rows = features_ptr + token.to(tl.int64) * stride_token
+                far = squares * positions - 2.0 * _products(rows, totals_ptr, real, width, stride_column, 1, COLUMNS)
+            else:
+                far = tl.load(near_ptr + token, mask=real, other=0.0) + squares
+            tl.store(far_ptr + token, far, mask=real)
+            tl.store(near_ptr + token, tl.full((TOKENS,), float("inf"), tl.float32), mask=real)
+            mark = tl.maximum(mark, tl.max(_marks(far, token, real), axis=0))
+        for choice in range(count):
+            best = _agreed(mark, best_ptr + choice, arrived_ptr + choice, programs, BEHIND_ALL)
+            chosen = features_ptr + best * stride_token
+            square = tl.load(squares_ptr + best)
+            mark = tl.full((), BEHIND_ALL, tl.int64)
+            for start in range(first, positions, apart):
+                token = start + tl.arange(0, TOKENS)
+                real = token < positions
+                squares = tl.load(squares_ptr + token, mask=real, other=0.0)
+                rows = features_ptr + token.to(tl.int64) * stride_token
+                row = _products(rows, chosen, real, width, stride_column, stride_column, COLUMNS)
+                distance = tl.where(token == best, float("-inf"), (square - 2.0 * row) + squares)
+                far = tl.load(far_ptr + token, mask=real, other=0.0)
+                far = tl.where(starts_afresh & (choice == 0), distance, tl.minimum(far, distance))  # drops NaN
+                tl.store(far_ptr + token, far, mask=real)
+                mark = tl.maximum(mark, tl.max(_marks(far, token, real), axis=0))
+                if choice < keep:
+                    row = _products(rows + stride_frame, chosen, real, width, stride_column, stride_column, COLUMNS)
+                    near = tl.load(near_ptr + token, mask=real, other=0.0)
+                    tl.store(near_ptr + token, tl.minimum(near, square - 2.0 * row), mask=real)
+        features_ptr += stride_frame
+        totals_ptr += width
+        squares_ptr += positions
+        best_ptr += count
+        arrived_ptr += count
+
+
 def select_diverse_anchors(features: Tensor, *, count: int, keep: int | Sequence[int] | None = None) -> Tensor:
     """Return `count` distinct positions of every frame, in the order of their choice: (T, P, D) -> (T, count).
 
-    Arguments, result and errors are those of `aot_vllm.core.anchors.select_diverse_anchors`. Frames whose products
-    would exceed its `TABLE_BYTES` are left to that function, for they are so large that launches do not matter.
+    Arguments, result and errors are those of `aot_vllm.core.anchors.select_diverse_anchors`, and so is the limit on
+    tables of positions x positions, `TABLE_BYTES`.
     """
     keep_per_frame = anchors.check_diverse(features, count=count, keep=keep)
+    keep_T = counts_on(keep_per_frame, features.device)
+    at_once = _frames_at_once(features)
+    if at_once:
+        return _anchors_by_table(features, keep_T, count=count, at_once=at_once)
+    return _anchors_without_table(features, keep_T, count=count)
+
+
+def _frames_at_once(features: Tensor) -> int:
+    """Return how many frames may have tables at the same time, or 0 where tables would take too much memory."""
     frames, positions, _ = features.shape
     if 4 * positions**2 > anchors.TABLE_BYTES:
-        return anchors.select_diverse_anchors(features, count=count, keep=keep_per_frame)
-    keep_T = counts_on(keep_per_frame, features.device)
+        return 0
+    at_once, wanted = BLOCK_BYTES // (8 * positions**2), triton.cdiv(frames, MOST_BLOCKS)
+    if at_once >= wanted:
+        return at_once
+    return wanted if wanted * 8 * positions**2 <= features.nbytes else 0
+
+
+def _anchors_by_table(features: Tensor, keep_T: Tensor, *, count: int, at_once: int) -> Tensor:
+    """Return the anchors of frames whose products fit into tables, of so many frames at once."""
+    frames, positions, _ = features.shape
     order_TA = torch.empty(frames, count, dtype=torch.long, device=features.device)
     near_P = torch.empty(positions, dtype=torch.float32, device=features.device)
     block = power_of_2(positions)
-    at_once = max(1, BLOCK_BYTES // (8 * positions**2))
     for first in range(0, frames, at_once):
         tokens_nPD = features[first : first + at_once]
         next_nPD = features[first + 1 : first + 1 + at_once]
@@ -115,3 +251,40 @@ def select_diverse_anchors(features: Tensor, *, count: int, keep: int | Sequence
             num_warps=max(1, min(16, block // 512)),
         )
     return order_TA
+
+
+def _anchors_without_table(features: Tensor, keep_T: Tensor, *, count: int) -> Tensor:
+    """Return the anchors of frames of many positions, in memory that is linear in the positions."""
+    frames, positions, width = features.shape
+    device = features.device
+    squares_TP = torch.linalg.vector_norm(features, dim=2, dtype=torch.float32).square_()
+    far_P, near_P = (torch.empty(positions, dtype=torch.float32, device=device) for _ in range(2))
+    best_TA = torch.full((frames, count), BEHIND_ALL, dtype=torch.long, device=device)
+    launch(
+        _spread_out_without_table,
+        (min(_programs_at_once(device), triton.cdiv(positions, TOKENS)),),
+        features,
+        features.sum(dim=1, dtype=torch.float32),
+        squares_TP,
+        keep_T,
+        far_P,
+        near_P,
+        best_TA,
+        torch.zeros(frames, count, dtype=torch.int32, device=device),
+        frames,
+        positions,
+        count,
+        width,
+        *features.stride(),
+        BEHIND_ALL=BEHIND_ALL,
+        TOKENS=TOKENS,
+        COLUMNS=power_of_2(min(width, COLUMNS)),
+        num_warps=16,
+        launch_cooperative_grid=True,  # programs wait for each other, so all must run at once
+    )
+    return best_TA.bitwise_not_().bitwise_and_(0x7FFFFFFF)
+
+
+def _programs_at_once(device: torch.device) -> int:
+    """Return how many programs run at the same time for certain: one on each processor. The interpreter runs one."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

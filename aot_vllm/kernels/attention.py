@@ -31,6 +31,25 @@ def _rows(pointer, token, size, tokens, stride_token, stride_size, FIRST: tl.con
 
 
 @triton.jit
+def _heads(pointer, token, size, tokens, stride_token, stride_size, MAIN: tl.constexpr, REST: tl.constexpr):
+    """Return the head of some tokens in two parts, see `head_blocks`. Without a rest the second part is the first."""
+    main = _rows(pointer, token, size, tokens, stride_token, stride_size, 0, MAIN)
+    rest = main
+    if REST > 0:
+        rest = _rows(pointer, token, size, tokens, stride_token, stride_size, MAIN, REST)
+    return main, rest
+
+
+@triton.jit
+def _logits(q, q_rest, k, k_rest, REST: tl.constexpr):
+    """Return the products of queries and keys, in two parts each."""
+    logits = tl.dot(q, tl.trans(k), input_precision="tf32x3")
+    if REST > 0:
+        logits = tl.dot(q_rest, tl.trans(k_rest), acc=logits, input_precision="tf32x3")
+    return logits
+
+
+@triton.jit
 def _log_sums(
     query_ptr,
     key_ptr,
@@ -58,20 +77,14 @@ def _log_sums(
     query_ptr += frame * q_frame + head * q_head
     key_ptr += frame * k_frame + head * k_head
     query = tl.program_id(0) % pieces * QUERIES + tl.arange(0, QUERIES)
-    q = _rows(query_ptr, query, size, tokens, q_token, q_size, 0, MAIN)
-    if REST > 0:
-        q_rest = _rows(query_ptr, query, size, tokens, q_token, q_size, MAIN, REST)
+    q, q_rest = _heads(query_ptr, query, size, tokens, q_token, q_size, MAIN, REST)
     top = tl.full((QUERIES,), float("-inf"), tl.float32)
     total = tl.zeros((QUERIES,), tl.float32)
     for start in range(0, tokens, KEYS):
         key = start + tl.arange(0, KEYS)
-        logits = tl.dot(
-            q, tl.trans(_rows(key_ptr, key, size, tokens, k_token, k_size, 0, MAIN)), input_precision="tf32x3"
-        )
-        if REST > 0:
-            k_rest = _rows(key_ptr, key, size, tokens, k_token, k_size, MAIN, REST)
-            logits = tl.dot(q_rest, tl.trans(k_rest), acc=logits, input_precision="tf32x3")
-        logits = tl.where((key < tokens)[None, :], logits * scale, float("-inf"))
+        k, k_rest = _heads(key_ptr, key, size, tokens, k_token, k_size, MAIN, REST)
+        logits = _logits(q, q_rest, k, k_rest, REST) * scale
+        logits = tl.where((key < tokens)[None, :], logits, float("-inf"))
         higher = tl.maximum(top, tl.max(logits, axis=1))
         total = total * tl.exp2(top - higher) + tl.sum(tl.exp2(logits - higher[:, None]), axis=1)
         top = higher
@@ -108,16 +121,11 @@ def _received(
     key_ptr += frame * k_frame
     received = tl.zeros((KEYS,), tl.float32)
     for head in range(heads):
-        k = _rows(key_ptr, key, size, tokens, k_token, k_size, 0, MAIN)
-        if REST > 0:
-            k_rest = _rows(key_ptr, key, size, tokens, k_token, k_size, MAIN, REST)
+        k, k_rest = _heads(key_ptr, key, size, tokens, k_token, k_size, MAIN, REST)
         for start in range(0, tokens, QUERIES):
             query = start + tl.arange(0, QUERIES)
-            q = _rows(query_ptr, query, size, tokens, q_token, q_size, 0, MAIN)
-            logits = tl.dot(q, tl.trans(k), input_precision="tf32x3")
-            if REST > 0:
-                q_rest = _rows(query_ptr, query, size, tokens, q_token, q_size, MAIN, REST)
-                logits = tl.dot(q_rest, tl.trans(k_rest), acc=logits, input_precision="tf32x3")
+            q, q_rest = _heads(query_ptr, query, size, tokens, q_token, q_size, MAIN, REST)
+            logits = _logits(q, q_rest, k, k_rest, REST)
             log_sum = tl.load(log_sum_ptr + (frame * heads + head) * tokens + query, mask=query < tokens, other=0.0)
             share = tl.exp2(logits * scale - log_sum[:, None])
             received += tl.sum(tl.where((query < tokens)[:, None], share, 0.0), axis=0)

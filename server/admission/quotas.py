@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -20,7 +21,6 @@ from server.observe.metrics import NO_TENANT, Metrics
 logger = logging.getLogger(__name__)
 
 MINUTE_SECONDS: Final = 60
-BOUNDLESS: Final = 2**53
 REDIS_SECONDS: Final = 0.5  # time-out of a connection, and of an answer
 REDIS_PAUSE_SECONDS: Final = 5.0  # after a failure, so that not every request waits for the time-out
 
@@ -31,40 +31,30 @@ Storage = MemoryStorage | RedisStorage
 
 @dataclass(frozen=True)
 class Window:
-    """A sliding window, approximated from the counts of the current and the previous period.
+    """A window that begins with what is counted in it first, and ends a period later, whatever is counted until then.
 
-    The window's count is `current` plus a share of `previous`, which shrinks from 1 to 0 during the current period.
-    `previous_seconds` and `current_seconds` are the times until the two counts expire.
+    `used` is the count, and `seconds` the time until it ends.
     """
 
-    previous: int
-    previous_seconds: float
-    current: int
-    current_seconds: float
-    period_seconds: int
+    used: int
+    seconds: float
 
     def remaining(self, limit: int) -> int:
         """Return how much of `limit` is left."""
-        weighed = self.previous * self.previous_seconds / self.period_seconds + self.current
-        return max(0, limit - math.floor(weighed))
+        return max(0, limit - self.used)
 
     def seconds_until(self, cost: int, limit: int) -> float:
         """Return the time until `cost` (at most `limit`) fits, provided that nothing else is counted until then."""
-        if cost <= self.remaining(limit):
-            return 0.0
-        room = limit - cost + 1  # the count must fall below this number: `remaining` rounds it down
-        if self.current < room:
-            return self.previous_seconds - (room - self.current) * self.period_seconds / self.previous
-        return self.current_seconds - self.period_seconds * room / self.current
+        return 0.0 if cost <= self.remaining(limit) else self.seconds
 
     @property
     def reset_seconds(self) -> float:
-        """The time until the full limit is available again, provided that nothing else is counted until then."""
-        return self.current_seconds if self.current else self.previous_seconds
+        """The time until the full limit is available again."""
+        return self.seconds if self.used else 0.0
 
 
 class Counts:
-    """Sliding windows in a shared storage. Without one, or while it can't be reached, they are in this process."""
+    """Windows in a shared storage. Without one, or while it can't be reached, they are in this process."""
 
     def __init__(self, shared: RedisStorage | None, *, metrics: Metrics, period_seconds: int = MINUTE_SECONDS) -> None:
         """Start with the counts of the shared storage, if there is one."""
@@ -82,16 +72,28 @@ class Counts:
 
     async def take(self, key: str, cost: int, *, limit: int) -> bool:
         """Count `cost` in the window `key` if it fits into `limit`; return whether it did."""
-        return await self._in(lambda it: it.acquire_sliding_window_entry(key, limit, self._period_seconds, cost))
+        return await self._in(lambda storage: self._take(storage, key, cost, limit))
 
     async def charge(self, key: str, cost: int) -> None:
-        """Count a cost that was spent already, even beyond the limit. The window then stays full for longer."""
-        await self.take(key, cost, limit=BOUNDLESS)
+        """Count a cost that was spent already, even beyond the limit."""
+        await self._in(lambda storage: storage.incr(key, self._period_seconds, amount=cost))
 
     async def window(self, key: str) -> Window:
         """Return the state of the window `key`."""
-        state = await self._in(lambda it: it.get_sliding_window(key, self._period_seconds))
-        return Window(*state, period_seconds=self._period_seconds)
+        return await self._in(lambda storage: self._window(storage, key))
+
+    async def _take(self, storage: Storage, key: str, cost: int, limit: int) -> bool:
+        if await storage.get(key) + cost > limit:
+            return False
+        if await storage.incr(key, self._period_seconds, amount=cost) <= limit:
+            return True
+        await storage.incr(key, self._period_seconds, amount=-cost)  # another request was counted in between
+        return False
+
+    async def _window(self, storage: Storage, key: str) -> Window:
+        used = await storage.get(key)
+        seconds = await storage.get_expiry(key) - time.time()
+        return Window(used, min(max(0.0, seconds), float(self._period_seconds)))
 
     async def close(self) -> None:
         """Close the connections to the shared storage."""

@@ -1,7 +1,9 @@
 """Reads form data with a file (multipart/form-data) while it arrives: keeps the fields and passes the file on."""
 
-from collections.abc import Awaitable, Callable
+import re
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from urllib.parse import unquote_to_bytes
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -16,6 +18,7 @@ MAX_FIELD_BYTES = 1024
 MAX_PART_HEADERS = 8
 MAX_HEADER_BYTES = 4096
 OVERHEAD_BYTES = MAX_FIELDS * (MAX_FIELD_BYTES + MAX_PART_HEADERS * MAX_HEADER_BYTES)
+_EXTENDED_FILENAME = re.compile(rb""";\s*filename\*\s*=\s*"?([A-Za-z0-9._-]{0,40})'[^';]*'([^;"\s]*)""", re.IGNORECASE)
 
 
 @dataclass
@@ -55,6 +58,18 @@ def _boundary(headers: Headers) -> bytes:
     if kind.lower() != b"multipart/form-data" or not options.get(b"boundary"):
         raise InvalidRequest("the request body must be form data (multipart/form-data) with a boundary")
     return options[b"boundary"]
+
+
+def _filename(disposition: bytes, options: Mapping[bytes, bytes]) -> str | None:
+    """Return the name of a file, None for a field. `filename*` (RFC 5987) says it in any encoding, and goes first."""
+    extended = _EXTENDED_FILENAME.search(disposition)
+    if extended is not None:
+        name = unquote_to_bytes(extended[2])
+        try:
+            return name.decode(extended[1].decode("ascii") or "utf-8", errors="replace")
+        except LookupError:
+            return name.decode("utf-8", errors="replace")
+    return options[b"filename"].decode("utf-8", errors="replace") if b"filename" in options else None
 
 
 class _Reader:
@@ -129,12 +144,13 @@ class _Reader:
         if b"name" not in options:
             raise InvalidRequest("a field of the form data has no name")
         name = options[b"name"].decode("utf-8", errors="replace")
-        if b"filename" not in options:
+        filename = _filename(self._disposition, options)
+        if filename is None:
             self._name = name
             return
         if name != self._file_field or self._form.filename is not None:
             raise InvalidRequest(f"the form data must hold one file, called {self._file_field}", param=name[:80])
-        self._form.filename = options[b"filename"].decode("utf-8", errors="replace")
+        self._form.filename = filename
 
     def _data(self, data: bytes, start: int, end: int) -> None:
         if self._name is None:

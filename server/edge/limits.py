@@ -11,9 +11,11 @@ from server.edge.state import caller_of, record_of, set_allowance
 from server.errors import RateLimited
 from server.observe.record import NO_MODEL
 
+MODELS_PATH = "/v1/models"
+
 
 class Limited:
-    """Middleware that counts every API request against its tenant's limits."""
+    """Middleware that counts API requests against their tenant's limits, except those that only look models up."""
 
     def __init__(
         self, app: ASGIApp, *, quotas: Quotas, models: Callable[[], Collection[str]], max_body_bytes: int
@@ -26,7 +28,7 @@ class Limited:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+        if scope["type"] != "http" or not _is_counted(scope["method"], scope["path"]):
             await self._app(scope, receive, send)
             return
         record = record_of(scope)
@@ -41,3 +43,9 @@ class Limited:
                 model = await skim_model(Headers(scope=scope), receive, self._models(), max_bytes=self._max_body_bytes)
                 record.model = model or NO_MODEL
             raise
+
+
+def _is_counted(method: str, path: str) -> bool:
+    """Return whether a request counts. Many clients poll the models, which costs nothing."""
+    is_look_up = method in ("GET", "HEAD") and (path == MODELS_PATH or path.startswith(f"{MODELS_PATH}/"))
+    return path.startswith("/v1/") and not is_look_up

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+API = "/v1"
 _SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 _PATH_PARAMETER = re.compile(r"\{[^}]+\}")
 
@@ -174,8 +175,20 @@ async def raise_in_our_terms(request: Request, exc: Exception) -> Response:
         allowed = (exc.headers or {}).get("Allow", "")
         raise MethodNotAllowed(f"{request.method[:16]} is not allowed on this path", allowed=allowed) from exc
     if isinstance(exc, HTTPException) and exc.status_code == 404:
-        raise RouteNotFound("unknown request URL; see the documentation for what the gateway serves") from exc
+        raise RouteNotFound(f"there is nothing at this path; {_near(request)}") from exc
     raise exc
+
+
+def _near(request: Request) -> str:
+    """Return where a request to an unknown path can go instead: the path that it means, or the list of all."""
+    path = "/" + request.url.path.strip("/")
+    while path.startswith(f"{API}{API}/"):
+        path = path.removeprefix(API)
+    known = {route.path_format for route in request.app.routes if isinstance(route, Route)}
+    for meant in (path, f"{API}{path}", path.removeprefix(API)):
+        if meant in known and meant != request.url.path:
+            return f"do you mean {meant}? The base URL of clients ends with one {API}, without a slash behind it"
+    return "/openapi.json lists all paths"
 
 
 def request_id_of(headers: Headers) -> str:

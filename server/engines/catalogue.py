@@ -10,6 +10,8 @@ from server.aliases import Alias, pass_through
 from server.engines.pool import EnginePool
 from server.errors import EngineUnavailable, ModelNotServed, UnknownModel
 
+MOST_SHOWN = 20  # models, in the error about one that there isn't
+
 
 class RetentionBounds(BaseModel):
     """The default retention of a model, and the range that a request may choose from."""
@@ -70,7 +72,11 @@ class Catalogue:
                 raise EngineUnavailable("no engine is available, try again later")
             if is_alias:
                 raise ModelNotServed("no engine serves this model, which only the operator can change")
-        raise UnknownModel(f"the model {name[:200]!r} does not exist", param="model")
+        usable = sorted(offered if allowed is None else allowed & offered.keys())
+        shown = ", ".join(usable[:MOST_SHOWN]) + (", …" if len(usable) > MOST_SHOWN else "")
+        raise UnknownModel(
+            f"the model {name[:200]!r} does not exist; the models that you may use: {shown or 'none'}", param="model"
+        )
 
     def cards(self, *, allowed: Collection[str] | None = None) -> list[ModelCard]:
         """Return the cards of all models, or of those in `allowed`."""

@@ -166,6 +166,11 @@ class EnginePool:
         told = {None if profile is None else profile.reduction.retention for profile in profiles}
         return told.pop() if len(told) == 1 else None
 
+    def profile(self, model: str, rules: VideoRules) -> EngineProfile | None:
+        """Return the profile of an engine that serves `model` by these rules; None if there is none any more."""
+        serving = (engine for engine in self.engines if engine.healthy and model in engine.models)
+        return next((engine.profile for engine in serving if engine.video_rules == rules), None)
+
     @contextmanager
     def attempt(
         self,

@@ -79,22 +79,30 @@ class SmartResize(_Told):
     temporal_factor: Count = 1
 
 
-class ConstantTokens(_Told):
-    """So many tokens for each unit of frames, and `extra` for the video."""
+class _Tokens(_Told):
+    """The common part of the rules of tokens."""
+
+    frames_per_unit: Count
+    extra: Annotated[int, Field(ge=0)] = 0
+    """Video tokens that belong to no unit of frames."""
+    text_per_video: Annotated[int, Field(ge=0)] = 0
+    """Text tokens around a video, about."""
+    text_per_unit: Annotated[int, Field(ge=0)] = 0
+    """Text tokens around each unit of frames, about."""
+
+
+class ConstantTokens(_Tokens):
+    """So many tokens for each unit of frames."""
 
     rule: Literal["constant"]
-    frames_per_unit: Count
     per_unit: Count
-    extra: Annotated[int, Field(ge=0)] = 0
 
 
-class GridTokens(_Told):
+class GridTokens(_Tokens):
     """A token for each cell of a frame, which is `cell` pixels wide and high."""
 
     rule: Literal["grid"]
-    frames_per_unit: Count
     cell: Count
-    extra: Annotated[int, Field(ge=0)] = 0
 
 
 Sampling = Annotated[UniformSampling | Qwen2Sampling | Qwen3Sampling, Field(discriminator="rule")]

@@ -34,9 +34,26 @@ class Savings:
         """Return the counts as headers for the client."""
         return {BEFORE: str(self.before), AFTER: str(self.after), RETENTION: f"{self.retention:g}"}
 
-    def as_usage(self) -> dict[str, Any]:
-        """Return the counts as the value of `usage.video_tokens`."""
-        return {"before": self.before, "after": self.after, "retention": self.retention}
+    def as_usage(self, usage: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the counts as the value of `usage.video_tokens`; `usage` is the engine's.
+
+        `cached` is there if the engine had video tokens in its prefix cache.
+        """
+        counts = {"before": self.before, "after": self.after, "retention": self.retention}
+        cached = self._cached(usage or {})
+        return {**counts, "cached": cached} if cached else counts
+
+    def _cached(self, usage: Mapping[str, Any]) -> int:
+        """Return how many video tokens were in the prefix cache, at least.
+
+        Of the prompt's cached tokens, no more than all its other tokens can be others than videos'.
+        """
+        for name in ("prompt_tokens", "input_tokens"):
+            prompt, details = usage.get(name), usage.get(f"{name}_details")
+            cached = details.get("cached_tokens") if isinstance(details, dict) else None
+            if type(prompt) is int and type(cached) is int:
+                return max(0, min(cached, prompt) - max(0, prompt - self.after))
+        return 0
 
 
 def usage_in(body: bytes) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
 
+from server.engines.naming import Renaming
 from server.engines.savings import Savings
 from server.errors import EngineFailed, ErrorAnswer, GatewayError, engine_error
 
@@ -26,9 +27,10 @@ class EventStream(ABC):
     LANDMARKS: tuple[bytes, ...]
     """Byte strings that mark events which must be parsed. A piece without any of them is forwarded unparsed."""
 
-    def __init__(self) -> None:
-        """Start with an empty buffer."""
+    def __init__(self, *, model: str | None = None) -> None:
+        """Start with an empty buffer. Events get `model` as the model's name; with None they keep the engine's."""
         self._tail = bytearray()
+        self._renamed = Renaming(model)
         self.tokens = 0
         self.done = False
         self.usage: dict[str, Any] = {}
@@ -38,7 +40,7 @@ class EventStream(ABC):
 
     def feed(self, piece: bytes) -> bytes:
         """Take the next piece, and return the bytes that may be sent to the client now."""
-        whole = self._whole_events(piece)
+        whole = self._renamed(self._whole_events(piece))
         if len(self._tail) > LONGEST_EVENT_BYTES:
             self._break_off("the engine's stream could not be read")
             return whole
@@ -85,13 +87,13 @@ class EventStream(ABC):
 
 
 class ChatStream(EventStream):
-    """A stream of chat or completion chunks, forwarded unchanged except for the usage chunk."""
+    """A stream of chat or completion chunks, forwarded unchanged except for the model's name and the usage chunk."""
 
     LANDMARKS = (b'"usage"', b'"error"', b'"abort"', b"[DONE]")
 
-    def __init__(self, *, savings: Savings | None, usage_wanted: bool) -> None:
+    def __init__(self, *, savings: Savings | None, usage_wanted: bool, model: str | None = None) -> None:
         """Add `savings` to the usage chunk, or drop that chunk if the client did not ask for it (`usage_wanted`)."""
-        super().__init__()
+        super().__init__(model=model)
         self._savings = savings
         self._usage_wanted = usage_wanted
 
@@ -123,14 +125,20 @@ class ChatStream(EventStream):
             return b""
         if self._savings is None:
             return event
-        chunk["usage"]["video_tokens"] = self._savings.as_usage()
+        chunk["usage"]["video_tokens"] = self._savings.as_usage(chunk["usage"])
         return b"data: " + json.dumps(chunk, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 class ResponseStream(EventStream):
-    """A stream of `/v1/responses` events, forwarded unchanged."""
+    """A stream of `/v1/responses` events, forwarded unchanged except for the model's name and the usage."""
 
     LANDMARKS = (b'"response.completed"', b'"response.incomplete"', b'"response.failed"', b'"error"')
+
+    def __init__(self, *, savings: Savings | None = None, model: str | None = None) -> None:
+        """Put `model` and `savings` into the events that hold the response."""
+        super().__init__()  # clients' own metadata may hold a key called model: events are renamed one by one
+        self._savings = savings
+        self._model = model
 
     def farewell(self, told: ErrorAnswer) -> bytes:
         """Return the error `told` as the last event of the stream, an event of type `error`."""
@@ -144,13 +152,26 @@ class ResponseStream(EventStream):
         if kind in ("error", "response.failed"):
             self.failure = EngineFailed("the engine failed on this request")
             return b""
+        response = fields.get("response")
         if kind in ("response.completed", "response.incomplete"):
             self.done = True
-            response = fields.get("response")
             usage = response.get("usage") if isinstance(response, dict) else None
             self.usage = usage if isinstance(usage, dict) else {}
         self.tokens += isinstance(kind, str) and kind.endswith(".delta")
-        return event
+        return self._as_asked(event, fields, response) if isinstance(response, dict) else event
+
+    def _as_asked(self, event: bytes, fields: dict[str, Any], response: dict[str, Any]) -> bytes:
+        """Return an event that holds the response with the model's name that was asked for, and with the savings."""
+        is_changed = False
+        if self._model is not None and response.get("model", self._model) != self._model:
+            response["model"], is_changed = self._model, True
+        if self._savings is not None and self.done:
+            response["usage"] = {**self.usage, "video_tokens": self._savings.as_usage(self.usage)}
+            is_changed = True
+        if not is_changed:
+            return event
+        data = json.dumps(fields, ensure_ascii=False, separators=(",", ":")).encode()
+        return b"".join((event[: event.index(b"data:")], b"data: ", data, b"\n\n"))
 
 
 def is_aborted(content: bytes) -> bool:

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 
 from server.errors import GatewayError, MediaRefused, Overloaded
-from server.media.identify import HEAD_BYTES, TAKEN_VIDEOS, FileType, identify
+from server.media.identify import HEAD_BYTES, TAKEN_AUDIO, TAKEN_IMAGES, TAKEN_VIDEOS, FileType, identify, name_of
 from server.media.part import Kind
 from server.media.readers import Reader
 from server.observe.metrics import Metrics
@@ -12,6 +12,17 @@ from server.reader.facts import Facts, ReadError
 
 REMEMBERED_FACTS = 4096
 NO_ROOM = "no_room"
+UPLOAD = "file"  # what an uploaded file is called in errors
+WITH_ARTICLE: dict[Kind, str] = {"video": "a video", "image": "an image", "audio": "an audio clip"}
+_TAKEN: dict[Kind, str] = {"video": TAKEN_VIDEOS, "image": TAKEN_IMAGES, "audio": TAKEN_AUDIO}
+_NEXT_STEPS = {
+    "a picture (image/": "send pictures in image_url parts",
+    "a video": "send videos in video_url parts",
+    "an audio clip": "send audio clips in audio_url parts",
+    "a playlist": "send the medium that it names",
+    "a web page": "the URL must lead to the file itself",
+}
+"""What to do about media that are sent as something else."""
 _INVALID: dict[Kind, str] = {"video": "invalid_video", "image": "invalid_image", "audio": "invalid_audio"}
 
 
@@ -62,14 +73,28 @@ class Examiner:
             del self._facts[next(iter(self._facts))]
 
 
-def type_of(descriptor: int, kind: Kind, *, subject: str = "data") -> FileType:
-    """Return the type of an open file, by its first bytes; raise MediaRefused if it is no type of this kind."""
-    found = identify(os.pread(descriptor, HEAD_BYTES, 0), kind)
+def type_of(descriptor: int, kind: Kind, *, subject: str = "data", label: str = "") -> FileType:
+    """Return the type of an open file, by its first bytes; raise MediaRefused if it is no type of this kind.
+
+    The message calls the file `subject`. `label` is the type that its sender claims, if there is one.
+    """
+    head = os.pread(descriptor, HEAD_BYTES, 0)
+    found = identify(head, kind)
     if found is None:
-        article = "a" if kind == "video" else "an"
-        accepted = f": {TAKEN_VIDEOS}" if kind == "video" else ""
-        raise MediaRefused(f"the {subject} is not {article} {kind} of a type that this gateway accepts{accepted}")
+        raise MediaRefused(_complaint(head, kind, subject, label))
     return found
+
+
+def _complaint(head: bytes, kind: Kind, subject: str, label: str) -> str:
+    if not head:
+        return f"the {subject} is empty"
+    name = name_of(head)
+    accepted = f"{WITH_ARTICLE[kind]} of a type that this gateway accepts ({_TAKEN[kind]})"
+    if name is None:
+        return f"the {subject} is not {accepted}"
+    claim = f", although its data URL says {label}" if label and label.partition("/")[0] not in name else ""
+    steps = [step for noun, step in _NEXT_STEPS.items() if name.startswith(noun) and kind not in noun]
+    return f"the {subject} is {name}{claim}, not {accepted}{f': {steps[0]}' if steps and subject != UPLOAD else ''}"
 
 
 def refusal(exc: ReadError, kind: Kind) -> GatewayError:

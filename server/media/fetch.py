@@ -1,6 +1,7 @@
 """Downloads media from public hosts, and from hosts that the operator allows, within limits of size and time."""
 
 import asyncio
+import errno
 import re
 import socket
 import ssl
@@ -17,6 +18,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 from server.errors import FetchFailed, MediaRefused, Overloaded
 from server.media.addresses import is_public
 from server.media.file import MediaFile, too_large
+from server.media.media_url import BadURL, is_address, joined, parse_url
 from server.media.threads import off_loop
 
 MAX_REDIRECTS = 3
@@ -24,11 +26,10 @@ MAX_DOWNLOADS = 64  # at the same time; each may write a file of media_max_bytes
 READ_BYTES = 2**20
 _REDIRECTS = (301, 302, 303, 307, 308)
 _DEFAULT_PORTS = {"http": 80, "https": 443}
-_NAME = re.compile(r"(?:[a-z0-9_-]{1,63}\.)*[a-z0-9_-]{1,63}")
-_END_OF_AUTHORITY = re.compile(r"[/?#]")
-_AUTHORITY = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[^\[\]:]+)(?::[0-9]{0,5})?")
-_NUMBER = re.compile(r"(?:.*\.)?(?:[0-9]+|0x[0-9a-f]*)")  # hosts that some resolvers read as an IPv4 address
-_IPV4 = re.compile(r"(?:(?:0|[1-9][0-9]{0,2})\.){3}(?:0|[1-9][0-9]{0,2})")
+_COMPRESSIONS = frozenset(
+    {"gzip", "x-gzip", "compress", "x-compress", "deflate", "br", "zstd", "dcb", "dcz", "exi", "bzip2", "lzma", "xz"}
+)
+_WHOLE_RANGE = re.compile(r"bytes\s+0-([0-9]{1,15})/([0-9]{1,15})", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -215,10 +216,11 @@ class Fetcher:
                 await self._follow(target, file)
         except TimeoutError:
             raise FetchFailed(
-                f"the media was not delivered within {self._total_seconds:g} seconds", code="media_timeout"
+                f"the media could not be fetched: its host did not deliver it within {self._total_seconds:g} seconds",
+                code="media_timeout",
             ) from None
         except (aiohttp.ClientError, OSError, ValueError) as exc:  # ValueError: a redirect to a malformed URL
-            raise FetchFailed("the media could not be fetched: its host did not deliver it") from exc
+            raise FetchFailed(f"the media could not be fetched: {_reason_of(exc)}") from exc
         finally:
             self._turns.release()
 
@@ -232,28 +234,14 @@ class Fetcher:
 
     def check(self, url: str) -> yarl.URL:
         """Return the parsed URL in the form in which it will be requested; raise MediaRefused if it is not allowed."""
-        if any(character <= " " or character in "\\\x7f" for character in url):
-            raise _refused("the media URL holds spaces, backslashes or control characters", "invalid_media_url")
-        authority = _END_OF_AUTHORITY.split(url.partition("//")[2], maxsplit=1)[0]
-        if "@" in authority:
-            raise _refused("the media URL must not hold a user name or password", "invalid_media_url")
         try:
-            parsed = yarl.URL(url)
-            if parsed.scheme not in _DEFAULT_PORTS or not parsed.raw_host:
-                raise _refused("the media URL must be an https URL", "invalid_media_url")
-            parsed = parsed.with_host(parsed.raw_host.lower().removesuffix(".")).with_fragment(None)
-            is_usable = bool(_AUTHORITY.fullmatch(authority) and parsed.port and _is_host(parsed.raw_host or ""))
-        except ValueError:
-            is_usable = False
-        if not is_usable:
-            raise _refused("the media URL can't be parsed", "invalid_media_url")
+            parsed = parse_url(url)
+        except BadURL as exc:
+            raise _refused(f"the media URL {exc}", "invalid_media_url") from exc
+        host = parsed.raw_host or ""
         if self._rules.refuses(parsed):
             raise _refused("the media URL's host is not one that this gateway fetches from", "media_host_not_allowed")
-        if (
-            _is_address(parsed.raw_host or "")
-            and not is_public(parsed.raw_host or "")
-            and not self._rules.excepts(parsed)
-        ):
+        if is_address(host) and not is_public(host) and not self._rules.excepts(parsed):
             raise _not_public()
         if parsed.scheme not in self._schemes:
             raise _refused(
@@ -266,31 +254,67 @@ class Fetcher:
         session = self._excepted if self._rules.excepts(url) else self._public
         async with session.get(url, allow_redirects=False) as answer:
             if answer.status in _REDIRECTS:
-                location = answer.headers.get("location", "")
-                if "\\" in location:
-                    raise FetchFailed("the media could not be fetched: its host redirects to an invalid URL")
-                return str(url.join(yarl.URL(location)))
-            if answer.status != 200:
-                raise FetchFailed(f"the media could not be fetched: its host answered {answer.status}")
-            if answer.headers.get("content-encoding", "identity").lower() not in ("", "identity"):
-                raise FetchFailed("the media could not be fetched: its host sent it compressed")
+                return joined(url, answer.headers.get("location", ""))
+            size_bytes = _announced_size(answer)
             if (answer.content_length or 0) > self._max_bytes:
                 raise too_large(self._max_bytes)
             async for piece in answer.content.iter_chunked(READ_BYTES):
                 await off_loop(file.write, piece, size_bytes=len(piece))
+        if size_bytes not in (None, file.size_bytes):
+            raise FetchFailed("the media could not be fetched: its host sent only a part of it")
         return None
 
 
-def _is_host(host: str) -> bool:
-    if ":" in host:
-        return True
-    if _NUMBER.fullmatch(host):
-        return bool(_IPV4.fullmatch(host))
-    return len(host) <= 253 and bool(_NAME.fullmatch(host))
+def _announced_size(answer: aiohttp.ClientResponse) -> int | None:
+    """Return the size of the whole medium if the answer's range says it.
+
+    Raises FetchFailed if the answer is not the whole medium, as it is.
+    """
+    if answer.status not in (200, 203, 206):
+        raise FetchFailed(f"the media could not be fetched: its host answered {answer.status}{_hint(answer.status)}")
+    encodings = {name.strip() for name in answer.headers.get("content-encoding", "").lower().split(",")}
+    if not encodings.isdisjoint(_COMPRESSIONS):
+        raise FetchFailed("the media could not be fetched: its host sent it compressed")
+    if answer.status != 206:
+        return None
+    sent = _WHOLE_RANGE.fullmatch(answer.headers.get("content-range", "").strip())
+    if sent is None or int(sent[1]) + 1 != int(sent[2]):
+        raise FetchFailed("the media could not be fetched: its host sent only a part of it")
+    return int(sent[2])
 
 
-def _is_address(host: str) -> bool:
-    return ":" in host or bool(_IPV4.fullmatch(host))
+def _hint(status: int) -> str:
+    if status in (401, 403):
+        return ", so the URL may have expired, or it needs a login"
+    if status in (404, 410):
+        return ", so there is nothing at this URL"
+    return ", try again later" if status == 429 or status >= 500 else ""
+
+
+_REASONS: tuple[tuple[type[Exception], str], ...] = (
+    (BadURL, "its host redirects to an invalid URL"),
+    (aiohttp.ClientConnectorDNSError, "the name of its host was not found"),
+    (aiohttp.ClientSSLError, "its host has no certificate for its name that this gateway trusts"),
+    (aiohttp.ServerDisconnectedError, "its host broke off the connection"),
+    (aiohttp.ClientPayloadError, "its host broke off the connection"),
+    (aiohttp.ClientResponseError, "its host did not answer in HTTP"),
+)
+_CONNECTION_REASONS: tuple[tuple[type[Exception], str], ...] = (
+    (ConnectionRefusedError, "its host refused the connection"),
+    (ConnectionResetError, "its host broke off the connection"),
+)
+
+
+def _reason_of(exc: Exception) -> str:
+    """Return why a host did not deliver."""
+    cause = exc.os_error if isinstance(exc, aiohttp.ClientConnectorError) else exc
+    for kinds, failure in ((_REASONS, exc), (_CONNECTION_REASONS, cause)):
+        for kind, reason in kinds:
+            if isinstance(failure, kind):
+                return reason
+    if isinstance(cause, OSError) and cause.errno in (errno.EHOSTUNREACH, errno.ENETUNREACH):
+        return "its host can't be reached"
+    return "its host did not deliver it"
 
 
 def _not_public() -> MediaRefused:

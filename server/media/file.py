@@ -58,6 +58,13 @@ class MediaFile:
         if self.size_bytes > self._max_bytes:
             raise too_large(self._max_bytes)
 
+    def clear(self) -> None:
+        """Remove all content, so that other content can be written."""
+        self._file.seek(0)
+        self._file.truncate()
+        self._hash = hashlib.sha256()
+        self.size_bytes = 0
+
     @property
     def digest(self) -> str:
         """The SHA-256 of the content, in hexadecimal."""

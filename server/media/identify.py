@@ -23,6 +23,8 @@ MATROSKA = FileType("video/x-matroska", ".mkv", "matroska")
 TRANSPORT_STREAM = FileType("video/mp2t", ".ts", "mpegts")
 BLU_RAY_STREAM = FileType("video/mp2t", ".m2ts", "mpegts")
 TAKEN_VIDEOS = "MP4, QuickTime, WebM, Matroska, AVI, MPEG (TS, M2TS, PS, no container), Ogg, FLV, ASF (WMV), GIF, WebP"
+TAKEN_IMAGES = "PNG, JPEG, GIF, WebP, BMP"
+TAKEN_AUDIO = "WAV, MP3, FLAC, Ogg, M4A"
 """For those who sent something else."""
 
 # What streams without a container begin with: a delimiter, or the first parameter set.
@@ -62,6 +64,21 @@ _RIFF: dict[tuple[Kind, bytes], FileType] = {
     ("image", b"WEBP"): FileType("image/webp", ".webp"),
     ("audio", b"WAVE"): FileType("audio/wav", ".wav", "wav"),
 }
+_OTHERS: tuple[tuple[bytes, str], ...] = (
+    (b"%PDF", "a PDF document"),
+    (b"PK\x03\x04", "a ZIP archive"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"II*\0", "a picture (image/tiff)"),
+    (b"MM\0*", "a picture (image/tiff)"),
+    (b"\0\0\1\0", "a picture (image/x-icon)"),
+)
+_TEXTS: tuple[tuple[bytes, str], ...] = (
+    *((start, "a playlist") for start in (b"#extm3u", b"ffconcat", b"[playlist]", b"<smil", b"<mpd")),
+    *((start, "a web page") for start in (b"<!doctype html", b"<html", b"<head", b"<body", b"<script")),
+    (b"<svg", "a picture (image/svg+xml)"),
+    *((start, "a JSON document") for start in (b"{", b"[")),
+)
+_NOUNS: dict[Kind, str] = {"image": "a picture", "video": "a video", "audio": "an audio clip"}
 _STILL_BRANDS = (b"heic", b"heix", b"hevc", b"mif1", b"msf1", b"avif", b"avis")
 _SOUND_BRANDS = (b"M4A ", b"M4B ")
 
@@ -79,6 +96,31 @@ def identify(head: bytes, kind: Kind) -> FileType | None:
     return next((found for start, found in _STARTS[kind] if head.startswith(start)), None)
 
 
+def name_of(head: bytes) -> str | None:
+    """Return what the file that begins with `head` is, with its article, for those who sent it as something else.
+
+    None if that can't be told.
+    """
+    if head[4:8] == b"ftyp" and head[8:12] in _STILL_BRANDS:
+        return f"a picture (image/{'avif' if head[8:11] == b'avi' else 'heic'})"
+    for kind, noun in _NOUNS.items():
+        found = identify(head, kind)
+        if found is not None:
+            return f"{noun} ({found.mime})"
+    binary = next((name for start, name in _OTHERS if head.startswith(start)), None)
+    return binary or _text_of(head)
+
+
+def _text_of(head: bytes) -> str | None:
+    """Return which kind of text begins with `head`, or None if it is no text."""
+    text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<?xml", b"<!--")):
+        return "a playlist" if b"<mpd" in text else "a web page" if b"<html" in text else "an XML document"
+    known = next((name for start, name in _TEXTS if text.startswith(start)), None)
+    is_text = bool(text) and all(byte >= 0x20 or byte in b"\t\r\n\f" for byte in text)
+    return known or ("text" if is_text and text.isascii() else None)
+
+
 def _video_container(head: bytes) -> FileType | None:
     if head[4:8] == b"ftyp":
         brand = head[8:12]
@@ -94,10 +136,10 @@ def _video_container(head: bytes) -> FileType | None:
 
 def _transport_stream(head: bytes) -> FileType | None:
     """Return the type of what consists of packets of one size; a recording may begin inside of one."""
-    for size, sync_at, found in ((188, 0, TRANSPORT_STREAM), (192, 4, BLU_RAY_STREAM)):
+    for size, sync_at, found in ((188, 0, TRANSPORT_STREAM), (192, 4, BLU_RAY_STREAM), (204, 0, TRANSPORT_STREAM)):
         if head[sync_at : sync_at + 2 * size + 1 : size] == b"\x47" * 3:
             return found
-    for size, found in ((188, TRANSPORT_STREAM), (192, BLU_RAY_STREAM)):
+    for size, found in ((188, TRANSPORT_STREAM), (192, BLU_RAY_STREAM), (204, TRANSPORT_STREAM)):
         if any(head[at::size].count(b"\x47") == len(head[at::size]) >= 5 for at in range(size)):
             return found
     return None

@@ -4,8 +4,7 @@ import asyncio
 import hashlib
 import hmac
 import mmap
-import re
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,15 +16,16 @@ import pybase64
 from server.admission.buffers import Buffer
 from server.aliases import Target
 from server.engines.pool import EnginePool
-from server.engines.profile import VideoRules
+from server.engines.profile import EngineProfile, Reduction, VideoRules
 from server.errors import GatewayError, InvalidRequest, MediaRefused
-from server.media.examine import Examiner, type_of
+from server.media.data_url import DataHead, decode, read_head, what_to_send
+from server.media.examine import WITH_ARTICLE, Examiner, type_of
 from server.media.fetch import Fetcher
-from server.media.file import COPY_BYTES, MediaFile, in_memory, on_disk, too_large
+from server.media.file import COPY_BYTES, MediaFile, in_memory, on_disk
 from server.media.frames import Sampler
 from server.media.handover import Handover, handover
 from server.media.identify import FileType
-from server.media.part import Kind, MediaPart
+from server.media.part import MediaPart
 from server.media.shape import VideoShape
 from server.media.share import Shared
 from server.media.store import MediaStore
@@ -37,9 +37,7 @@ from server.reader.frames_file import FramesHeader
 
 MAX_MEDIA = 64  # per request; each costs a probe
 MAX_VIDEOS = 16
-_DATA_URL = re.compile(r"data:(video|image|audio)/([a-z0-9.+-]+);base64,", re.IGNORECASE)
-_HEAD_CHARACTERS = 128
-_DECODED_CHARACTERS = 2**20  # per piece; a multiple of four, as base64 is decoded in groups of four
+LIST_OF_FRAMES = "video/jpeg"  # engines read this as an unbounded list of frames
 
 
 class Uploads(Protocol):
@@ -57,7 +55,10 @@ class Clip:
     type: FileType
     facts: Facts
     url: str = field(repr=False)
-    """The content as a data URL. Empty if the engine gets the medium through the store."""
+    """What the engine gets: the content as a data URL, or as base64 alone where the part takes no URL.
+
+    Empty if the engine gets the medium through the store.
+    """
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class Taken:
     """The rules by which frames were sampled from the videos. None if the engine gets the videos themselves."""
     shapes: tuple[VideoShape, ...] = ()
     """The frames of each video."""
+    videos: tuple[Facts, ...] = ()
+    """What each video holds."""
+    reduction: Reduction | None = None
+    """How the engines reduce videos unless a request says otherwise. None without `rules`."""
 
 
 NOTHING = Taken()
@@ -99,10 +104,12 @@ class _Tally:
     videos: list[Facts] = field(default_factory=list)
     shapes: list[VideoShape] = field(default_factory=list)
 
-    def taken(self, way: Handover | None) -> Taken:
+    def taken(self, way: Handover | None, profile: EngineProfile | None) -> Taken:
         return Taken(
             rules=None if way is None else way.rules,
+            reduction=None if profile is None else profile.reduction,
             shapes=tuple(self.shapes),
+            videos=tuple(self.videos),
             key=self._key(),
             video_seconds=sum(facts.duration_seconds for facts in self.videos),
             longest_video=max(self.videos, key=lambda facts: facts.duration_seconds, default=None),
@@ -175,7 +182,7 @@ class Intake:
                     await self._take(part, asked, files, tally)
                 except MediaRefused as exc:
                     raise exc.at(part.param) from exc
-            yield tally.taken(way)
+            yield tally.taken(way, None if way is None else self._pool.profile(target.engine_model, way.rules))
 
     async def _take(self, part: MediaPart, asked: _Asked, files: AsyncExitStack, tally: _Tally) -> None:
         if part.kind == "video":
@@ -195,10 +202,7 @@ class Intake:
             self._check_decoded(tally)
             if clip.url != part.value:
                 asked.buffer.grow(len(clip.url))
-            if part.source == "url":
-                part.replace(clip.url)
-            else:
-                part.is_plain = True
+            part.replace(clip.url)
 
     async def _take_video(
         self, part: MediaPart, clip: Clip, asked: _Asked, files: AsyncExitStack, tally: _Tally
@@ -234,7 +238,7 @@ class Intake:
 
     @asynccontextmanager
     async def _clip(self, part: MediaPart, asked: _Asked) -> AsyncIterator[Clip]:
-        scheme = part.value[:8].lower().partition(":")[0]
+        scheme = part.value.lstrip(" ")[:8].lower().partition(":")[0]
         if part.source == "upload":
             opened = self._uploaded(part, asked)
         elif part.source == "base64" or scheme == "data":
@@ -244,21 +248,19 @@ class Intake:
                 f"{part.kind} {asked.way is None} {part.value}", partial(self._fetched, part, asked)
             )
         else:
-            raise MediaRefused(f"the {part.kind} URL must be an https or a data URL", code="invalid_media_url")
+            raise MediaRefused(what_to_send(part.value, part.kind), code="invalid_media_url")
         async with opened as clip:
             yield clip
 
     @asynccontextmanager
     async def _given(self, part: MediaPart, asked: _Asked) -> AsyncIterator[Clip]:
         """Yield a medium that came in the request."""
-        begin = _begin_of_base64(part)
-        data, begin = (part.value, begin) if part.payload is None else (part.payload, 0)
-        if len(data) - begin > (self._max_bytes + 2) // 3 * 4:
-            raise too_large(self._max_bytes)
+        head = _head_of(part)
+        data, begin = (part.value, head.begin) if part.payload is None else (part.payload, 0)
         with in_memory(max_bytes=self._max_bytes) as file:
             with asked.record.phase("parse"):
-                await off_loop(_decode, data, begin, file, part.kind, size_bytes=len(data))
-            yield await self._examined(file, part, asked)
+                is_strict = await off_loop(decode, data, begin, file, part.kind, size_bytes=len(data))
+            yield await self._examined(file, part, asked, head=head, is_strict=is_strict)
 
     @asynccontextmanager
     async def _uploaded(self, part: MediaPart, asked: _Asked) -> AsyncIterator[Clip]:
@@ -284,30 +286,48 @@ class Intake:
         with on_disk(self._folder, max_bytes=self._max_bytes) as file:
             with asked.record.phase("fetch"):
                 await self._fetcher.fetch(part.value, file)
-            yield await self._examined(file, part, asked)
+            yield await self._examined(file, part, asked, subject="file at the URL")
 
     @property
     def _folder(self) -> Path | None:
         return None if self._store is None else self._store.directory
 
-    async def _examined(self, file: MediaFile, part: MediaPart, asked: _Asked) -> Clip:
+    async def _examined(
+        self,
+        file: MediaFile,
+        part: MediaPart,
+        asked: _Asked,
+        *,
+        head: DataHead | None = None,
+        is_strict: bool = False,
+        subject: str = "data",
+    ) -> Clip:
+        """Return the medium in `file`, which errors call `subject`.
+
+        It came behind `head` if there is one, as base64 that every decoder reads alike if it `is_strict`.
+        """
+        label = "" if head is None else head.label
+        found = type_of(file.descriptor(), part.kind, subject=subject, label=label)
+        if head is not None:
+            _check_label(head, part, found)
         if part.kind == "video" and asked.way is not None:  # the reader looks into it while it samples frames
-            return Clip(file, type_of(file.descriptor(), "video"), NO_FACTS, "")
+            return Clip(file, found, NO_FACTS, "")
         with asked.record.phase("probe"):
-            found = await self._examiner.examine(file.descriptor(), kind=part.kind, digest=file.digest)
+            examined = await self._examiner.examine(file.descriptor(), kind=part.kind, digest=file.digest)
         url = ""
         if part.kind != "video" or self._store is None:
-            url = await self._data_url(file, part, found.type)
-        return Clip(file, found.type, found.facts, url)
+            url = await self._for_engine(file, part, found, head.begin if head is not None and is_strict else None)
+        return Clip(file, found, examined.facts, url)
 
-    async def _data_url(self, file: MediaFile, part: MediaPart, found: FileType) -> str:
-        """Return the content as a data URL. If the request already holds the data URL, it is returned unchanged."""
-        if part.value[:5].lower() == "data:":
-            return part.value
-        prefix = f"data:{found.mime};base64,"
-        if part.source == "base64":
-            return prefix + part.value
-        return await off_loop(file.encoded, partial(_encode, prefix), size_bytes=file.size_bytes)
+    async def _for_engine(self, file: MediaFile, part: MediaPart, found: FileType, begin: int | None) -> str:
+        """Return the content as base64 behind a head of the gateway's own.
+
+        If `begin` is a number, the base64 is in the part's value, from there on.
+        """
+        head = "" if part.takes_base64_alone else f"data:{found.mime};base64,"
+        if begin is not None:
+            return part.value if begin == len(head) and part.value.startswith(head) else head + part.value[begin:]
+        return await off_loop(file.encoded, partial(_encode, head), size_bytes=file.size_bytes)
 
 
 def _facts_in(header: FramesHeader) -> Facts:
@@ -323,36 +343,23 @@ def _facts_in(header: FramesHeader) -> Facts:
     )
 
 
-def _begin_of_base64(part: MediaPart) -> int:
+def _head_of(part: MediaPart) -> DataHead:
     if part.source == "base64":
-        return 0
-    head = _DATA_URL.match(part.value[:_HEAD_CHARACTERS])
-    if head is None or head[1].lower() != part.kind:
+        return DataHead("", 0)
+    head = read_head(part.value, part.kind)
+    if head.label == LIST_OF_FRAMES:
+        raise MediaRefused(f"lists of frames (data:{LIST_OF_FRAMES}) are not accepted", code="invalid_media_url")
+    return head
+
+
+def _check_label(head: DataHead, part: MediaPart, found: FileType) -> None:
+    """Raise MediaRefused if a data URL's label contradicts the content, whose type is `found`."""
+    if head.contradicts(part.kind) and head.contradicts(found.mime.partition("/")[0]):
         raise MediaRefused(
-            f"the {part.kind}'s data URL must begin with data:{part.kind}/<type>;base64,", code="invalid_media_url"
+            f"the data URL says {head.label}, but its data is {WITH_ARTICLE[part.kind]} ({found.mime}): "
+            f"begin it with data:{found.mime};base64,",
+            code="invalid_media_url",
         )
-    if part.kind == "video" and head[2].lower() == "jpeg":  # engines read this as an unbounded list of frames
-        raise MediaRefused("lists of frames (data:video/jpeg) are not accepted", code="invalid_media_url")
-    return head.end()
-
-
-def _decode(data: str | memoryview, begin: int, file: MediaFile, kind: Kind) -> None:
-    """Decode the base64 in `data` from `begin` on into `file`. Large data are decoded in pieces, to save memory."""
-    try:
-        if len(data) - begin > _DECODED_CHARACTERS:
-            file.write_all(partial(_decoded, data, begin))
-        else:
-            file.write(pybase64.b64decode(data[begin:], validate=True))
-    except ValueError:  # also raised for characters outside ASCII
-        raise MediaRefused(f"the {kind}'s data is not valid base64", code="invalid_media_url") from None
-
-
-def _decoded(data: str | memoryview, begin: int) -> Iterator[bytes]:
-    for at in range(begin, len(data), _DECODED_CHARACTERS):
-        content = pybase64.b64decode(data[at : at + _DECODED_CHARACTERS], validate=True)
-        if len(content) < _DECODED_CHARACTERS // 4 * 3 and at + _DECODED_CHARACTERS < len(data):
-            raise ValueError("padding before the end")
-        yield content
 
 
 def _encode(prefix: str, content: mmap.mmap) -> str:

@@ -8,7 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from server.reader.wanted import Reading, Wanted
 MESSAGE_BYTES = 64 * 1024
 REPLY_BYTES = 2**21  # which frames were read, a hundred thousand at most
 START_SECONDS = 60  # it takes a fraction of one, but for a machine that is very busy
+MAX_THREADS = 4  # for one video: each keeps frames in memory, and what the next one adds becomes less
 PACKAGE_ROOT = Path(__file__).resolve().parents[2]
 GIB = 2**30
 
@@ -38,12 +40,16 @@ class Reader:
     ) -> None:
         """Start no process until there is a file to read.
 
-        `seconds` bounds each file's reading, in time and in CPU time; `max_frames_bytes` what may be written of it.
+        There are never more threads that decode than `num_workers`. A file that is read alone may have several.
+        `seconds` bounds each file's reading, in time and in each thread's CPU time; `max_frames_bytes` what may be
+        written of it.
         """
         self._limits = limits
         self._seconds = seconds
         self._max_frames_bytes = max_frames_bytes
         self._slots = asyncio.Semaphore(num_workers)
+        self._num_workers = num_workers
+        self._num_busy = 0
         self._idle: list[_Worker] = []
 
     async def examine(self, descriptor: int, *, kind: str, demuxer: str = "") -> Facts:
@@ -63,34 +69,40 @@ class Reader:
     async def _ask(
         self, descriptors: Sequence[int], *, kind: str, demuxer: str, wanted: Wanted | None
     ) -> dict[str, Any]:
-        job = {
+        job: dict[str, Any] = {
             "kind": kind,
             "demuxer": demuxer,
             "limits": asdict(self._limits),
             "wanted": None if wanted is None else asdict(wanted),
         }
         async with self._slots:
-            try:
-                worker = await self._worker()
-            except OSError as exc:
-                raise ReadError(f"the {kind} could not be read: its reader did not start") from exc
-            try:
-                async with asyncio.timeout(self._seconds + 1):
-                    reply = await worker.ask(job, descriptors)
-            except TimeoutError:
-                worker.close()
-                raise self._too_slow(kind) from None
-            except (OSError, ValueError):
-                worker.close()
-                if worker.process.returncode == -signal.SIGXCPU:
-                    raise self._too_slow(kind) from None
-                raise ReadError(f"the {kind} could not be read: it broke its reader") from None
-            except BaseException:
-                worker.close()
-                raise
-            self._idle.append(worker)
+            with self._threads() as threads:
+                reply = await self._answer({**job, "threads": threads}, descriptors)
         if "error" in reply:
             raise ReadError(str(reply["error"]), code=reply["code"])
+        return reply
+
+    async def _answer(self, job: dict[str, Any], descriptors: Sequence[int]) -> dict[str, Any]:
+        kind = job["kind"]
+        try:
+            worker = await self._worker()
+        except OSError as exc:
+            raise ReadError(f"the {kind} could not be read: its reader did not start") from exc
+        try:
+            async with asyncio.timeout(self._seconds + 1):
+                reply = await worker.ask(job, descriptors)
+        except TimeoutError:
+            worker.close()
+            raise self._too_slow(kind) from None
+        except (OSError, ValueError):
+            worker.close()
+            if worker.process.returncode == -signal.SIGXCPU:
+                raise self._too_slow(kind) from None
+            raise ReadError(f"the {kind} could not be read: it broke its reader") from None
+        except BaseException:
+            worker.close()
+            raise
+        self._idle.append(worker)
         return reply
 
     def _too_slow(self, kind: str) -> ReadError:
@@ -103,6 +115,15 @@ class Reader:
                 return worker
             worker.close()
         return await opened_off_loop(_Worker, self._seconds, self._max_frames_bytes)
+
+    @contextmanager
+    def _threads(self) -> Iterator[int]:
+        """Give how many threads a file is read with: the fewer files are being read, the more."""
+        self._num_busy += 1
+        try:
+            yield min(self._num_workers // self._num_busy, MAX_THREADS)
+        finally:
+            self._num_busy -= 1
 
     @property
     def process_ids(self) -> list[int]:

@@ -32,11 +32,20 @@ class VideoShape:
         tokens = units * per_unit
         return max(units, min(tokens, round(retention * tokens))) + rules.tokens.extra
 
+    def text_around(self, rules: VideoRules) -> int:
+        """Return the number of text tokens that the model's processor writes around the video and its units, about."""
+        units, _ = self._grid(rules)
+        return rules.tokens.text_per_video + units * rules.tokens.text_per_unit
+
+    def model_size(self, rules: VideoRules) -> tuple[int, int]:
+        """Return the height and the width that the model's processor makes of the frames."""
+        return model_size(rules.size.model_dump(), (self.height, self.width), num_frames=self.frames)
+
     def _grid(self, rules: VideoRules) -> tuple[int, int]:
         """Return the units of frames that tokens are made of, and the tokens of a unit."""
         tokens = rules.tokens
         units = math.ceil(self.frames / tokens.frames_per_unit)
         if not isinstance(tokens, GridTokens):
             return units, tokens.per_unit
-        height, width = model_size(rules.size.model_dump(), (self.height, self.width), num_frames=self.frames)
+        height, width = self.model_size(rules)
         return units, (height // tokens.cell) * (width // tokens.cell)

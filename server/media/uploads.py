@@ -22,7 +22,7 @@ from typing import Annotated, Final, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.errors import InvalidRequest, MediaRefused, UnknownFile
-from server.media.examine import Examiner
+from server.media.examine import UPLOAD, Examiner
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,8 @@ _NO_TENANT = "_open"  # no tenant can have this name: tenants' names begin with 
 _TENANT = re.compile(rf"{_NO_TENANT}|[a-z0-9][a-z0-9._-]*")
 
 Order = Literal["asc", "desc"]
+Purpose = Literal["video", "user_data", "vision"]
+"""What a client says that a file is for. A file is a video, whatever the purpose."""
 
 
 class VideoFacts(BaseModel):
@@ -45,6 +47,7 @@ class VideoFacts(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     media_type: str
+    codec: str = ""
     duration_seconds: float
     width: int
     height: int
@@ -62,7 +65,7 @@ class FileObject(BaseModel):
     created_at: int
     expires_at: int | None = None
     filename: str
-    purpose: Literal["video"] = "video"
+    purpose: Purpose = "video"
     status: Literal["processed"] = "processed"
     aot: VideoFacts
 
@@ -146,7 +149,13 @@ class FileStore:
             self._reserved[tenant] -= size_bytes
 
     async def keep(
-        self, incoming: Incoming, *, tenant: str, filename: str, expires_after_seconds: int | None
+        self,
+        incoming: Incoming,
+        *,
+        tenant: str,
+        filename: str,
+        expires_after_seconds: int | None,
+        purpose: Purpose = "video",
     ) -> FileObject:
         """Make `incoming` a file of the tenant, under a new id; raise MediaRefused if it is not an allowed video."""
         await incoming.flush()
@@ -158,6 +167,7 @@ class FileStore:
             created_at=int(now),
             expires_at=None if expires_after_seconds is None else int(now) + expires_after_seconds,
             filename=filename,
+            purpose=purpose,
             aot=facts,
         )
         await asyncio.to_thread(self._commit, incoming, file, tenant)
@@ -178,9 +188,14 @@ class FileStore:
         await self.get(file_id, tenant=tenant)
         return self._folder(tenant) / f"{file_id}{_CONTENT}"
 
-    async def page(self, *, tenant: str, after: str | None, limit: int, order: Order) -> FilePage:
-        """Return up to `limit` of the tenant's files in the order of their age, beginning after the id `after`."""
-        files = await asyncio.to_thread(self._list, self._folder(tenant), after, limit + 1, order)
+    async def page(
+        self, *, tenant: str, after: str | None, limit: int, order: Order, purpose: str | None = None
+    ) -> FilePage:
+        """Return up to `limit` of the tenant's files in the order of their age, beginning after the id `after`.
+
+        With `purpose`, only files that were uploaded for it.
+        """
+        files = await asyncio.to_thread(self._list, self._folder(tenant), after, limit + 1, order, purpose)
         data = files[:limit]
         return FilePage(
             data=data,
@@ -231,13 +246,14 @@ class FileStore:
     async def _facts_about(self, incoming: Incoming) -> VideoFacts:
         try:
             with incoming.path.open("rb") as file:
-                found = await self._examiner.examine(file.fileno(), kind="video", subject="file")
+                found = await self._examiner.examine(file.fileno(), kind="video", subject=UPLOAD)
         except MediaRefused as exc:
             exc.param = "file"
             raise
         facts = found.facts
         return VideoFacts(
             media_type=found.type.mime,
+            codec=facts.codec,
             duration_seconds=facts.duration_seconds,
             width=facts.width,
             height=facts.height,
@@ -266,7 +282,7 @@ class FileStore:
             return None
         return None if file.expires_at is not None and file.expires_at <= self._clock() else file
 
-    def _list(self, folder: Path, after: str | None, most: int, order: Order) -> list[FileObject]:
+    def _list(self, folder: Path, after: str | None, most: int, order: Order, purpose: str | None) -> list[FileObject]:
         ids = sorted(_ids(folder), reverse=order == "desc")
         if after is not None:
             ids = [file_id for file_id in ids if (file_id < after if order == "desc" else file_id > after)]
@@ -275,7 +291,7 @@ class FileStore:
             if len(found) == most:
                 break
             file = self._read(folder, file_id)
-            if file is not None:
+            if file is not None and purpose in (None, file.purpose):
                 found.append(file)
         return found
 

@@ -1,5 +1,6 @@
 """Animated WebP, which libav doesn't decode and Pillow does."""
 
+import io
 import os
 import struct
 from collections.abc import Collection, Iterator
@@ -57,11 +58,13 @@ class _Animation:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
 
-    def frames(self, wanted: Collection[int], *, keys_back: int = 0) -> Iterator[tuple[int, "VideoFrame"]]:
+    def frames(
+        self, wanted: Collection[int], *, keys_back: int = 0, threads: int = 1
+    ) -> Iterator[tuple[int, "VideoFrame"]]:
         """Give the frames that can be decoded, each behind its number."""
         from av import VideoFrame
 
-        del keys_back
+        del keys_back, threads
         with _opened(self._descriptor) as image:
             for number in sorted(wanted):
                 try:
@@ -75,8 +78,23 @@ class _Animation:
 @contextmanager
 def _opened(descriptor: int) -> Iterator[Image.Image]:
     os.lseek(descriptor, 0, os.SEEK_SET)
-    with os.fdopen(descriptor, "rb", closefd=False) as file, Image.open(file, formats=("WEBP",)) as image:
-        yield image
+    with os.fdopen(descriptor, "rb", closefd=False) as file:
+        _, claimed = _CHUNK.unpack(file.read(_CHUNK.size))
+        file.seek(0)
+        is_whole = _CHUNK.size + claimed <= os.fstat(descriptor).st_size
+        with Image.open(file if is_whole else _cut(file.read()), formats=("WEBP",)) as image:
+            yield image
+
+
+def _cut(data: bytes) -> io.BytesIO:
+    """Return a file that was cut off without the chunk in which it was; libwebp takes whole ones only."""
+    at = end = _FIRST_CHUNK_AT
+    while at + _CHUNK.size <= len(data):
+        _, size = _CHUNK.unpack_from(data, at)
+        at += _CHUNK.size + size + size % 2
+        if at <= len(data):
+            end = at
+    return io.BytesIO(_CHUNK.pack(b"RIFF", end - _CHUNK.size) + data[_CHUNK.size : end])
 
 
 def _check_size(size: tuple[int, int], limits: Limits) -> None:

@@ -26,9 +26,9 @@ READ_BYTES = 2**18
 
 @contextmanager
 def opened(
-    descriptor: int, demuxer: str, limits: Limits
+    descriptor: int, demuxer: str, limits: Limits, *, threads: int = 1
 ) -> Iterator[tuple["InputContainer", "VideoStream", Iterator["VideoPacket"]]]:
-    """Give the container, its video, ready to be decoded, and its packets; the file stays open.
+    """Give the container, its video, ready to be decoded by so many threads, and its packets; the file stays open.
 
     The demuxer is given, never guessed, and opens nothing else: neither playlists nor scripts are ever followed.
     Raises ReadError if there is no video of a codec that is taken, and av.FFmpegError if the file is a broken one.
@@ -48,15 +48,16 @@ def opened(
             file, "r", format=demuxer, options=options, buffer_size=READ_BYTES, metadata_errors="replace"
         ) as container,
     ):
-        stream = _video_stream(container, limits)
+        stream = _video_stream(container, limits, threads)
         for other in container.streams:
             if other is not stream:
                 other.discard = av.stream.Discard.all
         yield container, stream, (packet for packet in container.demux(stream) if packet.size)
 
 
-def _video_stream(container: "InputContainer", limits: Limits) -> "VideoStream":
+def _video_stream(container: "InputContainer", limits: Limits, threads: int) -> "VideoStream":
     from av import VideoStream
+    from av.codec.context import ThreadType
     from av.stream import Disposition
 
     stream = next(
@@ -69,11 +70,13 @@ def _video_stream(container: "InputContainer", limits: Limits) -> "VideoStream":
     )
     if stream is None:
         raise ReadError("the file holds no video stream")
+    if "enc_key_id" in stream.metadata:  # of Matroska, whose packets don't tell
+        raise ReadError("the video is encrypted")
     context = stream.codec_context
     codec = "an unknown codec" if context is None else context.codec.canonical_name
     if codec not in VIDEO_CODECS:
         raise ReadError(f"the video is in {codec}; taken are {', '.join(VIDEO_CODECS)}")
     context.options = {"max_pixels": str(limits.max_pixels)}
-    context.copy_opaque = True  # what is set on a packet is found on its frame
-    context.thread_count = 1
+    context.thread_count = threads
+    context.thread_type = ThreadType.FRAME  # several frames at once: slices, encoders seldom write more than one of
     return stream

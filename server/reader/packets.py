@@ -7,12 +7,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from server.reader import frame_headers
-from server.reader.decoding import Decoder
+from server.reader.decoding import Decoder, mark, number_of
 from server.reader.facts import Facts, Limits, ReadError
+from server.reader.fields import Fields
 from server.reader.frames_file import BYTES_PER_PIXEL
 from server.reader.opening import opened
 from server.reader.pictures import is_turned
-from server.reader.timeline import Clock, PacketTimes, Timeline, leading, needs_decoding, timeline
+from server.reader.timeline import Clock, PacketTimes, Timeline, first_key, leading, needs_decoding, timeline
 
 if TYPE_CHECKING:
     from av import VideoFrame, VideoStream
@@ -27,13 +28,16 @@ _BROADCAST_FORMATS = ("mpegts", "mpeg")  # whose clocks leap
 _TABLE_FORMATS = ("mp4", "mov")  # which say beforehand which frames there are
 _DECODE_TIME_FORMATS = ("avi",)  # which tell when frames are decoded; when H.264 shows them, libav makes up from that
 _GUESSED_TIME_FORMATS = ("mpeg",)  # several frames may share what tells the time of the first
+_FIELD_FORMATS = ("mpegts", "h264")  # where the two fields of a frame are packets of their own
 _FIXED_CODECS = ("gif",)  # all frames are drawn on one canvas
 
 
 class Frames(Protocol):
     """The frames of a video, to be decoded."""
 
-    def frames(self, wanted: Collection[int], *, keys_back: int = 0) -> Iterator[tuple[int, "VideoFrame"]]:
+    def frames(
+        self, wanted: Collection[int], *, keys_back: int = 0, threads: int = 1
+    ) -> Iterator[tuple[int, "VideoFrame"]]:
         """Give those that can be decoded, each behind the number of its packet, in no certain order."""
 
 
@@ -53,10 +57,11 @@ def scan(descriptor: int, demuxer: str, limits: Limits) -> Scanned:
     """
     opening = partial(opened, descriptor, demuxer, limits)
     with opening() as (container, stream, packets):
-        seen = _Packets(stream, limits)
+        seen = _Packets(stream, limits, has_fields=container.format.name in _FIELD_FORMATS)
         for packet in packets:
             seen.read(packet)
         seen.end()
+        doubtful = seen.find_unmarked_key() if container.format.name in _TABLE_FORMATS else []
         _check_claims(container, stream, seen.times, limits)
         clock = _clock(container, stream)
         codec = stream.codec_context.codec.canonical_name
@@ -65,7 +70,10 @@ def scan(descriptor: int, demuxer: str, limits: Limits) -> Scanned:
     decoder = Decoder(opening, seen.times, codec=codec)
     is_made_up = container_name in _GUESSED_TIME_FORMATS
     is_unknown = is_reordered or needs_decoding(seen.times, is_made_up=is_made_up)
-    shown = _timeline(seen.times, clock, decoder, decoder.order() if is_unknown else [])
+    if is_unknown:
+        shown = timeline(seen.times, clock, order=decoder.order())
+    else:
+        shown = _timeline(seen.times, clock, decoder, [*leading(seen.times), *doubtful])
     check_timeline(shown, limits)
     width, height = seen.size
     frames = len(shown.packets)
@@ -82,11 +90,8 @@ def scan(descriptor: int, demuxer: str, limits: Limits) -> Scanned:
     return Scanned(facts, shown, decoder)
 
 
-def _timeline(packets: Sequence[PacketTimes], clock: Clock, decoder: Decoder, order: Sequence[int]) -> Timeline:
-    """Return when frames are shown; whether those at the very begin are, a decoder tells."""
-    if order:
-        return timeline(packets, clock, order=order)
-    doubtful = leading(packets)
+def _timeline(packets: Sequence[PacketTimes], clock: Clock, decoder: Decoder, doubtful: Sequence[int]) -> Timeline:
+    """Return when frames are shown; whether the doubtful ones are, a decoder tells."""
     missing = frozenset(doubtful).difference(number for number, _ in decoder.frames(frozenset(doubtful)))
     return timeline(packets, clock, missing=missing)
 
@@ -142,15 +147,18 @@ def check_duration(kind: str, seconds: float, limits: Limits, *, code: str) -> N
 class _Packets:
     """Decodes the first frame of a video; of the others it reads the headers, and the packets' times."""
 
-    def __init__(self, stream: "VideoStream", limits: Limits) -> None:
-        """Take a stream of which nothing has been read yet."""
+    def __init__(self, stream: "VideoStream", limits: Limits, *, has_fields: bool) -> None:
+        """Take a stream of which nothing has been read yet, and whether fields may be packets of their own."""
         self.times: list[PacketTimes] = []
+        self._first_decoded = 0
         self._context = context = stream.codec_context
         self._codec = context.codec.canonical_name
         self._limits = limits
         self._largest = (0, 0)
         self._is_decoded = self._is_turned = False
+        self._fields = Fields(context.extradata) if has_fields and self._codec == "h264" else None
         self._size_in = self._reader(stream)
+        self._layer_in = frame_headers.hevc_layers(stream) if self._codec == "hevc" else _no_layer
         self._note(context.width, context.height)
 
     @property
@@ -163,14 +171,34 @@ class _Packets:
         """Take in the next packet; raise ReadError for one that breaks a limit or is encrypted."""
         if self._context.codec_tag == "encv" or packet.has_sidedata("encryption_info"):
             raise ReadError("the video is encrypted")
-        is_shown = not packet.is_discard and frame_headers.is_shown(self._codec, packet)
-        self.times.append(PacketTimes(packet.pts, packet.dts, packet.duration or 0, packet.is_keyframe, is_shown))
+        self._append(packet)
         check_frames(len(self.times), self._limits)
         if not self._is_decoded:
             self._decode(packet)
             if len(self.times) > MAX_UNDECODABLE and not self._is_decoded:
                 raise ReadError("the video holds no frame that can be decoded")
         self._note(*self._size_in(packet))
+
+    def find_unmarked_key(self) -> list[int]:
+        """Mark the first packet as a key frame if frames before the first that is marked can be decoded.
+
+        Return the packets between the two.
+        """
+        key = first_key(self.times)
+        if key <= self._first_decoded:
+            return []
+        self.times[0] = self.times[0]._replace(is_key=True)
+        return [number for number in range(1, key) if self.times[number].is_shown]
+
+    def _append(self, packet: "VideoPacket") -> None:
+        duration = packet.duration or 0
+        is_rest = self._fields is not None and self._fields.is_rest(bytes(packet))
+        if is_rest:
+            self.times[-1] = self.times[-1]._replace(duration=self.times[-1].duration + duration)
+        is_key = packet.is_keyframe and not is_rest
+        is_shown = not is_rest and not packet.is_discard and frame_headers.is_shown(self._codec, packet)
+        layer = self._layer_in(packet)
+        self.times.append(PacketTimes(packet.pts, packet.dts, duration, is_key, is_shown, is_rest, *layer))
 
     def end(self) -> None:
         """Raise ReadError if no frame could be decoded."""
@@ -181,9 +209,12 @@ class _Packets:
         self._note(*self._size_in(None))
 
     def _decode(self, packet: "VideoPacket | None") -> None:
+        if packet is not None:
+            mark(packet, len(self.times) - 1)
         frames = self._tried(packet)
         if frames:
             self._is_decoded, self._is_turned = True, is_turned(frames[0])
+            self._first_decoded = max(number_of(frames[0]), 0)
         self._note(self._context.width, self._context.height)
 
     def _tried(self, packet: "VideoPacket | None") -> list:  # type: ignore[type-arg]
@@ -215,6 +246,10 @@ class _Packets:
         self._context.skip_frame = "ALL"
         self._tried(packet)
         return self._context.width, self._context.height
+
+
+def _no_layer(packet: "VideoPacket") -> tuple[int, bool]:
+    return 0, True
 
 
 def too_large(size: str, limits: Limits) -> ReadError:

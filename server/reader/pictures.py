@@ -75,6 +75,17 @@ def _swaps(matrix: "Matrix | None") -> bool:
 def _matrix(frame: "VideoFrame") -> "Matrix | None":
     from av.sidedata.sidedata import Type
 
-    found: Any = frame.side_data
+    try:
+        found: Any = frame.side_data
+    except ValueError:  # PyAV knows no name for something else about the frame; of the matrix it tells the turn
+        return _turning(frame.rotation)
     data = found.get(Type.DISPLAYMATRIX)
     return None if data is None else np.frombuffer(bytes(data), np.int32)
+
+
+def _turning(degrees: int) -> "Matrix | None":
+    """Return the matrix by which a frame is displayed turned to the left."""
+    if degrees % 90:
+        return None
+    cos, sin = ((1, 0), (0, 1), (-1, 0), (0, -1))[degrees // 90 % 4]
+    return np.array([cos, -sin, 0, sin, cos, 0, 0, 0, 1], np.int32) << 16

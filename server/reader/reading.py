@@ -1,14 +1,18 @@
 """Reads the sampled frames of a video into a frames file."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from server.reader import animations
-from server.reader.decoding import FalseKeyError
+from server.reader.decoding import DamagedError, FalseKeyError
 from server.reader.facts import Limits, ReadError
 from server.reader.frames_file import FramesFile, FramesHeader
 from server.reader.packets import Scanned, scan
 from server.reader.pictures import Pictures
+from server.reader.protection import is_encrypted
 from server.reader.sampling import Clip, sampling_from
 from server.reader.sizes import handed_over
 from server.reader.timeline import Timeline
@@ -17,19 +21,39 @@ from server.reader.wanted import Reading, Wanted
 if TYPE_CHECKING:
     from av import VideoFrame
 
+MAX_WAITING = 4  # frames that are decoded and not yet scaled
 KEYS_BACK = 2  # where a stream is refreshed bit by bit, frames are whole from the key frame before on
 FROM_THE_FIRST = 2**31
+
+
+@contextmanager
+def _encryption_told(descriptor: int, demuxer: str) -> Iterator[None]:
+    """Say of what can't be read that it is encrypted, where the file says so."""
+    from av import FFmpegError
+
+    try:
+        yield
+    except (ReadError, FFmpegError) as exc:
+        if getattr(exc, "code", None) is None and is_encrypted(descriptor, demuxer):
+            raise ReadError("the video is encrypted") from exc
+        raise
 
 
 def scan_video(descriptor: int, demuxer: str, limits: Limits) -> Scanned:
     """Return what is in the video in an open file; raise ReadError if it is none that is taken."""
     if demuxer == animations.DEMUXER:
         return animations.scan(descriptor, limits)
-    return scan(descriptor, demuxer, limits)
+    with _encryption_told(descriptor, demuxer):
+        return scan(descriptor, demuxer, limits)
 
 
-def read_video(descriptor: int, demuxer: str, limits: Limits, wanted: Wanted, into: int) -> Reading:
-    """Write a frames file into the empty file `into`; raise as `scan_video`, or ReadError for too broken a video."""
+def read_video(
+    descriptor: int, demuxer: str, limits: Limits, wanted: Wanted, into: int, *, threads: int = 1
+) -> Reading:
+    """Write a frames file into the empty file `into`; raise as `scan_video`, or ReadError for too broken a video.
+
+    Up to so many threads decode; how many changes nothing in the file.
+    """
     video = scan_video(descriptor, demuxer, limits)
     chosen = _chosen(video.timeline, wanted)
     full = video.facts.height, video.facts.width
@@ -52,11 +76,20 @@ def read_video(descriptor: int, demuxer: str, limits: Limits, wanted: Wanted, in
             code="media_too_large",
         )
     file = FramesFile(into, header)
-    try:
-        indices = _Sheet(video, chosen, file).fill()
-    except FalseKeyError:
-        indices = _Sheet(video, chosen, file).fill(keys_back=FROM_THE_FIRST)
-    return Reading(video.facts, file.finish(indices))
+    with _encryption_told(descriptor, demuxer):
+        return Reading(video.facts, file.finish(_filled(video, chosen, file, threads)))
+
+
+def _filled(video: Scanned, chosen: Sequence[int], file: FramesFile, threads: int) -> list[int]:
+    """Write all frames; return which ones."""
+    keys_back = 0
+    while True:
+        try:
+            return _Sheet(video, chosen, file).fill(keys_back=keys_back, threads=threads)
+        except DamagedError:
+            threads = 1
+        except FalseKeyError:
+            keys_back = FROM_THE_FIRST
 
 
 def _chosen(timeline: Timeline, wanted: Wanted) -> list[int]:
@@ -92,12 +125,19 @@ class _Sheet:
         self._used: dict[int, int] = {}
         """By frame that was chosen, the one that stands for it."""
 
-    def fill(self, *, keys_back: int = 0) -> list[int]:
-        """Write a frame to each place; return which ones. Raise ReadError if half of them can't be decoded."""
+    def fill(self, *, keys_back: int, threads: int) -> list[int]:
+        """Write a frame to each place; return which ones.
+
+        Raises ReadError if half of them can't be decoded, DamagedError if several threads can't decode one, and
+        FalseKeyError.
+        """
         numbers = {self._packets[target]: target for target in self._targets}
-        for number, frame in self._decoder.frames(numbers, keys_back=keys_back):
-            self._put(numbers[number], numbers[number], frame)
+        with _aside(threads > 1) as aside:
+            for number, frame in self._decoder.frames(numbers, keys_back=keys_back, threads=threads):
+                aside(self._put, numbers[number], numbers[number], frame)
         if len(self._used) < len(self._targets):
+            if threads > 1:
+                raise DamagedError
             self._recover(keys_back)
         self._fill_up()
         return [self._used[target] for target in self._chosen]
@@ -133,3 +173,22 @@ class _Sheet:
             for place in self._places[target]:
                 self._file.copy(self._places[stand_in][0], place)
             self._used[target] = self._used[stand_in]
+
+
+@contextmanager
+def _aside(is_apart: bool) -> Iterator[Callable[..., None]]:
+    """Give what calls a function, in a thread of its own if `is_apart`; all calls are done when the block ends."""
+    if not is_apart:
+        yield lambda function, *arguments: function(*arguments)
+        return
+    waiting: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1) as thread:
+
+        def call(function: Callable[..., None], *arguments: object) -> None:
+            waiting.append(thread.submit(function, *arguments))
+            if len(waiting) > MAX_WAITING:
+                waiting.popleft().result()
+
+        yield call
+        for done in waiting:
+            done.result()

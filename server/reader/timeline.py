@@ -20,6 +20,12 @@ class PacketTimes(NamedTuple):
     is_key: bool
     is_shown: bool
     """Whether its frame is displayed: not one that others are only made from, not one cut away by an edit list."""
+    is_rest: bool = False
+    """Whether it is the second field of the frame that the packet before begins."""
+    layer: int = 0
+    """The temporal layer."""
+    is_referred: bool = True
+    """Whether other frames of its layer may refer to its frame."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Timeline:
         """Return the frames that are shown between two times, at least the one at `start`; empty if there is none."""
         if start >= self.duration or (end is not None and end <= start):
             return range(0)
-        first = bisect_right(self.seconds, start) - 1
+        first = bisect_left(self.seconds, self.seconds[bisect_right(self.seconds, start) - 1])
         return range(first, len(self.seconds) if end is None else max(first + 1, bisect_left(self.seconds, end)))
 
 

@@ -44,13 +44,13 @@ def _result(job: dict[str, Any], descriptors: Sequence[int]) -> dict[str, Any]:
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (min(wanted.max_bytes + MAX_HEADER_BYTES, most), most))
     try:
-        return asdict(read_video(descriptors[0], job["demuxer"], limits, wanted, descriptors[1]))
+        reading = read_video(descriptors[0], job["demuxer"], limits, wanted, descriptors[1], threads=job["threads"])
+        return asdict(reading)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, most))
 
 
-def _answer(line: bytes, descriptors: Sequence[int]) -> dict[str, Any]:
-    job = json.loads(line)
+def _answer(job: dict[str, Any], descriptors: Sequence[int]) -> dict[str, Any]:
     kind = job["kind"]
     try:
         return _result(job, descriptors)
@@ -69,8 +69,8 @@ def _answer(line: bytes, descriptors: Sequence[int]) -> dict[str, Any]:
             os.close(descriptor)
 
 
-def main(cpu_seconds: int, max_bytes: int) -> None:
-    """Answer jobs until the gateway is gone."""
+def main(seconds: int, max_bytes: int) -> None:
+    """Answer jobs until the gateway is gone. Each thread of a job may take so much of a core's time."""
     import av
     from PIL import Image
 
@@ -87,8 +87,10 @@ def main(cpu_seconds: int, max_bytes: int) -> None:
                 return
             usage = resource.getrusage(resource.RUSAGE_SELF)
             spent = math.ceil(usage.ru_utime + usage.ru_stime)
+            job = json.loads(line)
+            cpu_seconds = seconds * job["threads"]
             resource.setrlimit(resource.RLIMIT_CPU, (spent + cpu_seconds, resource.RLIM_INFINITY))
-            jobs.sendall(json.dumps(_answer(line, descriptors)).encode() + b"\n")
+            jobs.sendall(json.dumps(_answer(job, descriptors)).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Parses chat requests. The gateway reads only the fields it needs; all others pass through unchanged."""
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,14 +19,16 @@ from server.requests.fields import (
     parse_json_object,
     read_stream_fields,
 )
+from server.requests.knobs import refuse_idle_fields, refuse_idle_keys_of_video
 from server.requests.parameters import OPERATOR_FIELDS, refuse_beside_media
 
 URL_KEYS: dict[str, Kind] = {"video_url": "video", "image_url": "image", "audio_url": "audio"}
-PART_TYPES = {"image_url": "input_image"}  # another `type` that engines accept for a part with this key
+PART_TYPES = {"image_url": "input_image", "video_url": "input_video"}  # another `type` of parts with this key
 MEDIA_KEYS = (*URL_KEYS, "input_audio", "file")
+TEXT_TYPES = ("text", "input_text", "output_text", "refusal", "thinking", "tool_reference")
 LARGE_VALUE_CHARACTERS = 65_536
 MAX_SET_ASIDE = 1024
-_DATA_URL = re.compile(rb'"data:[a-z]{5}/[a-z0-9.+-]{1,40};base64,')
+_DATA_URL = re.compile(rb'"(?i:data):[^"\\]{0,200}?;(?i:base64),')
 _MARK = re.compile(rb"(aot-[0-9a-f]{32})")
 _MARK_CHARACTERS = 36
 
@@ -68,7 +71,7 @@ class ParsedChat:
 
     def reader(self, savings: Savings | None) -> ChatStream:
         """Return the parser for the engine's stream."""
-        return ChatStream(savings=savings, usage_wanted=self.usage_wanted)
+        return ChatStream(savings=savings, usage_wanted=self.usage_wanted, model=self.model)
 
     def serialise(self) -> list[bytes | memoryview]:
         """Return the request as JSON, in pieces; raise InvalidRequest for a value that JSON can't represent.
@@ -137,7 +140,7 @@ def _read_request(body: bytes | bytearray) -> ParsedChat:
     media = list(_media_parts(fields["messages"]))
     if media:
         refuse_beside_media(fields)
-    return ParsedChat(
+    chat = ParsedChat(
         fields=fields,
         model=model,
         stream=stream,
@@ -145,6 +148,8 @@ def _read_request(body: bytes | bytearray) -> ParsedChat:
         asked=read_aot(fields.get("aot")),
         media=media,
     )
+    refuse_idle_fields(fields, has_video=chat.has_video)
+    return chat
 
 
 def _media_parts(messages: list[Any]) -> Iterator[MediaPart]:
@@ -161,13 +166,35 @@ def _media_parts(messages: list[Any]) -> Iterator[MediaPart]:
             _refuse_part_fields(part, where)
             keys = [key for key in MEDIA_KEYS if part.get(key) is not None]
             if not keys:
+                _check_text_part(part, where)
                 continue
             if len(keys) > 1:
                 raise InvalidRequest(f"{where} must hold one of {' and '.join(keys)}, not both", param=where)
             kind = part.get("type")
             if kind is not None and kind not in (keys[0], PART_TYPES.get(keys[0])):
                 raise InvalidRequest(f"{where}.type must be {keys[0]}, because the part has that key", param=where)
-            yield _media_part(part, keys[0], f"{where}.{keys[0]}")
+            media = _media_part(part, keys[0], f"{where}.{keys[0]}")
+            if media.kind == "video":
+                refuse_idle_keys_of_video(part, where)
+                if media.holder is not part:
+                    refuse_idle_keys_of_video(media.holder, f"{where}.{keys[0]}")
+            yield media
+
+
+def _check_text_part(part: dict[str, Any], where: str) -> None:
+    """Raise InvalidRequest if a part without media has a type of its own, or one that needs a medium."""
+    kind = part.get("type")
+    if kind is None or kind in TEXT_TYPES:
+        return
+    key = next((key for key, other in PART_TYPES.items() if kind == other), kind)
+    if key in MEDIA_KEYS:
+        raise InvalidRequest(f"{where} is of type {kind} and must have the key {key}", param=f"{where}.{key}")
+    shown = kind[:80] if isinstance(kind, str) else json.dumps(kind)[:80]
+    right = next((key for key, medium in URL_KEYS.items() if medium in shown), None)
+    hint = f': send {{"type": "{right}", "{right}": {{"url": …}}}}' if right else ""
+    raise InvalidRequest(
+        f"{where}.type must be one of text, {', '.join(MEDIA_KEYS)}, got {shown!r}{hint}", param=f"{where}.type"
+    )
 
 
 def _media_part(part: dict[str, Any], key: str, where: str) -> MediaPart:

@@ -20,6 +20,13 @@ OPERATOR_FIELDS: Final = (
 NOT_BESIDE_MEDIA: Final = ("truncate_prompt_tokens", "truncation_side")
 """Fields that cut a prompt at a token: engines can't cut a medium."""
 
+INSTEAD: Final = {
+    "mm_processor_kwargs": ": use aot.retention",
+    "media_io_kwargs": ": use aot.frames or aot.fps",
+    "request_id": ": use the header x-request-id",
+}
+"""What does the same as some of these, within the operator's bounds."""
+
 MOST_ITEMS: Final = {
     "messages": 2048,
     "input": 2048,
@@ -71,7 +78,7 @@ def check_parameters(fields: Mapping[str, Any], bounds: Bounds) -> None:
     """
     for name in OPERATOR_FIELDS:
         if fields.get(name) is not None:
-            raise ForbiddenField(f"{name} can't be set in a request", param=name)
+            raise ForbiddenField(f"{name} can't be set in a request{INSTEAD.get(name, '')}", param=name)
     _check_template(fields.get("chat_template_kwargs"), bounds.chat_template_kwargs)
     _check_sizes(fields)
     for names, least, most in (

@@ -6,6 +6,7 @@ from typing import Any
 from starlette.types import Send
 
 from server.engines.exchange import Exchange
+from server.engines.naming import renamed
 from server.engines.savings import Savings
 from server.engines.streams import EventStream
 from server.errors import EngineFailed
@@ -26,6 +27,11 @@ class Answer:
         savings = {} if exchange.savings is None else exchange.savings.as_headers()
         self._headers = {"content-type": exchange.content_type, **headers, **savings}
 
+    def whole(self, body: bytes) -> bytes:
+        """Set the headers for a JSON body of the gateway's own, and return it."""
+        self._headers = {"content-type": "application/json", "content-length": str(len(body))}
+        return body
+
     async def start(self, stream: EventStream | None = None) -> None:
         """Send the status 200 and the headers."""
         self.stream = stream
@@ -43,13 +49,14 @@ class Answer:
         await self._send({"type": "http.response.body", "body": body})
 
 
-def with_savings(body: bytes, savings: Savings | None) -> bytes:
-    """Return the engine's answer with the savings in `usage.video_tokens`, or unchanged if there are no savings.
+def as_asked(body: bytes, savings: Savings | None, *, model: str) -> bytes:
+    """Return the engine's answer with the model's name that was asked for, and the savings in `usage.video_tokens`.
 
-    Raises EngineFailed if the answer is not a JSON object.
+    Without savings, the rest of the answer is unchanged. Raises EngineFailed if there are savings and the answer is
+    not a JSON object.
     """
     if savings is None:
-        return body
+        return renamed(body, model)
     try:
         content: Any = json.loads(body)
     except ValueError as exc:
@@ -57,5 +64,8 @@ def with_savings(body: bytes, savings: Savings | None) -> bytes:
     if not isinstance(content, dict):
         raise EngineFailed("the engine's answer could not be read")
     usage = content.get("usage")
-    content["usage"] = {**(usage if isinstance(usage, dict) else {}), "video_tokens": savings.as_usage()}
+    usage = usage if isinstance(usage, dict) else {}
+    content["usage"] = {**usage, "video_tokens": savings.as_usage(usage)}
+    if "model" in content:
+        content["model"] = model
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()

@@ -6,14 +6,23 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from server.requests.parameters import OPERATOR_FIELDS
 
+NEVER = (*OPERATOR_FIELDS, "extra_body", "retention")
+"""Fields that no request may have."""
 
-class Retention(BaseModel):
-    """The options for the reduction of video tokens."""
+
+class VideoOptions(BaseModel):
+    """What to look at in videos, and how many of their tokens to keep, within the bounds of the model."""
 
     model_config = ConfigDict(extra="forbid")
 
-    retention: Annotated[float | None, Field(gt=0, le=1)] = None
-    """The share of video tokens to keep, within the bounds of the model."""
+    retention: Annotated[float | None, Field(gt=0, le=1, description="the share of video tokens to keep")] = None
+    tokens: Annotated[
+        int | None, Field(ge=1, description="instead of a retention, a bound on the video tokens of all videos")
+    ] = None
+    frames: Annotated[int | None, Field(ge=1, description="the number of frames to sample")] = None
+    fps: Annotated[float | None, Field(gt=0, description="instead of a number, frames a second to sample")] = None
+    start: Annotated[float | None, Field(ge=0, description="seconds; frames are sampled from here on")] = None
+    end: Annotated[float | None, Field(gt=0, description="seconds; frames are sampled up to here")] = None
 
 
 class MediaURL(BaseModel):
@@ -45,14 +54,14 @@ class ChatCompletionRequest(BaseModel):
 
     model_config = ConfigDict(
         extra="allow",
-        json_schema_extra={"not": {"anyOf": [{"required": [name]} for name in OPERATOR_FIELDS]}},
+        json_schema_extra={"not": {"anyOf": [{"required": [name]} for name in NEVER]}},
     )
 
     model: Annotated[str, Field(min_length=1)]
     messages: list[ChatMessage]
     stream: bool | None = None
     stream_options: dict[str, Any] | None = None
-    aot: Retention | None = None
+    aot: VideoOptions | None = None
 
 
 class CompletionRequest(BaseModel):
@@ -67,13 +76,14 @@ class CompletionRequest(BaseModel):
 
 
 class ResponseRequest(BaseModel):
-    """OpenAI's response request, without videos. Fields that are not described here pass through to the engine."""
+    """OpenAI's response request. Fields that are not described here pass through to the engine."""
 
     model_config = ChatCompletionRequest.model_config
 
     model: Annotated[str, Field(min_length=1)]
     input: str | list[Any]
     stream: bool | None = None
+    aot: VideoOptions | None = None
 
 
 class VideoTokens(BaseModel):
@@ -82,6 +92,9 @@ class VideoTokens(BaseModel):
     before: Annotated[int, Field(ge=1)]
     after: Annotated[int, Field(ge=0)]
     retention: Annotated[float, Field(ge=0, le=1)]
+    cached: Annotated[int | None, Field(ge=1, description="how many the engine had in its prefix cache, at least")] = (
+        None
+    )
 
 
 class Usage(BaseModel):
@@ -98,6 +111,14 @@ class ChatCompletion(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     choices: list[dict[str, Any]]
+    usage: Usage | None = None
+
+
+class Response(BaseModel):
+    """The engine's response, with the saved video tokens in its usage."""
+
+    model_config = ConfigDict(extra="allow")
+
     usage: Usage | None = None
 
 

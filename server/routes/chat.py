@@ -12,6 +12,7 @@ from server.openapi import BY_ENGINES, SAVINGS, RawRoute
 from server.requests.chat import ParsedChat, parse_chat_request
 from server.routes.bodies import ChatCompletion, ChatCompletionRequest
 from server.routes.generation import Generation, Passage
+from server.routes.media import media_taken_in
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,7 @@ class ChatCompletions(Generation[ParsedChat]):
 
     def taken_in(self, passage: Passage[ParsedChat]) -> AbstractAsyncContextManager[Taken]:
         """Take in the request's videos, images and audio clips."""
-        return self.intake.taken(
-            passage.request.media,
-            target=passage.target,
-            tenant=passage.caller.tenant,
-            record=passage.record,
-            buffer=passage.buffer,
-        )
+        return media_taken_in(self.intake, passage, self.length_fields)
 
     def engine_headers(self, target: Target, taken: Taken) -> Mapping[str, str]:
         """Return headers that describe the longest video to llm-d's router, if they are enabled."""

@@ -1,7 +1,7 @@
 """`/v1/files`: videos that a client uploads once and uses in many requests."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -12,18 +12,18 @@ from starlette.types import Receive, Scope, Send
 from server.edge.body import declared_length
 from server.edge.forms import read_form
 from server.errors import BodyTimeout, BodyTooLarge, InvalidRequest, MediaRefused, RouteNotFound, UnknownFile
-from server.media.uploads import ID_PATTERN, FileObject, FilePage, FileStore, Order
+from server.media.uploads import ID_PATTERN, FileObject, FilePage, FileStore, Order, Purpose
 from server.openapi import refusals
 from server.routes.dependencies import TheCaller, TheRecord
 
 PATH = "/v1/files"
-PURPOSE = "video"
+PURPOSES = get_args(Purpose)
 MAX_PAGE = 10_000
 SHORTEST_SECONDS, LONGEST_SECONDS = 3600, 30 * 24 * 3600  # until a file expires; OpenAI's bounds
 MAX_FILENAME_CHARACTERS = 255
 _ANCHOR, _SECONDS = "expires_after[anchor]", "expires_after[seconds]"
 _RULES = {
-    "purpose": f"must be {PURPOSE!r}",
+    "purpose": f"must be one of {', '.join(PURPOSES)}",
     "expires_after.anchor": "must be 'created_at'",
     "expires_after.seconds": f"must be a whole number in [{SHORTEST_SECONDS}, {LONGEST_SECONDS}]",
 }
@@ -42,7 +42,7 @@ class UploadFields(BaseModel):
         json_schema_extra={"dependentRequired": {_ANCHOR: [_SECONDS], _SECONDS: [_ANCHOR]}},
     )
 
-    purpose: Literal["video"]
+    purpose: Purpose
     anchor: Annotated[
         Literal["created_at"] | SkipJsonSchema[None], Field(alias=_ANCHOR, json_schema_extra=_without_default)
     ] = None
@@ -155,6 +155,7 @@ class Files:
                     tenant=caller.tenant,
                     filename=_clean(form.filename or ""),
                     expires_after_seconds=fields.seconds,
+                    purpose=fields.purpose,
                 )
 
     async def list_files(
@@ -167,9 +168,9 @@ class Files:
     ) -> FilePage:
         """List the tenant's files by age, by default the newest first."""
         files = self._files()
-        if purpose not in (None, PURPOSE):
+        if purpose not in (None, *PURPOSES):
             return FilePage(data=[], first_id=None, last_id=None, has_more=False)
-        return await files.page(tenant=caller.tenant, after=after, limit=limit, order=order)
+        return await files.page(tenant=caller.tenant, after=after, limit=limit, order=order, purpose=purpose)
 
     async def retrieve_file(self, file_id: str, caller: TheCaller) -> FileObject:
         """Return the description of a file."""

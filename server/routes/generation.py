@@ -28,7 +28,7 @@ from server.observe.record import NO_MODEL, OTHER, RequestRecord
 from server.requests.outgoing import ParsedRequest, outgoing
 from server.requests.parameters import Bounds, check_parameters
 from server.requests.retention import settle_retention
-from server.routes.answer import Answer, with_savings
+from server.routes.answer import Answer, as_asked
 
 SKIMMED_BYTES = 2**20
 """How much is read of a body that there is no room for, to find the model that it names."""
@@ -221,7 +221,7 @@ async def _whole(exchange: Exchange, record: RequestRecord, answer: Answer) -> b
     body = await exchange.read()
     record.usage = usage_in(body)
     record.tokens = tokens_of(record.usage)
-    body = with_savings(body, exchange.savings)
+    body = as_asked(body, exchange.savings, model=record.model)
     exchange.complete()
     answer.address(exchange, {"content-length": str(len(body))})
     return body

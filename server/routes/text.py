@@ -1,18 +1,16 @@
-"""`POST /v1/completions` and `POST /v1/responses`: passed through, except for images, which are checked."""
+"""`POST /v1/completions` and `POST /v1/responses`: passed through, except for videos and images, which are taken in."""
 
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
+from server.errors import FetchFailed, MediaRefused, RetentionRefused, SamplingRefused
 from server.media.intake import Intake, Taken
-from server.openapi import BY_ENGINES, RawRoute
-from server.requests.text import (
-    ParsedCompletion,
-    ParsedResponse,
-    parse_completion_request,
-    parse_response_request,
-)
-from server.routes.bodies import CompletionRequest, Passed, ResponseRequest
+from server.openapi import BY_ENGINES, SAVINGS, RawRoute
+from server.requests.response import ParsedResponse, parse_response_request
+from server.requests.text import ParsedCompletion, parse_completion_request
+from server.routes.bodies import CompletionRequest, Passed, Response, ResponseRequest
 from server.routes.generation import Generation, Passage
+from server.routes.media import media_taken_in
 
 
 @dataclass(frozen=True)
@@ -46,20 +44,15 @@ class Responses(Generation[ParsedResponse]):
         return parse_response_request(body)
 
     def taken_in(self, passage: Passage[ParsedResponse]) -> AbstractAsyncContextManager[Taken]:
-        """Take in the images of the request."""
-        return self.intake.taken(
-            passage.request.media,
-            target=passage.target,
-            tenant=passage.caller.tenant,
-            record=passage.record,
-            buffer=passage.buffer,
-        )
+        """Take in the videos and images of the request."""
+        return media_taken_in(self.intake, passage, self.length_fields)
 
     @property
     def route(self) -> RawRoute:
         """The route to the endpoint."""
-        summary = "Answer a conversation without videos, whole or as a stream; nothing is stored"
-        return RawRoute(self.path, self, create_response, summary=summary, kinds=BY_ENGINES, headers={})
+        summary = "Answer a conversation about videos, whole or as a stream; nothing is stored"
+        kinds = (*BY_ENGINES, RetentionRefused, SamplingRefused, MediaRefused, FetchFailed)
+        return RawRoute(self.path, self, create_response, summary=summary, kinds=kinds, headers=SAVINGS)
 
 
 def create_completion(body: CompletionRequest) -> Passed:
@@ -67,6 +60,6 @@ def create_completion(body: CompletionRequest) -> Passed:
     raise NotImplementedError
 
 
-def create_response(body: ResponseRequest) -> Passed:
+def create_response(body: ResponseRequest) -> Response:
     """Give the endpoint its schema in the OpenAPI document; never called."""
     raise NotImplementedError

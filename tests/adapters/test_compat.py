@@ -88,6 +88,21 @@ async def test_a_chat_that_could_not_be_rendered_is_not_observed():
     assert observed == []
 
 
+async def test_the_engine_input_of_each_response_is_observed_too():
+    observed, results = [], iter([SimpleNamespace(engine_input="input"), SimpleNamespace(error="no")])
+
+    async def render_responses(request):
+        return next(results)
+
+    state = renderer_that_returns(None)
+    state.online_renderer.render_responses = render_responses
+    for _ in range(2):
+        compat.observe_rendered_chats(state, observed.append)
+    assert (await state.online_renderer.render_responses("response")).engine_input == "input"
+    assert (await state.online_renderer.render_responses("response")).error == "no"
+    assert observed == [("input",)]
+
+
 @pytest.mark.parametrize("state", [SimpleNamespace(), SimpleNamespace(online_renderer=SimpleNamespace())])
 def test_a_vllm_without_a_chat_renderer_is_refused_by_name(state):
     with pytest.raises(

@@ -14,6 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aot_vllm import VideoGrid, budget, reduce_video
 from bench import gpu
+from bench.on_gpu import calls, choices, models, sizes
+from bench.on_gpu.paths import operations
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -117,7 +119,7 @@ def without_the_last(reduced):
     ],
 )
 def test_a_fault_is_reported(fault, said, monkeypatch):
-    monkeypatch.setattr(gpu, "reduce_video", changed(fault))
+    monkeypatch.setattr("bench.on_gpu.paths.reduce_video", changed(fault))
     assert any(re.search(said, text) for text in gpu.failures([measured()]))
 
 
@@ -131,7 +133,7 @@ def test_a_fault_makes_the_script_fail(monkeypatch, capsys):
     monkeypatch.setattr(gpu, "TINY", gpu.TINY[:1])
     assert gpu.main(["--tiny", "--repeats", "1", "--retentions", "0.25"]) == 0
     assert "All checks passed." in capsys.readouterr().out
-    monkeypatch.setattr(gpu, "reduce_video", changed(noisy))
+    monkeypatch.setattr("bench.on_gpu.paths.reduce_video", changed(noisy))
     assert gpu.main(["--tiny", "--repeats", "1", "--retentions", "0.25"]) == 1
     assert "FAILED" in capsys.readouterr().out
 
@@ -178,8 +180,23 @@ def test_the_limits_that_the_docs_state_are_computed(capsys):
     tower, whole = onevision.tower_flops(), onevision.prefill_flops(1.0)
     assert f"The tower is {tower / (tower + whole):.0%} of the work" in page
     assert f"at most {onevision.limit(0.10):.1f}x at 10%" in page
-    text_alone = onevision.text.flops(gpu.TEXT_TOKENS)
+    text_alone = onevision.text.flops(sizes.TEXT_TOKENS)
     assert f"With no video token left it would still be {(tower + whole) / (tower + text_alone):.1f}x" in page
+
+
+def test_the_launches_that_the_docs_state_are_counted():
+    """The least of the torch path, as counting takes long: `make ci` compares the whole table."""
+    pytest.importorskip("triton")
+    rows = [cells(line) for line in documented("python bench/gpu.py --launches").splitlines()[2:]]
+    assert len(rows) == 4 * len(gpu.CASES)
+    for row in rows[:4]:
+        assert f"{operations(gpu.CASES[0], 0.05, row[2], path=row[3]):,}" == row[-1]
+
+
+@pytest.mark.slow
+def test_all_launches_that_the_docs_state_are_counted():
+    pytest.importorskip("triton")
+    assert documented("python bench/gpu.py --launches") == gpu.operations_table(gpu.CASES)
 
 
 def test_two_equal_paths_stand_side_by_side():
@@ -199,14 +216,14 @@ def test_the_gap_of_a_different_choice_is_that_of_the_first_distances_that_diffe
     grid = VideoGrid(2, 1, 4)
     line = torch.tensor([[0.0, 1.0, 8.0, 10.0], [0.0, 2.0, 9.0, 9.0 + 1e-4]]).unsqueeze(2)
     reference = reduced_to(grid, [0, 3, 4, 7])
-    assert gpu.agreement(reference, reference, line, grid) == {"share": 1.0, "gap": None}
+    assert choices.agreement(reference, reference, line, grid) == {"share": 1.0, "gap": None}
     # Frame 0 keeps 0 and 10. In frame 1 position 1 is 2 from them, position 2 is 1, and position 3 a little less.
-    near = gpu.agreement(reduced_to(grid, [0, 3, 4, 6]), reduced_to(grid, [0, 3, 4, 7]), line, grid)
+    near = choices.agreement(reduced_to(grid, [0, 3, 4, 6]), reduced_to(grid, [0, 3, 4, 7]), line, grid)
     assert near == {"share": 0.75, "gap": pytest.approx(2e-4, rel=0.01)}
-    far = gpu.agreement(reduced_to(grid, [0, 3, 4, 6]), reduced_to(grid, [0, 3, 5, 6]), line, grid)
+    far = choices.agreement(reduced_to(grid, [0, 3, 4, 6]), reduced_to(grid, [0, 3, 5, 6]), line, grid)
     assert far["gap"] == pytest.approx(1 - 1 / 4)
     # In frame 0 the first choice is the token farthest from the rest on average.
-    first = gpu.agreement(reduced_to(grid, [1, 4]), reduced_to(grid, [3, 4]), line, grid)
+    first = choices.agreement(reduced_to(grid, [1, 4]), reduced_to(grid, [3, 4]), line, grid)
     assert first["gap"] == pytest.approx(1 - (1 + 49 + 81) / (100 + 81 + 4))
 
 
@@ -219,17 +236,17 @@ def counted(call):
 @pytest.mark.parametrize("case", [*gpu.CASES, *gpu.TINY], ids=lambda case: f"{case.name} {case.grid.frames}")
 def test_the_work_of_a_tower_is_that_of_the_products_it_runs(case):
     with META:
-        tower = gpu.TowerModel(case)
+        tower = models.TowerModel(case)
     pixels = torch.empty(2, case.patches[0] * case.patches[1], case.tower.pixels, device=META)
     assert tower(pixels)[0].shape == (2, case.grid.positions, case.tower.out * case.tower.outputs)
     assert counted(lambda: tower(pixels)) == 2 * case.tower.flops(*case.patches)
 
 
-@pytest.mark.parametrize("text", [gpu.QWEN2_7B, gpu.QWEN3_8B, gpu.TINY_TEXT])
+@pytest.mark.parametrize("text", [sizes.QWEN2_7B, sizes.QWEN3_8B, sizes.TINY_TEXT])
 @pytest.mark.parametrize("tokens", [100, 658])
 def test_the_work_of_a_prefill_is_that_of_the_products_it_runs(text, tokens):
     with META:
-        layer = gpu.Layer(text.width, text.heads, text.kv_heads, text.mlp, gated=True)
+        layer = models.Layer(text.width, text.heads, text.kv_heads, text.mlp, gated=True)
     once = counted(lambda: layer(torch.empty(1, tokens, text.width, device=META), causal=True))
     attention = 4 * tokens**2 * text.width  # counted as if no token were masked; half of them are
     assert text.flops(tokens) == text.layers * (once - attention // 2)
@@ -242,25 +259,25 @@ def test_published_sizes_are_those_that_transformers_knows():
     qwen3 = transformers.Qwen3VLConfig().vision_config
 
     for tower, known, width in (
-        (gpu.SIGLIP, (siglip.num_hidden_layers, siglip.num_attention_heads), siglip.hidden_size),
-        (gpu.QWEN25_TOWER, (qwen25.depth, qwen25.num_heads), 1280),  # the library's default is another size's
-        (gpu.QWEN3_TOWER, (qwen3.depth, qwen3.num_heads), qwen3.hidden_size),
+        (sizes.SIGLIP, (siglip.num_hidden_layers, siglip.num_attention_heads), siglip.hidden_size),
+        (sizes.QWEN25_TOWER, (qwen25.depth, qwen25.num_heads), 1280),  # the library's default is another size's
+        (sizes.QWEN3_TOWER, (qwen3.depth, qwen3.num_heads), qwen3.hidden_size),
     ):
         assert (tower.layers, tower.heads, tower.width) == (*known, width)
-    assert [gpu.SIGLIP.mlp, gpu.QWEN25_TOWER.mlp, gpu.QWEN3_TOWER.mlp] == [
+    assert [sizes.SIGLIP.mlp, sizes.QWEN25_TOWER.mlp, sizes.QWEN3_TOWER.mlp] == [
         config.intermediate_size for config in (siglip, qwen25, qwen3)
     ]
-    assert [gpu.QWEN25_TOWER.merge, gpu.QWEN3_TOWER.merge] == [qwen25.spatial_merge_size, qwen3.spatial_merge_size]
-    assert gpu.SIGLIP.pixels == 3 * siglip.patch_size**2
-    for tower, config in ((gpu.QWEN25_TOWER, qwen25), (gpu.QWEN3_TOWER, qwen3)):
+    assert [sizes.QWEN25_TOWER.merge, sizes.QWEN3_TOWER.merge] == [qwen25.spatial_merge_size, qwen3.spatial_merge_size]
+    assert sizes.SIGLIP.pixels == 3 * siglip.patch_size**2
+    for tower, config in ((sizes.QWEN25_TOWER, qwen25), (sizes.QWEN3_TOWER, qwen3)):
         assert tower.pixels == 3 * config.temporal_patch_size * config.patch_size**2
-    whole = [layer for layer in range(32) if (layer + 1) % gpu.QWEN25_TOWER.whole_every == 0]
+    whole = [layer for layer in range(32) if (layer + 1) % sizes.QWEN25_TOWER.whole_every == 0]
     assert whole == list(qwen25.fullatt_block_indexes)
-    assert gpu.QWEN3_TOWER.outputs == 1 + len(qwen3.deepstack_visual_indexes)
+    assert sizes.QWEN3_TOWER.outputs == 1 + len(qwen3.deepstack_visual_indexes)
 
 
 def test_operations_are_counted_without_views_and_allocations():
-    with gpu.Launches() as seen:
+    with calls.Launches() as seen:
         values = torch.empty(4, 4, device=META)
         values.t().reshape(2, 8)[0].unsqueeze(0)
         assert seen.count == 1  # the transposed values are copied
@@ -268,9 +285,9 @@ def test_operations_are_counted_without_views_and_allocations():
         torch.mm(values, values)
     assert seen.count == 3
     grid = gpu.TINY[0].grid
-    assert gpu.operations(gpu.TINY[0], 1.0) < 10  # only where each token stands
+    assert operations(gpu.TINY[0], 1.0) < 10  # only where each token stands
     anchors = budget(grid, retention=0.5).anchors
-    assert gpu.operations(gpu.TINY[0], 0.5) > grid.frames * anchors
+    assert operations(gpu.TINY[0], 0.5) > grid.frames * anchors
 
 
 def test_it_runs_with_torch_alone():

@@ -170,6 +170,21 @@ def test_scaled_features_give_scaled_tokens(scale):
         torch.testing.assert_close(merge(features * scale) / scale, merge(features), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("nearest_weight", [0.0, 0.3])
+def test_a_mass_of_0_costs_no_solve(nearest_weight, monkeypatch):
+    def refuse(*args, **named):
+        raise AssertionError("a transport problem is solved")
+
+    monkeypatch.setattr(transport, "sinkhorn", refuse)
+    features, anchors = noise(12, 2, 12, 5), torch.tensor([[0, 7], [3, 4]])
+    config = AOTConfig(mass=0, nearest_weight=nearest_weight)
+    found = transport.absorb_frames(features, anchors, rows=3, cols=4, config=config)
+    assert len(found.iterations) == len(found.converged) == 0
+    assert torch.equal(found.tokens, transport.rows_at(features, anchors)) == (nearest_weight == 0)
+    with pytest.raises(AssertionError, match="is solved"):
+        transport.absorb_frames(features, anchors, rows=3, cols=4, config=AOTConfig(mass=0.1))
+
+
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-3, 1e3])
 def test_extreme_epsilons_give_finite_tokens(epsilon):
     config = AOTConfig(epsilon=epsilon)

@@ -96,6 +96,7 @@ class Engine:
     def __init__(self, model, **arguments):
         from vllm import LLM
 
+        interpolate_natively()
         # as it is saved: vLLM would rather calculate in bfloat16
         dtype = DTYPE or json.loads((Path(model) / "config.json").read_text())["dtype"]
         limits = {"limit_mm_per_prompt": {"image": 2, "video": 3}}
@@ -124,6 +125,17 @@ class Engine:
         del self.llm
         gc.collect()
         gc.freeze()  # an engine collects garbage eight times as it starts, each time among all that was imported
+
+
+def interpolate_natively():
+    """Let Qwen3-VL's tower interpolate its position embeddings in PyTorch where Triton is interpreted.
+
+    vLLM's kernel for it takes most of a test's time in the interpreter. It is neither the runner's nor ours.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from vllm.model_executor.models import qwen3_vl
+
+        qwen3_vl.HAS_TRITON = False
 
 
 def request(*media, retention=None, question="What happens?"):

@@ -70,6 +70,7 @@ def test_the_embedded_model_answers_whole_and_reduced(tmp_path):
     assert still_running(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_it_prints_what_a_question_costs_whole_and_reduced(arguments, tmp_path):
     demo = start(arguments, tmp_path)
     output, _ = demo.communicate(timeout=200)

@@ -13,7 +13,7 @@ from bench import arms
 from bench.arms import ABLATIONS, ARMS
 from demo.tiny_checkpoints import ROOT
 
-pytestmark = pytest.mark.any_runner
+pytestmark = [pytest.mark.any_runner, pytest.mark.slow]
 
 GRID = VideoGrid(frames=16, rows=6, cols=6)
 

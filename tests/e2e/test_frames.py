@@ -9,8 +9,11 @@ import pytest
 from vllm.multimodal.media import MediaConnector
 from vllm.transformers_utils.processor import get_video_processor_cls_name
 
+from aot_vllm.adapters.description import describe_engine
 from aot_vllm.adapters.telemetry import METER
 from demo.tiny_checkpoints import checkpoint
+from server.engines.profile import read_profile
+from server.media.shape import VideoShape
 from tests.e2e.engines import Answer, free_port, process, serve_command
 from tests.frames.files import data_url, frames_file
 from tests.frames.rules import tokens_of
@@ -93,6 +96,26 @@ def test_a_frames_file_has_the_prompt_and_the_answer_of_its_video(engine, folder
         whole = ask(engine, (folder / "clip.mp4").as_uri(), aot_retention=1)
         assert ask(engine, url, aot_retention=1) == whole
         assert whole.prompt_tokens > video.prompt_tokens
+
+
+def test_what_a_gateway_counts_is_what_the_prompt_then_has(engine, folder):
+    config = engine.llm.llm_engine.vllm_config
+    told = describe_engine(config, models=["m"], request_kwargs_trusted=True, prompt_tokens_details=True)
+    rules = read_profile(told).video_rules
+    model = config.model_config.hf_config
+    video_token = model.video_token_index if hasattr(model, "video_token_index") else model.video_token_id
+    text = ask(engine).prompt_tokens
+    for frames, height, width in [(2, 64, 96), (5, 61, 97), (12, 120, 80)]:
+        pictures = np.random.default_rng(frames).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+        shape = VideoShape(frames, height, width)
+        url = data_url(frames_file(pictures, total=100))
+        for retention in (RATE, 0.1, 1.0):
+            answer = ask(engine, url, aot_retention=retention)
+            after = shape.tokens_after(rules, retention)
+            assert answer.prompt.count(video_token) == after
+            estimate = text + after + shape.text_around(rules)
+            assert abs(answer.prompt_tokens - estimate) <= frames  # a digit more or less in each timestamp
+        assert after == shape.tokens_before(rules)
 
 
 def seconds(engine, answer):

@@ -9,7 +9,7 @@ import pytest
 
 from demo.tiny_checkpoints import ROOT, checkpoint
 
-pytestmark = pytest.mark.any_runner
+pytestmark = [pytest.mark.any_runner, pytest.mark.slow]
 
 
 def test_it_prints_what_users_get_whole_and_reduced(tmp_path):

@@ -13,6 +13,8 @@ import torch
 from tests.e2e.forks import run_stock
 from tests.e2e.qwen import Probe, made, qwen_request, watch_recomputations
 
+pytestmark = pytest.mark.slow
+
 RATE = 0.75
 CLOSE = {"rel": 0, "abs": 2e-4}
 CLIP, OTHER, PICTURE = ["video", 9, 1], ["video", 6, 2], ["image", 0, 3]

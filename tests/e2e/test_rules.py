@@ -136,19 +136,22 @@ def test_without_a_rate_everything_is_told_all_the_same(name):
         assert before == after == process.tokens(process(pictures(frames, height, width)))
 
 
+NO_TEXT = {"text_per_video": 0, "text_per_unit": 0}
+MARKS = {"text_per_video": 2, "text_per_unit": 0}
+MARKS_AND_TIMES = {"text_per_video": 0, "text_per_unit": 2 + len(["<", "1", "0", ".", "0", " seconds", ">"])}
 QWEN_SAMPLING = {"fps": 2, "min_frames": 4, "max_frames": 768}
 TOLD = {
     "tiny": {
         "sampling": {"rule": "uniform", "num_frames": 32, "fps": None},
         "max_frames": 16,
         "size": {"rule": "fixed", "height": 84, "width": 84},
-        "tokens": {"rule": "constant", "frames_per_unit": 1, "per_unit": 9, "extra": 1},
+        "tokens": {"rule": "constant", "frames_per_unit": 1, "per_unit": 9, "extra": 1} | NO_TEXT,
     },
     "tiny-384": {
         "sampling": {"rule": "uniform", "num_frames": 32, "fps": None},
         "max_frames": 16,
         "size": {"rule": "fixed", "height": 384, "width": 384},
-        "tokens": {"rule": "constant", "frames_per_unit": 1, "per_unit": 196, "extra": 1},
+        "tokens": {"rule": "constant", "frames_per_unit": 1, "per_unit": 196, "extra": 1} | NO_TEXT,
     },
     "qwen2.5-vl": {
         "sampling": {"rule": "qwen2_vl", **QWEN_SAMPLING, "frame_factor": 2},
@@ -161,7 +164,7 @@ TOLD = {
             "over": "frame",
             "temporal_factor": 2,
         },
-        "tokens": {"rule": "grid", "frames_per_unit": 2, "cell": 28, "extra": 0},
+        "tokens": {"rule": "grid", "frames_per_unit": 2, "cell": 28, "extra": 0} | MARKS,
     },
     "qwen3-vl": {
         "sampling": {"rule": "qwen3_vl", **QWEN_SAMPLING},
@@ -174,7 +177,7 @@ TOLD = {
             "over": "video",
             "temporal_factor": 2,
         },
-        "tokens": {"rule": "grid", "frames_per_unit": 2, "cell": 32, "extra": 0},
+        "tokens": {"rule": "grid", "frames_per_unit": 2, "cell": 32, "extra": 0} | MARKS_AND_TIMES,
     },
 }
 

@@ -23,6 +23,8 @@ triton.knobs.nvidia.dump_ptxas_log = True  # its table of registers and spills, 
 POINTERS = {
     "order_ptr": "*i64",
     "keep_ptr": "*i64",
+    "best_ptr": "*i64",
+    "arrived_ptr": "*i32",
     "anchors_ptr": "*i64",
     "nearest_ptr": "*i32",
     "iterations_ptr": "*i64",
@@ -36,11 +38,8 @@ FLOATS = {
 
 def shapes():
     """Yield a name, a kernel, its constants, its warps and the types of its features for each case."""
-    for positions in (196, 300, 729, 4096):
-        block = triton.next_power_of_2(positions)
-        warps = max(1, min(16, block // 512))
-        yield f"spread_out {positions}", anchors._spread_out, {"BLOCK": block}, warps, "fp32"
-    for slots in (16, 32, 64, 128, 1024):
+    yield from _choices()
+    for slots in (16, 32, 64, 128, 1024, 4096):
         for nearest in (False, True):
             shape = {"NEAREST": nearest, "TOKENS": transport.TILE // slots, "ANCHORS": slots}
             yield f"scalings {slots} {nearest}", transport._scalings, shape, 8, "fp32"
@@ -63,9 +62,21 @@ def shapes():
         yield f"{name} of ones", kernel, dict.fromkeys(ones, 1) | constants, warps, dtype
 
 
+def _choices():
+    """Yield the cases of the choice of anchors."""
+    for positions in (196, 300, 729, 4096):
+        block = triton.next_power_of_2(positions)
+        warps = max(1, min(16, block // 512))
+        yield f"spread_out {positions}", anchors._spread_out, {"BLOCK": block}, warps, "fp32"
+    for dtype in ("bf16", "fp16", "fp32"):
+        without = _without_table(anchors.COLUMNS)
+        yield f"spread_out_without_table {dtype}", anchors._spread_out_without_table, without, 16, dtype
+
+
 def _small():
     """Yield one case of each kernel."""
     yield "spread_out", anchors._spread_out, {"BLOCK": 1}, 1, "fp32"
+    yield "spread_out_without_table", anchors._spread_out_without_table, _without_table(1), 16, "bf16"
     shape = {"NEAREST": True, "TOKENS": 4, "ANCHORS": 1}
     yield "scalings", transport._scalings, shape, 8, "fp32"
     yield "weights", transport._weights, shape | {"SOLVED": True, "STEPS": 1, "FRAMES": 32}, 8, "fp32"
@@ -74,6 +85,10 @@ def _small():
     warps = blocks.pop("num_warps")
     yield "log_sums", attention._log_sums, blocks, warps, "bf16"
     yield "received", attention._received, blocks, warps, "bf16"
+
+
+def _without_table(columns):
+    return {"BEHIND_ALL": anchors.BEHIND_ALL, "TOKENS": anchors.TOKENS, "COLUMNS": columns}
 
 
 def type_of(name, dtype):

@@ -1,12 +1,8 @@
 """What a reduction asks of a device, counted on tensors without data: launches, bytes, and waits of the host."""
 
-from contextlib import contextmanager
-
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from aot_vllm.kernels import launch
 
 WITHOUT_LAUNCH = {
     "empty",
@@ -29,6 +25,7 @@ class Operations(TorchDispatchMode):
         super().__init__()
         self.names = []
         self.living = {}
+        self.bytes = 0
         self.most_bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -45,9 +42,14 @@ class Operations(TorchDispatchMode):
         from torch.multiprocessing.reductions import StorageWeakRef
 
         reference = StorageWeakRef(storage)
-        self.living.setdefault(reference.cdata, (reference, storage.nbytes()))
-        self.living = {key: kept for key, kept in self.living.items() if not kept[0].expired()}
-        self.most_bytes = max(self.most_bytes, sum(size for _, size in self.living.values()))
+        if reference.cdata in self.living:
+            return
+        self.living[reference.cdata] = (reference, storage.nbytes())
+        self.bytes += storage.nbytes()
+        if self.bytes > self.most_bytes:  # with those that are gone; to drop them each time would take long
+            self.living = {key: kept for key, kept in self.living.items() if not kept[0].expired()}
+            self.bytes = sum(size for _, size in self.living.values())
+            self.most_bytes = max(self.most_bytes, self.bytes)
 
 
 class Waits(TorchFunctionMode):
@@ -84,21 +86,3 @@ class Waits(TorchFunctionMode):
         targets = [part for part in (*args[1:], *kwargs.values()) if isinstance(part, (torch.device, torch.Tensor))]
         devices = {part if isinstance(part, torch.device) else part.device for part in targets}
         return any(device.type != args[0].device.type for device in devices)
-
-
-@contextmanager
-def own_launches(monkeypatch):
-    """Yield the list of names of the kernels that are launched meanwhile."""
-    launched = []
-    original = launch.launch
-
-    def counted(kernel, grid, *arguments, **options):
-        launched.append(getattr(kernel, "__name__", str(kernel)))
-        original(kernel, grid, *arguments, **options)
-
-    from aot_vllm.kernels import anchors, attention, transport
-
-    with monkeypatch.context() as patch:
-        for module in (anchors, attention, transport):
-            patch.setattr(module, "launch", counted)
-        yield launched

@@ -66,10 +66,28 @@ def test_blocks_of_frames_change_nothing(kernels, device, monkeypatch):
 
     features = video(7, VideoGrid(7, 5, 5), 8)[0]
     whole = kernels.select_diverse_anchors(features.to(device), count=5, keep=3)
+    monkeypatch.setattr(kernel, "MOST_BLOCKS", 7)
     for frames_at_once in (1, 3):
         monkeypatch.setattr(kernel, "BLOCK_BYTES", frames_at_once * 8 * 25**2)
         blocks = kernels.select_diverse_anchors(features.to(device), count=5, keep=3)
         assert torch.equal(blocks, whole)
+
+
+@pytest.mark.parametrize(
+    ("frames", "positions", "width", "expected"),
+    [
+        (32, 196, 3584, 873),  # 256 MiB hold so many
+        (768, 729, 3584, 256),  # a third of the video: 1.1 of 4.0 GB
+        (9, 4096, 3584, 0),  # a third of the video would be more than all its features
+        (6, 4096, 3584, 2),
+        (1, 4097, 64, 0),  # a table of distances would take more than 64 MiB
+    ],
+)
+def test_tables_take_a_fixed_amount_of_memory_or_what_the_features_take(frames, positions, width, expected):
+    from aot_vllm.kernels.anchors import _frames_at_once
+
+    features = torch.empty(frames, positions, width, dtype=torch.bfloat16, device="meta")
+    assert _frames_at_once(features) == expected
 
 
 def test_strided_features_are_read_as_they_lie(kernels, device):
@@ -77,15 +95,6 @@ def test_strided_features_are_read_as_they_lie(kernels, device):
     strided = features.transpose(0, 1).contiguous().transpose(0, 1)
     chosen, expected = both(kernels, device, strided[:, :, ::2], count=5)
     assert torch.equal(chosen, expected)
-
-
-def test_without_a_table_the_choice_is_the_same(kernels, device, monkeypatch):
-    features = video(9, VideoGrid(4, 6, 6), 16)[0]
-    chosen, expected = both(kernels, device, features, count=7, keep=[7, 0, 3, 5])
-    monkeypatch.setattr(anchors, "TABLE_BYTES", 1)
-    without, also = both(kernels, device, features, count=7, keep=[7, 0, 3, 5])
-    assert torch.equal(without, chosen)
-    assert torch.equal(also, expected)
 
 
 def test_tensors_that_do_not_fit_are_refused_as_by_core(kernels):

@@ -6,7 +6,8 @@ import torch
 from aot_vllm import AOTConfig, VideoGrid, reduce_video
 from aot_vllm.core.algorithms import TORCH
 from aot_vllm.kernels.dispatch import algorithms_for
-from tests.kernels.counting import Operations, Waits, own_launches
+from bench.on_gpu.calls import own_launches
+from tests.kernels.counting import Operations, Waits
 
 pytest.importorskip("triton")
 
@@ -19,6 +20,10 @@ VIDEOS = [
     (VideoGrid(768, 15, 20), 3584),
     (VideoGrid(1, 27, 27), 1152),
     (VideoGrid(33, 1, 7), 64),
+    (VideoGrid(768, 27, 27), 1152),
+    (VideoGrid(3, 1, 4097), 64),  # no table of distances from here on
+    (VideoGrid(40, 60, 100), 64),
+    (VideoGrid(100, 64, 64), 3584),  # the tables of a third of the video would take more than its features
 ]
 
 
@@ -30,21 +35,30 @@ def reduce(grid, width, *, retention, config=None, algorithms=TRITON, dtype=torc
 
 @pytest.mark.parametrize("retention", [0.03, 0.1, 0.25, 0.77])
 @pytest.mark.parametrize(("grid", "width"), VIDEOS)
-def test_a_video_takes_at_most_40_launches_whatever_its_number_of_frames(grid, width, retention, monkeypatch):
-    with own_launches(monkeypatch) as launched, Operations() as operations:
+def test_a_video_takes_at_most_40_launches_whatever_its_number_of_frames(grid, width, retention):
+    with own_launches() as launched, Operations() as operations:
         reduce(grid, width, retention=retention)
     assert len(operations.names) + len(launched) <= 40, (operations.names, launched)
 
 
 @pytest.mark.parametrize("retention", [0.1, 0.25])
 @pytest.mark.parametrize(("grid", "width"), VIDEOS)
-def test_with_attention_scores_a_video_takes_at_most_60_launches(grid, width, retention, monkeypatch):
+def test_with_attention_scores_a_video_takes_at_most_60_launches(grid, width, retention):
     query = torch.empty(grid.frames, grid.positions, 16 * 72, device="meta", dtype=torch.bfloat16)
     features = torch.empty(grid.frames, grid.positions, width, device="meta", dtype=torch.bfloat16)
-    with own_launches(monkeypatch) as launched, Operations() as operations:
+    with own_launches() as launched, Operations() as operations:
         scores = [TRITON.attention_received(query, query, num_heads=16, scale=0.1) / 16 for _ in range(2)]
         reduce_video(features, *scores, grid=grid, retention=retention, config=ATTENTION, algorithms=TRITON)
     assert len(operations.names) + len(launched) <= 60, (operations.names, launched)
+
+
+def test_a_choice_without_a_table_is_one_launch_of_our_own():
+    for frames in (1, 500):
+        features = torch.empty(frames, 4097, 8, device="meta", dtype=torch.bfloat16)
+        with own_launches() as launched, Operations() as operations:
+            TRITON.select_diverse_anchors(features, count=41, keep=40)
+        assert launched == ["_spread_out_without_table"]
+        assert len(operations.names) <= 12, operations.names
 
 
 @pytest.mark.parametrize("algorithms", [TRITON, TORCH])
@@ -56,6 +70,13 @@ def test_nothing_waits_on_the_first_video_of_a_size(retention, config, algorithm
             reduce(grid, width, retention=retention, config=config, algorithms=algorithms)
         assert not waits.found
         assert not waits.copies
+
+
+def test_a_choice_without_a_table_waits_for_nothing():
+    with Waits() as waits:
+        reduce(VideoGrid(3, 1, 4097), 8, retention=0.1)
+    assert not waits.found
+    assert not waits.copies
 
 
 def test_where_frames_exchange_tokens_the_layout_of_clips_is_one_copy_that_does_not_wait():
@@ -81,8 +102,7 @@ def test_the_recorder_of_waits_notices_every_kind_of_wait():
         assert waits.found
 
 
-@pytest.mark.parametrize("retention", [0.1, 0.25])
-@pytest.mark.parametrize("algorithms", [TRITON, TORCH])
+@pytest.mark.parametrize(("algorithms", "retention"), [(TRITON, 0.1), (TRITON, 0.25), (TORCH, 0.1)])
 def test_a_frame_of_12288_positions_needs_no_table_of_positions(algorithms, retention):
     """A table of 12,288 x 12,288 distances is 604 MB. All that is left is linear in the positions.
 

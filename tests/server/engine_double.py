@@ -122,6 +122,8 @@ class EngineDouble:
     """What it tells of itself; None for an engine without the plugin."""
     metrics: str = ""
     """What it exports on `/metrics`."""
+    prompt_tokens: int = 20
+    """What it counts in a prompt without videos."""
     healthy: bool = True
     listing_status: int = 200
     """The status of its answer to `/v1/models`."""
@@ -158,6 +160,7 @@ class EngineDouble:
         app.router.add_get("/metrics", self._metrics)
         app.router.add_get("/v1/models", self._models)
         app.router.add_get("/v1/aot/engine", self._profile)
+        app.router.add_post("/tokenize", self._tokenize)
         for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
             app.router.add_post(path, self._generate)
         self.runner = runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.2)
@@ -202,6 +205,13 @@ class EngineDouble:
     async def _profile(self, request: web.Request) -> web.Response:
         return web.json_response(self.profile, status=404 if self.profile is None else 200)
 
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        self.requests.append(json.loads(await request.read()))
+        if self.error is not None:
+            status, body, content_type = self.error
+            return web.Response(status=status, body=body, content_type=content_type)
+        return web.json_response({"count": self.prompt_tokens, "max_model_len": 4096, "tokens": []})
+
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         self.running += 1
         self.most_running = max(self.most_running, self.running)
@@ -230,7 +240,9 @@ class EngineDouble:
             self.running -= 1
 
     def _headers(self, request: web.Request) -> dict[str, str]:
-        return self.headers if request.path == "/v1/chat/completions" else {}
+        about_video = b'"video_url"' in json.dumps(self.requests[-1]).encode()
+        counts = request.path == "/v1/chat/completions" or (request.path == "/v1/responses" and about_video)
+        return self.headers if counts else {}
 
     def _whole(self, request: web.Request) -> bytes:
         texts = {"/v1/completions": TEXT_COMPLETION, "/v1/responses": RESPONSE}

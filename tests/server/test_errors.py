@@ -7,6 +7,7 @@ import pytest
 from server.errors import (
     ENGINE_VERDICTS,
     VERDICTS,
+    ContextExceeded,
     EngineRefused,
     GatewayError,
     MethodNotAllowed,
@@ -32,7 +33,7 @@ def errors():
 
 
 def test_one_table_has_a_status_for_every_error():
-    assert set(VERDICTS) == subclasses(GatewayError) - {GatewayError, EngineRefused}
+    assert set(VERDICTS) == subclasses(GatewayError) - {GatewayError, EngineRefused, ContextExceeded}
     for exc in errors():
         answer = answer_to(exc)
         error = answer.content["error"]
@@ -52,7 +53,7 @@ async def test_every_answer_has_a_request_id_whatever_its_status(engine, tmp_pat
         await asyncio.sleep(2)
 
     config = tmp_path / "gateway.yaml"
-    config.write_text("limits: {requests_per_minute: 12}")
+    config.write_text("limits: {requests_per_minute: 10}")
     async with gateway(engine, config=config, max_body_bytes=2000, body_seconds=0.1) as client:
         for status, method, path, content in (
             (200, "GET", "/health/live", None),
@@ -75,7 +76,7 @@ async def test_every_answer_has_a_request_id_whatever_its_status(engine, tmp_pat
             (413, "POST", CHAT, b" " * 3000),
             (413, "POST", "/v1/responses", b" " * 3000),
             (429, "POST", CHAT, json.dumps(ask())),
-            (429, "GET", "/v1/models", None),
+            (429, "GET", "/v1/files", None),
         ):
             answer = await client.request(method, path, content=content, headers={"x-request-id": "mine"})
             assert (answer.status_code, answer.headers["x-request-id"]) == (status, "mine"), (method, path)

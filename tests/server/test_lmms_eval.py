@@ -52,7 +52,7 @@ async def test_videos_that_it_passes_on_are_taken_but_not_its_wish_for_a_number_
     with pytest.raises(openai.BadRequestError) as caught:
         await completions.create(**sampled(video), extra_body=wish)
     assert caught.value.param == "media_io_kwargs"
-    with pytest.raises(openai.BadRequestError, match="https or a data URL"):
+    with pytest.raises(openai.BadRequestError, match="is a path, and this gateway reads no files of clients"):
         await completions.create(**sampled({"type": "video_url", "video_url": {"url": "file:///data/clip.mp4"}}))
     assert engine.requests == []
     await completions.create(**sampled(video))

@@ -14,10 +14,12 @@ from server.app import create_app
 from server.errors import ENGINE_VERDICTS, INTERNAL, VERDICTS, ClientGone
 from server.keys import digest_of, new_key
 from server.settings import Settings
-from tests.server.clips import clip
-from tests.server.harness import CHAT, gateway, served
+from tests.server.clips import clip, data_url
+from tests.server.engines.profiles import ONEVISION
+from tests.server.harness import CHAT, ask_about, gateway, served
 
 KEY = new_key()
+TOKENS = "/v1/video/tokens"
 EXAMPLES = 10  # per operation, of valid and of invalid requests
 
 
@@ -95,7 +97,7 @@ class Bearer:
 
 def checked(operation, mode, fill):
     """Send requests that the document allows or forbids, and check every answer against the document."""
-    is_chat = operation.path == CHAT
+    is_chat = operation.path in (CHAT, TOKENS)
     excluded = []
     if is_chat or operation.method == "post":
         excluded.append(positive_data_acceptance)  # random models are unknown, random files are not videos
@@ -121,12 +123,32 @@ def checked(operation, mode, fill):
     return statuses
 
 
+def filled_with(file_id):
+    """Return a function that inserts existing names into a case, so that some requests succeed."""
+
+    def fill(case):
+        if "model" in case.path_parameters:
+            case.path_parameters["model"] = "llava"
+        if "file_id" in case.path_parameters and case.method == "GET":
+            case.path_parameters["file_id"] = file_id
+        if case.path == TOKENS:
+            case.body = ask_about(data_url(clip(), "video/mp4"))
+        if isinstance(case.body, dict) and "model" in case.body:
+            case.body["model"] = "llava"
+        if isinstance(case.body, dict) and "file" in case.body:
+            case.body["file"] = clip()
+
+    return fill
+
+
+@pytest.mark.slow
 async def test_answers_to_whatever_is_sent_are_as_the_document_says(engine, tmp_path, config):
+    engine.profile = ONEVISION
     directory = tmp_path / "files"
     directory.mkdir()
     settings = Settings(engines=(engine.url,), config=config, files_dir=directory)
 
-    def run(url):
+    def run(url, fill):
         api = schemathesis.openapi.from_url(f"{url}/openapi.json")
         api.auth()(Bearer)
         statuses = {}
@@ -143,17 +165,6 @@ async def test_answers_to_whatever_is_sent_are_as_the_document_says(engine, tmp_
         async with httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {KEY}"}, timeout=20) as client:
             upload = await client.post("/v1/files", files={"file": ("clip.mp4", clip())}, data={"purpose": "video"})
 
-        def fill(case):
-            """Insert existing names into the case, so that some requests succeed."""
-            if "model" in case.path_parameters:
-                case.path_parameters["model"] = "llava"
-            if "file_id" in case.path_parameters and case.method == "GET":
-                case.path_parameters["file_id"] = upload.json()["id"]
-            if isinstance(case.body, dict) and "model" in case.body:
-                case.body["model"] = "llava"
-            if isinstance(case.body, dict) and "file" in case.body:
-                case.body["file"] = clip()
-
-        statuses = await asyncio.to_thread(run, url)
+        statuses = await asyncio.to_thread(run, url, filled_with(upload.json()["id"]))
     assert all(200 in seen for (label, mode), seen in statuses.items() if mode == "positive" and "DELETE" not in label)
     assert all(400 in seen for (_, mode), seen in statuses.items() if mode == "negative")

@@ -24,6 +24,10 @@ GOOD = {
     "CONFIG": ("/etc/aot.yaml", Path("/etc/aot.yaml")),
     "ALLOW_OPEN": ("true", True),
     "LIMITS_BACKEND": ("redis://:s3cret@cache:6379/1", SecretStr("redis://:s3cret@cache:6379/1")),
+    "CORS_ORIGINS": (
+        "https://App.Example.com, http://localhost:3000",
+        ("https://app.example.com", "http://localhost:3000"),
+    ),
     "MAX_BODY_BYTES": ("4096", 4096),
     "BODY_SECONDS": ("3", 3.0),
     "MAX_BUFFERED_BYTES": ("200000000", 200_000_000),
@@ -98,6 +102,10 @@ def test_each_setting_is_read_from_its_variable(name, monkeypatch):
         ("MEDIA_ONLY_HOSTS", "https://a", "host or host:port"),
         ("MEDIA_MAX_SECONDS", "0", "greater than 0"),
         ("DRAIN_SECONDS", "soon", "number"),
+        ("CORS_ORIGINS", "app.example.com", "https://app.example.com"),
+        ("CORS_ORIGINS", "https://app.example.com/", "without paths"),
+        ("CORS_ORIGINS", "https://*.example.com/a", "without paths"),
+        ("CORS_ORIGINS", "file:///a", "without paths"),
     ],
 )
 def test_a_bad_value_stops_the_start_naming_setting_value_and_what_is_allowed(name, text, allowed, monkeypatch):

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -178,6 +179,20 @@ async def test_with_nothing_to_finish_sigterm_ends_it_at_once(engine):
     assert code == 0, output
     assert time.monotonic() - begin < 5
     assert "OPEN TO EVERYONE" not in output
+
+
+async def test_a_hangup_changes_nothing(engine):
+    async with GatewayProcess(engine.url) as gateway, httpx.AsyncClient(timeout=20) as client:
+        assert (await client.post(gateway.url + CHAT, json=ask_about(VIDEO))).status_code == 200
+        workers = gateway.children()
+        for process in (*workers, gateway.process.pid):  # a closing terminal tells all of them
+            os.kill(process, signal.SIGHUP)
+        await asyncio.sleep(0.2)
+        assert gateway.process.poll() is None
+        assert gateway.children() == workers
+        assert (await client.post(gateway.url + CHAT, json=ask_about(VIDEO))).status_code == 200
+        gateway.drain()
+        assert (await gateway.ended())[0] == 0
 
 
 async def test_off_loopback_the_start_says_that_the_gateway_is_open(engine):

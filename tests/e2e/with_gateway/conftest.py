@@ -48,7 +48,10 @@ def gateway(tmp_path_factory, engine):
         "engine-default": {"engine_model": "tiny"},
     }
     config.write_text(json.dumps({"models": models}))
+    files = folder / "files"
+    files.mkdir()
     environment = {
+        "AOT_GATEWAY_FILES_DIR": str(files),
         "AOT_GATEWAY_PORT": str(port),
         "AOT_GATEWAY_ENGINES": engine,
         "AOT_GATEWAY_CONFIG": str(config),

@@ -14,6 +14,11 @@ def after(retention):
     return max(32, round(288 * retention)) + 1
 
 
+def counts(video_tokens):
+    """Return what videos came to, whatever of it was in the engine's cache."""
+    return {name: count for name, count in (video_tokens or {}).items() if name != "cached"}
+
+
 def wait_until(true, *, seconds=5):
     deadline = time.monotonic() + seconds
     while not true():

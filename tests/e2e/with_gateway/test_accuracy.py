@@ -9,7 +9,7 @@ import pytest
 from demo.tiny_checkpoints import ROOT
 from tests.e2e.with_gateway.clients import environment
 
-pytestmark = pytest.mark.any_runner
+pytestmark = [pytest.mark.any_runner, pytest.mark.slow]
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from demo.clip import write_clip
 from server.reader.frames_file import read_header
-from tests.e2e.with_gateway.seen import BEFORE, after, metric, wait_until
+from tests.e2e.with_gateway.seen import BEFORE, after, counts, metric, wait_until
 
 pytestmark = pytest.mark.any_runner
 
@@ -31,7 +31,7 @@ def test_an_alias_decides_how_much_of_a_video_is_kept(client, gateway, clip_url,
     before = metric(gateway, "aot_gateway_video_tokens_total", model=model, stage="before")
     answer = client.chat.completions.with_raw_response.create(model=model, **chat(clip_url))
     usage = answer.http_response.json()["usage"]
-    assert usage["video_tokens"] == {"before": BEFORE, "after": after(retention), "retention": retention}
+    assert counts(usage["video_tokens"]) == {"before": BEFORE, "after": after(retention), "retention": retention}
     assert usage["prompt_tokens_details"]["multimodal_tokens"]["video"] == after(retention)
     assert int(answer.headers["x-aot-video-tokens-before"]) == BEFORE
     assert int(answer.headers["x-aot-video-tokens-after"]) == after(retention)
@@ -56,7 +56,7 @@ def test_a_stream_says_the_same_as_a_whole_answer(client, clip_url):
         chunks = list(stream)
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
-    assert chunks[-1].usage.video_tokens == whole.usage.video_tokens
+    assert counts(chunks[-1].usage.video_tokens) == counts(whole.usage.video_tokens)
     assert whole.usage.video_tokens["before"] == 2 * BEFORE
 
 
@@ -79,8 +79,8 @@ def test_media_tokens_in_the_text_change_no_count_and_harm_nobody(client, engine
             request = chat(*urls)
             request["messages"][0]["content"].insert(0, {"type": "text", "text": text})
             usage = client.chat.completions.create(model="fast", **request).usage
-            counted = getattr(usage, "video_tokens", None)
-            assert counted == ({"before": BEFORE, "after": after(0.15), "retention": 0.15} if urls else None)
+            counted = counts(getattr(usage, "video_tokens", None))
+            assert counted == ({"before": BEFORE, "after": after(0.15), "retention": 0.15} if urls else {})
     assert client.completions.create(model="fast", prompt="<video> hi", max_tokens=2).choices[0].text
     assert httpx.get(f"{engine}/health").status_code == 200
 
@@ -144,7 +144,7 @@ def test_a_video_handed_over_as_a_file_is_the_same_to_the_engine(client, gateway
     inline = client.chat.completions.create(model="fast", **fields)
     assert metric(engine, "vllm:mm_cache_hits_total") == hits + 1  # known by its uuid, however it came
     assert inline.choices[0].message.content == as_file.choices[0].message.content
-    assert inline.usage.video_tokens == as_file.usage.video_tokens
+    assert counts(inline.usage.video_tokens) == counts(as_file.usage.video_tokens)
     assert inline.usage.video_tokens["after"] == after(0.3)
     fewer = client.chat.completions.create(model="fast", **chat(url, extra_body={"aot": {"retention": 0.1}}))
     assert fewer.usage.video_tokens["after"] == after(0.1)  # the uuid is the same, the retention is not
@@ -154,7 +154,7 @@ def test_a_video_handed_over_as_a_file_is_the_same_to_the_engine(client, gateway
 def test_frames_tokens_and_a_range_are_asked_for_in_a_request(client, clip_url):
     def ask(**aot):
         answer = client.chat.completions.create(model="fast", **chat(clip_url), extra_body={"aot": aot})
-        return answer.usage.video_tokens
+        return counts(answer.usage.video_tokens)
 
     assert ask(frames=8, retention=0.5) == {"before": 8 * 9 + 1, "after": 8 * 9 // 2 + 1, "retention": 0.5}
     assert ask(tokens=40)["after"] <= 40
@@ -162,6 +162,18 @@ def test_frames_tokens_and_a_range_are_asked_for_in_a_request(client, clip_url):
     assert ask(start=1, end=2, retention=0.5)["before"] < ask(retention=0.5)["before"]
     with pytest.raises(openai.BadRequestError, match=r"aot.frames must be in \[1, 32\]"):
         ask(frames=33)
+
+
+@pytest.mark.parametrize(
+    ("model", "aot"), [("whole", {}), ("fast", {}), ("engine-default", {}), ("fast", {"tokens": 40, "frames": 8})]
+)
+def test_what_a_question_costs_is_known_before_it_is_asked(client, gateway, clip_url, model, aot):
+    asked = {"model": model, **chat(clip_url, clip_url), "aot": aot}
+    told = httpx.post(f"{gateway}/v1/video/tokens", json=asked, timeout=60).json()
+    usage = httpx.post(f"{gateway}/v1/chat/completions", json=asked, timeout=60).json()["usage"]
+    assert told["video_tokens"] | {"retention": told["retention"]} == counts(usage["video_tokens"])
+    assert abs(told["prompt_tokens"] - usage["prompt_tokens"]) <= 2  # a line break around the videos
+    assert told["context_length"] == 8192
 
 
 def test_requests_side_by_side_each_get_their_own_count(client, clip_url):

@@ -109,7 +109,7 @@ async def test_a_tenant_sees_its_models_only_and_the_others_do_not_exist(engine,
         hidden = await client.post(CHAT, json=ask(), headers=bearer(GLOBEX))
         unknown = await client.post(CHAT, json=ask(model="gpt-9"), headers=bearer(GLOBEX))
         assert hidden.status_code == unknown.status_code == 404
-        assert hidden.json()["error"]["message"].replace("llava", "gpt-9") == unknown.json()["error"]["message"]
+        assert hidden.json()["error"]["message"].replace("'llava'", "'gpt-9'") == unknown.json()["error"]["message"]
         assert (await client.get("/v1/models/llava", headers=bearer(GLOBEX))).status_code == 404
         assert (await client.get("/v1/models/llava", headers=bearer(ACME))).status_code == 200
         allowed = await client.post(CHAT, json=ask(model="llava-fast"), headers=bearer(GLOBEX))

@@ -22,5 +22,12 @@ QWEN = {
     "sampling": {"rule": "qwen2_vl", "fps": 2, "min_frames": 4, "max_frames": 768, "frame_factor": 2},
     "max_frames": 64,
     "size": {"rule": "smart_resize", "factor": 28, "min_pixels": 3136, "max_pixels": 100352, "over": "frame"},
-    "tokens": {"rule": "grid", "frames_per_unit": 2, "cell": 28, "extra": 0},
+    "tokens": {
+        "rule": "grid",
+        "frames_per_unit": 2,
+        "cell": 28,
+        "extra": 0,
+        "text_per_video": 2,
+        "text_per_unit": 0,
+    },
 }

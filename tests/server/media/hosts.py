@@ -76,9 +76,11 @@ class MediaHost:
         }
         self.redirects = {}
         self.asked = []
+        self.asked_raw = []  # paths and queries, byte by byte
         self.hosts = []
         self.gate = None
         self.headers = {}
+        self.status = 200
         self.left = 0
 
     @contextlib.asynccontextmanager
@@ -98,6 +100,7 @@ class MediaHost:
 
     async def _get(self, request):
         self.asked.append(request.path)
+        self.asked_raw.append(request.raw_path)
         self.hosts.append(request.headers["host"])
         if self.gate is not None:
             try:
@@ -109,4 +112,5 @@ class MediaHost:
             return web.Response(status=302, headers={"location": self.redirects[request.path]})
         if request.path not in self.files:
             return web.Response(status=404)
-        return web.Response(body=self.files[request.path], content_type="text/html", headers=self.headers)
+        body = self.files[request.path]
+        return web.Response(status=self.status, body=body, content_type="text/html", headers=self.headers)

@@ -1,18 +1,21 @@
 # ruff: noqa: RUF001 - the tests need look-alike characters
+import asyncio
 import contextlib
 import os
 import re
 import ssl
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import unquote_to_bytes
 
 import pytest
 
-from server.errors import MediaRefused, Overloaded
+from server.errors import FetchFailed, MediaRefused, Overloaded
 from server.media import fetch
 from server.media.fetch import Fetcher, HostRules, Network, SystemResolver
 from server.media.file import on_disk
+from server.media.media_url import joined, parse_url
 from tests.server.clips import clip
 from tests.server.media.hosts import PUBLIC, Internet, MediaHost
 
@@ -307,10 +310,10 @@ async def test_redirects_are_followed_and_each_is_checked(fetcher, internet, hos
         ("ftp://media.example/clip.mp4", "invalid_media_url"),
         ("javascript:alert(1)", "invalid_media_url"),
         ("http://media.example:0/", "invalid_media_url"),
-        ("http://media.example:65536/", "media_fetch_failed"),
+        ("http://media.example:65536/", "invalid_media_url"),
         ("http://[::ffff:7f00:1]/", "media_host_not_allowed"),
         ("http://" + "a" * 5000 + "/", "invalid_media_url"),
-        ("http://[::1", "media_fetch_failed"),
+        ("http://[::1", "invalid_media_url"),
         ("", "media_fetch_failed"),
         ("/1", "media_fetch_failed"),
     ],
@@ -321,6 +324,125 @@ async def test_redirects_out_and_round_in_circles_are_refused(fetcher, internet,
     assert await refused(fetcher, "http://media.example/1") == code
     assert len(host.asked) == (4 if to in ("", "/1") else 1)
     assert {address for address, _ in internet.dialled} == {PUBLIC}
+
+
+AS_GIVEN = [
+    *("/clip.mp4?", "/clip.mp4?a", "/clip.mp4?a=&b", "/clip.mp4?a=b?c=d", "/clip.mp4??", "/clip.mp4?a=%2B+%20"),
+    *("/clip%2Emp4", "/%63lip.mp4", "/clip.mp4?X-Amz-Signature=%27%40%3A%2F%7E", "/clip.mp4?x=%27&y='&z=%c3%a4"),
+    *("/clip.mp4?a=%zz&b=100%", "/clip.mp4?a='()*!$;,/:@&b={}|^`[]", "/clip.mp4?a=~b&c=%7Eb", "/clip.mp4?a;b"),
+    *("/clip.mp4?redirect=http://media.example/@a", "/clip.mp4?sig=a+b/c=="),
+]
+ENCODED_ONCE = {
+    "/clip.mp4?name=my clip": "/clip.mp4?name=my%20clip",
+    "/clip.mp4?name=Bär&a=%20 ": "/clip.mp4?name=B%C3%A4r&a=%20",
+    '/clip.mp4?a="<>': "/clip.mp4?a=%22%3C%3E",
+    "/clip.mp4?a=片": "/clip.mp4?a=%E7%89%87",
+    "/clip.mp4?a=%E7%89%87 b": "/clip.mp4?a=%E7%89%87%20b",
+}
+
+
+@pytest.mark.parametrize("path", AS_GIVEN)
+async def test_a_url_is_asked_for_byte_by_byte_as_it_is_given(fetcher, host, path):
+    assert await fetched(fetcher, f"http://media.example{path}#fragment") == clip()
+    assert host.asked_raw == [path]
+
+
+@pytest.mark.parametrize("path", AS_GIVEN)
+async def test_after_a_redirect_too_a_url_is_asked_for_as_it_is_given(fetcher, host, path):
+    for location in (f"http://media.example{path}", f"//media.example{path}#f", path, path[1:]):
+        host.asked_raw.clear()
+        host.redirects = {"/1": location}
+        assert await fetched(fetcher, "http://media.example/1") == clip()
+        assert host.asked_raw == ["/1", path]
+
+
+@pytest.mark.parametrize(("path", "sent"), ENCODED_ONCE.items())
+async def test_what_a_url_cant_hold_is_encoded_once_as_browsers_do(fetcher, host, path, sent):
+    assert await fetched(fetcher, f" http://media.example{path} ") == clip()
+    host.redirects = {"/1": path}
+    assert await fetched(fetcher, "http://media.example/1") == clip()
+    assert host.asked_raw == [sent, "/1", sent]
+
+
+async def test_paths_are_encoded_once_and_names_are_those_of_dns(fetcher, internet, host):
+    internet.names.answers["xn--bcher-kva.example"] = [PUBLIC]
+    host.files["/Bär 片/{a}^b.mp4"] = clip()
+    for path in ("/Bär 片/{a}^b.mp4", "/B%C3%A4r%20%E7%89%87/%7Ba%7D%5Eb.mp4"):
+        assert await fetched(fetcher, f"HTTP://BÜCHER.example{path}") == clip()
+    assert host.asked_raw == ["/B%C3%A4r%20%E7%89%87/%7Ba%7D%5Eb.mp4"] * 2
+    assert host.hosts == ["xn--bcher-kva.example"] * 2
+
+
+@pytest.mark.parametrize(
+    ("first", "location", "then"),
+    [
+        ("/a/b/1?q", "?x=%3A", "/a/b/1?x=%3A"),
+        ("/a/b/1?q", "../c/clip.mp4", "/a/c/clip.mp4"),
+        ("/a/b/1", "../../../clip.mp4", "/clip.mp4"),
+        ("/a/b/1", "./clip.mp4?", "/a/b/clip.mp4?"),
+        ("/a/b/1?x=/y", "clip.mp4", "/a/b/clip.mp4"),
+        ("", "clip.mp4", "/clip.mp4"),
+        ("?a=b", "/clip.mp4", "/clip.mp4"),
+    ],
+)
+async def test_relative_redirects_lead_where_they_lead_in_browsers(fetcher, host, first, location, then):
+    path = first.partition("?")[0] or "/"
+    host.files[then.partition("?")[0]] = clip()
+    host.redirects = {path: location}
+    if then.partition("?")[0] == path:  # to itself with another query
+        with pytest.raises(MediaRefused, match="redirects"):
+            await fetched(fetcher, f"http://media.example{first}")
+    else:
+        assert await fetched(fetcher, f"http://media.example{first}") == clip()
+    assert host.asked_raw[0] == (first if first.startswith("/") else f"/{first}")
+    assert host.asked_raw[1] == then
+
+
+def test_a_location_in_another_encoding_than_utf8_keeps_its_bytes():
+    base, latin = parse_url("http://media.example/"), "/B\xe4r.mp4".encode("latin-1").decode("utf-8", "surrogateescape")
+    assert str(parse_url(joined(base, latin))) == "http://media.example/B%E4r.mp4"
+
+
+@pytest.mark.parametrize("encoding", ["aws-chunked", "binary", "utf-8", "identity", "", "UTF-8, aws-chunked", "none"])
+async def test_an_encoding_that_is_no_compression_is_no_reason_to_refuse(fetcher, host, encoding):
+    host.headers = {"content-encoding": encoding}
+    assert await fetched(fetcher, "http://media.example/clip.mp4") == clip()
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "aws-chunked,gzip", "br", "x-gzip", "deflate", "zstd , identity"])
+async def test_an_encoding_that_is_a_compression_is(fetcher, host, encoding):
+    host.headers = {"content-encoding": encoding}
+    assert await refused(fetcher, "http://media.example/clip.mp4") == "media_fetch_failed"
+
+
+SIZE = len(clip())
+
+
+@pytest.mark.parametrize(
+    ("status", "content_range", "is_taken"),
+    [
+        (203, None, True),
+        (206, f"bytes 0-{SIZE - 1}/{SIZE}", True),
+        (206, f"Bytes 0-{SIZE - 1}/{SIZE}", True),
+        (206, None, False),
+        (206, f"bytes 0-{SIZE - 1}/*", False),
+        (206, f"bytes 0-{SIZE - 1}/{SIZE + 1}", False),
+        (206, f"bytes 1-{SIZE}/{SIZE + 1}", False),
+        (206, f"bytes 0-{SIZE}/{SIZE + 1}", False),
+        (206, "bytes 0-0/1", False),
+        (201, None, False),
+        (204, None, False),
+    ],
+)
+async def test_an_answer_with_the_whole_medium_is_taken_and_a_part_is_not(
+    fetcher, host, status, content_range, is_taken
+):
+    host.status = status
+    host.headers = {} if content_range is None else {"content-range": content_range}
+    if is_taken:
+        assert await fetched(fetcher, "http://media.example/clip.mp4") == clip()
+    else:
+        assert await refused(fetcher, "http://media.example/clip.mp4") == "media_fetch_failed"
 
 
 async def test_compressed_media_are_refused(host, fetcher):
@@ -337,6 +459,70 @@ async def test_media_that_say_they_are_too_large_are_refused_unread(internet):
 async def test_a_host_that_is_not_there_or_has_nothing_is_a_refusal(fetcher, internet):
     for url in ("http://media.example:81/", "http://unknown.example/", "http://media.example/none"):
         assert await refused(fetcher, url) == "media_fetch_failed"
+
+
+async def reason(fetcher, url):
+    """What the error says after its first words."""
+    with pytest.raises(FetchFailed, match=r"the media could not be fetched: ") as caught:
+        await fetched(fetcher, url)
+    return caught.value.message.partition(": ")[2]
+
+
+async def test_why_a_host_did_not_deliver_is_told(fetcher, host, internet):
+    internet.names.answers["away.example"] = ["9.9.9.8"]
+    assert await reason(fetcher, "http://unknown.example/") == "the name of its host was not found"
+    assert await reason(fetcher, "http://away.example/") == "its host refused the connection"
+    for status, words in (
+        (401, ", so the URL may have expired, or it needs a login"),
+        (403, ", so the URL may have expired, or it needs a login"),
+        (410, ", so there is nothing at this URL"),
+        (418, ""),
+        (503, ", try again later"),
+    ):
+        host.status = status
+        assert await reason(fetcher, "http://media.example/clip.mp4") == f"its host answered {status}{words}"
+    assert (
+        await reason(fetcher, "http://media.example/none") == "its host answered 404, so there is nothing at this URL"
+    )
+    host.redirects = {"/1": "\\\\media.example\\"}
+    assert await reason(fetcher, "http://media.example/1") == "its host redirects to an invalid URL"
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (b"", "its host broke off the connection"),
+        (b"HTTP/1.1 200 OK\r\ncontent-length: 99\r\n\r\nhalf", "its host broke off the connection"),
+        (b"SSH-2.0-OpenSSH_9.6\r\n", "its host did not answer in HTTP"),
+    ],
+)
+async def test_a_host_that_breaks_off_or_speaks_otherwise_is_told_so(fetcher, internet, answer, told):
+    async def serve(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(answer)
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        internet.route(PUBLIC, 80, SimpleNamespace(port=server.sockets[0].getsockname()[1]))
+        assert await reason(fetcher, "http://media.example/") == told
+
+
+async def test_a_host_that_takes_its_time_is_told_so(internet, host):
+    host.gate = asyncio.Event()
+    async with make_fetcher(internet.network, total_seconds=0.2) as fetcher:
+        assert (
+            await reason(fetcher, "http://media.example/clip.mp4") == "its host did not deliver it within 0.2 seconds"
+        )
+
+
+async def test_a_host_without_a_certificate_for_its_name_is_told_so(internet):
+    certificate = Path(__file__).with_name("media.example.pem")
+    server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    server.load_cert_chain(certificate)
+    async with MediaHost().serving(server) as host, make_fetcher(internet.network) as fetcher:
+        internet.route(PUBLIC, 443, host)
+        told = await reason(fetcher, "https://media.example/clip.mp4")
+    assert told == "its host has no certificate for its name that this gateway trusts"
 
 
 async def test_who_waits_too_long_for_a_turn_is_told_to_come_back(internet, monkeypatch):

@@ -125,7 +125,7 @@ async def test_images_and_audio_in_the_request_and_text_pass_untouched(engine):
         ({"input_audio": {"data": "AAAA", "format": "wav"}}, "invalid_media", "input_audio.data"),
         (file_part(file_data="AAAA"), "invalid_media", "file.file_data"),
         (file_part(file_data=data_url(clip()[:-300])), "invalid_video", "file.file_data"),
-        (file_part(file_data=data_url(b"%PDF-1.7", "application/pdf")), "invalid_media_url", "file.file_data"),
+        (file_part(file_data=data_url(b"%PDF-1.7", "application/pdf")), "invalid_media", "file.file_data"),
         (file_part(file_id="file-1"), None, "file.file_id"),
     ],
 )
@@ -163,15 +163,16 @@ async def test_every_other_scheme_is_refused(engine, url, key):
         (data_url(b"\x89PNG\r\n\x1a\n" + b"\0" * 100), "invalid_media"),
         (data_url(b"#EXTM3U\n"), "invalid_media"),
         ("data:video/mp4;base64,", "invalid_media"),
-        ("data:video/mp4;base64,AAA", "invalid_media_url"),
-        ("data:video/mp4;base64,AA AA", "invalid_media_url"),
+        ("data:video/mp4;base64,AAA", "invalid_media"),
+        ("data:video/mp4;base64,AA AA", "invalid_media"),
+        ("data:video/mp4;base64,AAAAA", "invalid_media_url"),
         ("data:video/mp4;base64,QUFB====QUFB", "invalid_media_url"),
         ("data:video/mp4;base64," + "QUFB" * 300_000 + "QUE=" + "QUFB" * 300_000, "invalid_media_url"),
         ("data:video/mp4;base64," + "QUFB" * (2**18 - 1) + "QUE=" + "QUFB", "invalid_media_url"),
         ("data:video/mp4;base64,ÄÖÜ=", "invalid_media_url"),
         ("data:video/mp4,AAAA", "invalid_media_url"),
-        ("data:video/mp4;codecs=avc1;base64,AAAA", "invalid_media_url"),
-        ("data:image/png;base64,AAAA", "invalid_media_url"),
+        ("data:video/mp4;codecs=avc1;base64,AAAA", "invalid_media"),
+        ("data:image/png;base64,AAAA", "invalid_media"),
         ("data:video/jpeg;base64,/9j/" + ",/9j/" * 100_000, "invalid_media_url"),
         ("data:video/JPEG;base64,/9j/", "invalid_media_url"),
         (data_url(clip(), "video/jpeg"), "invalid_media_url"),
@@ -240,9 +241,13 @@ async def test_more_media_than_a_request_may_have_are_refused(engine, part, allo
     assert answer.json()["error"]["param"] == f"messages[0].content[{allowed}].{part['type']}.url"
 
 
-async def test_what_a_host_sends_must_be_a_video(engine, internet):
+async def test_what_a_host_sends_must_be_a_video(engine, internet, host):
     async with gateway(engine, **fetching(internet)) as client:
         assert (await refusal(client, f"{URL}/a.png"))["code"] == "invalid_media"
+        host.files["/page"] = b"<!doctype html><html><title>Sign in</title>"
+        error = await refusal(client, f"{URL}/page")
+        assert error["message"].startswith("the file at the URL is a web page, not a video of a type")
+        assert error["message"].endswith(": the URL must lead to the file itself")
         error = await refusal(client, f"{URL}/none")
         assert error["code"] == "media_fetch_failed"
         assert "9.9.9.9" not in error["message"]

@@ -2,6 +2,7 @@
 
 import asyncio
 import io
+import json
 import os
 import time
 from contextlib import asynccontextmanager
@@ -276,11 +277,54 @@ async def test_a_bad_parameter_of_a_list_is_a_400_that_names_it(engine, director
     assert answer.json()["error"]["param"] == query.partition("=")[0]
 
 
-async def test_files_of_other_purposes_there_are_none(engine, directory):
+async def test_the_purpose_that_was_sent_comes_back_and_lists_can_be_limited_to_it(engine, directory):
     async with gateway(engine, files_dir=directory) as client:
-        await upload(client)
+        for purpose in ("video", "user_data", "vision"):
+            answer = await upload(client, purpose=purpose)
+            assert answer.json()["purpose"] == purpose
+            assert (await client.get(f"{FILES}/{answer.json()['id']}")).json()["purpose"] == purpose
+            assert [file["id"] for file in (await client.get(f"{FILES}?purpose={purpose}")).json()["data"]] == [
+                answer.json()["id"]
+            ]
+        assert len((await client.get(FILES)).json()["data"]) == 3
         assert (await client.get(f"{FILES}?purpose=fine-tune")).json()["data"] == []
-        assert len((await client.get(f"{FILES}?purpose=video")).json()["data"]) == 1
+        refused = await upload(client, purpose="fine-tune")
+    message = "purpose must be one of video, user_data, vision, got 'fine-tune'"
+    assert (refused.status_code, refused.json()["error"]["message"]) == (400, message)
+
+
+async def test_files_that_an_older_gateway_wrote_are_still_there(engine, directory):
+    async with gateway(engine, files_dir=directory) as client:
+        file = (await upload(client, purpose="vision")).json()
+        (description,) = directory.rglob("*.json")
+        older = json.loads(description.read_text())
+        del older["purpose"], older["aot"]["codec"]
+        description.write_text(json.dumps(older))
+        assert (await client.get(f"{FILES}/{file['id']}")).json() == {
+            **file,
+            "purpose": "video",
+            "aot": {**file["aot"], "codec": ""},
+        }
+    assert file["aot"]["codec"] == "mpeg4"
+
+
+@pytest.mark.parametrize(
+    ("disposition", "name"),
+    [
+        (b"name=\"file\"; filename*=UTF-8''B%C3%A4r%20%F0%9F%90%95.mp4", "Bär 🐕.mp4"),
+        (b"name=file; FileName*=utf-8'en'a.mp4", "a.mp4"),
+        (b"name=\"file\"; filename*=iso-8859-1''B%E4r.mp4", "Bär.mp4"),
+        (b"filename*=UTF-8''a.mp4; name=\"file\"", "a.mp4"),
+        (b'name="file"; filename="fallback.mp4"; filename*=UTF-8\'\'B%C3%A4r.mp4', "Bär.mp4"),
+        (b"name=\"file\"; filename*=nonsense''B%C3%A4r.mp4", "Bär.mp4"),
+        (b"name=\"file\"; filename*=UTF-8''..%2F..%2Fpasswd", "passwd"),
+    ],
+)
+async def test_an_upload_whose_name_comes_encoded_is_taken(engine, directory, disposition, name):
+    body = PURPOSE + part(disposition, clip()) + b"--b--\r\n"
+    async with gateway(engine, files_dir=directory) as client:
+        answer = await client.post(FILES, content=body, headers={"content-type": BOUNDARY})
+    assert (answer.status_code, answer.json().get("filename")) == (200, name), answer.text
 
 
 async def test_a_tenants_files_have_a_limit_together_and_deleting_makes_room(engine, config, directory):

@@ -143,6 +143,62 @@ def encrypted(mp4: bytes) -> bytes:
     return bytes(data)
 
 
+def remuxed(container: str, source: bytes) -> bytes:
+    """The same packets in another container."""
+    buffer = io.BytesIO()
+    with av.open(io.BytesIO(source)) as old, av.open(buffer, "w", format=container) as output:
+        video = output.add_stream_from_template(old.streams.video[0])
+        for number, packet in enumerate(old.demux(video=0)):
+            if packet.size:
+                packet.pts = packet.dts = number * (packet.duration or 1)
+                packet.stream = video
+                output.mux(packet)
+    return buffer.getvalue()
+
+
+def with_note(h264: bytes) -> bytes:
+    """H.264 without a container, with a note in front of each key frame that has its own kind of side data.
+
+    It is one of those that a registered company writes (ITU-T T.35): of an enhancement layer, as some players have it.
+    """
+    body = b"\xb4\x00\x50\x00" + b"\x55" * 12
+    note = b"\0\0\0\1\x06\x04" + bytes([len(body)]) + body + b"\x80"
+    return h264.replace(b"\0\0\1\x65", note[1:] + b"\0\0\1\x65")
+
+
+def encrypted_matroska(live: bytes) -> bytes:
+    """The same with a track that says it is encrypted; the file must tell no length of its own."""
+    key = _element(
+        "6240", _element("5033", b"\1") + _element("5035", _element("47E1", b"\5") + _element("47E2", b"k" * 16))
+    )
+    added = _element("6D80", key)
+    data = bytearray(live)
+    tracks = data.index(bytes.fromhex("1654AE6B"), data.index(b"Lavf"))  # a table before that tells of them too
+    entry = data.index(b"\xae", tracks + 4)
+    for at in (entry + 1, tracks + 4):
+        width = 9 - data[at].bit_length()
+        size = int.from_bytes(data[at : at + width], "big") & (1 << 7 * width) - 1
+        if at == entry + 1:
+            data[at + width + size : at + width + size] = added
+        data[at : at + width] = (size + len(added) | 1 << 7 * width).to_bytes(width, "big")
+    return bytes(data)
+
+
+def _element(name: str, body: bytes) -> bytes:
+    return bytes.fromhex(name) + (len(body) | 0x4000).to_bytes(2, "big") + body
+
+
+def scrambled(stream: bytes) -> bytes:
+    """A transport stream whose video is scrambled."""
+    packets, noise = [bytearray(packet) for packet in packets_of(stream)], np.random.default_rng(6)
+    for number in video_packets(packets):
+        packet = packets[number]
+        begin = 4 + (packet[3] >> 5 & 1) * (1 + packet[4])
+        packet[3] |= 0x80
+        packet[begin:] = noise.bytes(188 - begin)
+    return b"".join(packets)
+
+
 def packets_of(stream: bytes) -> list[bytes]:
     """The packets of a transport stream."""
     return [stream[at : at + 188] for at in range(0, len(stream), 188)]

@@ -146,8 +146,19 @@ async def test_animated_webp_is_a_video(reader):
         reading, pictures = await frames_of(reader, data, sampling)
         assert [number_of(picture) for picture in pictures] == reading.header.frames_indices
     assert (await examine(reader, animation(1))).frames == 1
-    with pytest.raises(ReadError, match="truncated or broken"):
-        await examine(reader, data[: len(data) // 2])
+
+
+async def test_animated_webp_that_is_cut_off_is_what_is_left_of_it(reader):
+    data = animation()
+    ends = [number for number in range(len(data)) if data.startswith(b"ANMF", number)]
+    assert len(ends) == 24
+    for cut, frames in ((ends[12], 12), (ends[12] + 5, 12), (ends[13] - 1, 12), (ends[1], 1), (len(data) - 1, 23)):
+        reading, pictures = await frames_of(reader, data[:cut], ALL_FRAMES)
+        assert (reading.facts.frames, reading.facts.duration_seconds) == (frames, frames / 8)
+        assert [number_of(picture) for picture in pictures] == list(range(frames))
+    for cut in (ends[0], ends[0] + 30, 20, 12):
+        with pytest.raises(ReadError, match="truncated or broken"):
+            await examine(reader, data[:cut])
 
 
 async def test_an_animation_is_held_to_the_limits():

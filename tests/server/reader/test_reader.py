@@ -2,15 +2,16 @@
 
 import asyncio
 import errno
-import json
 import os
 import signal
 import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from server.media import readers
 from server.media.file import in_memory
 from server.media.readers import Reader
 from server.reader import worker as reader_worker
@@ -78,6 +79,24 @@ async def test_a_frames_file_can_be_compressed(reader, tmp_path):
         assert header == replace(read_header(into)[0], compression="zlib")
         assert zlib.decompress(small.read_bytes()[begin:]) == pixels_in(into).tobytes()
     os.close(into)
+
+
+async def test_frames_that_hardly_shrink_are_not_compressed(reader):
+    into = os.memfd_create("frames")
+    with in_memory(max_bytes=10**8) as file:
+        file.write(recording("mp4", "libx264", draw=noise))
+        wanted = Wanted(sampling=EIGHT_FRAMES, max_bytes=2**20)
+        await reader.read(file.descriptor(), demuxer="mp4", wanted=wanted, into=into)
+    sent = os.memfd_create("sent")
+    os.write(sent, b"".join(compressed(into)))
+    assert read_header(sent)[0] == read_header(into)[0]
+    assert np.array_equal(pixels_in(sent), pixels_in(into))
+    os.close(into)
+    os.close(sent)
+
+
+def noise(number, width, height):
+    return np.random.default_rng(number).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def test_a_frame_of_another_size_is_not_written(tmp_path):
@@ -179,12 +198,35 @@ async def test_reading_that_takes_too_much_of_a_processor_is_said_to_take_too_lo
         await asking
 
 
+@pytest.mark.parametrize(
+    ("num_workers", "num_files", "threads"), [(1, 1, [1]), (3, 1, [3]), (3, 3, [3, 1, 1]), (9, 1, [4])]
+)
+async def test_files_share_the_readers_threads(monkeypatch, num_workers, num_files, threads):
+    asked = []
+
+    async def ask(worker, job, descriptors):
+        asked.append(job["threads"])
+        await asyncio.sleep(0.05)
+        return await really(worker, job, descriptors)
+
+    really = readers._Worker.ask
+    monkeypatch.setattr(readers._Worker, "ask", ask)
+    reader = Reader(limits=LIMITS, seconds=20, num_workers=num_workers)
+    try:
+        await asyncio.gather(*(examine(reader, plain()) for _ in range(num_files)))
+        await examine(reader, plain())
+    finally:
+        reader.close()
+    assert sorted(asked[:-1], reverse=True) == threads
+    assert asked[-1] == threads[0]
+
+
 def test_a_full_disk_is_not_the_videos_fault(monkeypatch):
     def full(job, descriptors):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(reader_worker, "_result", full)
-    answer = reader_worker._answer(json.dumps({"kind": "video"}).encode(), [])
+    answer = reader_worker._answer({"kind": "video"}, [])
     assert answer == {"error": "there is no room for the video's frames", "code": "no_room"}
 
 

@@ -183,7 +183,7 @@ def test_a_part_that_could_be_read_in_two_ways_or_none_is_refused_by_its_place(p
 
 
 def test_of_a_videos_part_the_engine_gets_nothing_but_the_video():
-    part = {"type": "video_url", "video_url": {"url": VIDEO, "detail": "x"}, "image_pil": "x", "tool_reference": "y"}
+    part = {"type": "video_url", "video_url": {"url": VIDEO, "format": "x"}, "image_pil": "x", "tool_reference": "y"}
     chat = parse({"model": "m", "messages": [{"role": "user", "content": [part]}]})
     chat.media[0].replace(VIDEO, uuid="u")
     (sent_part,) = json.loads(b"".join(chat.serialise()))["messages"][0]["content"]
@@ -294,6 +294,22 @@ LARGE = "data:video/mp4;base64," + "QUJD" * 20_000
 )
 def test_what_looks_like_a_large_medium_anywhere_arrives_as_it_came(fields):
     assert json.loads(b"".join(parse(fields).serialise())) == fields
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        *("data:video/webm;codecs=vp9,opus;base64,", "DATA:VIDEO/MP4;BASE64,", "data:;base64,"),
+        *("data:video/mp4;charset=utf-8;base64,", "data:application/octet-stream;base64,"),
+    ],
+)
+def test_a_large_medium_is_set_aside_whatever_its_head(head):
+    url = head + LARGE.partition(",")[2]
+    chat = parse(ask_about(url))
+    assert bytes(chat.media[0].payload).decode() == LARGE.partition(",")[2]
+    chat.media[0].replace("data:video/mp4;base64," + chat.media[0].value.removeprefix(head))
+    (sent_part, _) = json.loads(b"".join(chat.serialise()))["messages"][0]["content"]
+    assert sent_part["video_url"]["url"] == LARGE
 
 
 def test_of_a_large_medium_only_the_base64_is_set_aside_and_a_new_url_forgets_it():

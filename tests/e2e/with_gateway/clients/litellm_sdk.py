@@ -1,6 +1,7 @@
 """LiteLLM's Python SDK, by its provider for vLLM servers."""
 
 import asyncio
+import base64
 
 import litellm
 from report import ENDLESS, QUESTION, VIDEO, asked, wait_for_the_verdict
@@ -26,6 +27,19 @@ async def main():
         raise AssertionError("0.9 is out of the alias's bounds")
     except litellm.BadRequestError as exc:
         error = {"status": exc.status_code, "message": str(exc)}
+    content = base64.b64decode(asked["clip_url"].partition(",")[2])
+    file = await litellm.acreate_file(
+        file=("clip.mp4", content),
+        purpose="user_data",
+        custom_llm_provider="openai",
+        api_base=asked["base_url"],
+        api_key="unused",
+    )
+    assert file.purpose == "user_data"
+    uploaded = {"type": "file", "file": {"file_id": file.id}}
+    about_file = [{"role": "user", "content": [uploaded, {"type": "text", "text": QUESTION}]}]
+    of_file = await litellm.acompletion(**{**common, "messages": about_file})
+    assert of_file.choices[0].message.content == answer.choices[0].message.content
     usage = next(chunk.usage for chunk in reversed(chunks) if getattr(chunk, "usage", None))
 
     endless = await litellm.acompletion(
@@ -40,6 +54,7 @@ async def main():
         streamed="".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices),
         streamed_prompt_tokens=usage.prompt_tokens,
         error=error,
+        more=1,
     )
 
 
