@@ -327,9 +327,8 @@ def _translated(status: int, body: bytes) -> GatewayError:
     EngineMisconfigured. The engine's 5xx messages describe its internals; they become an EngineFailed.
     """
     message, param = _message_of(body)
-    text = scrub(message) if message else "the engine refused the request"
-    if status in (401, 403) or (status in (400, 422) and _is_about_the_set_up(text, param)):
-        return EngineMisconfigured(MISCONFIGURED, engine_message=text)
+    if status in (401, 403) or (status in (400, 422) and _OURS.search(f"{param} {message}")):
+        return EngineMisconfigured(MISCONFIGURED, engine_message=scrub(message or ""))
     if status == 503:
         return EngineRefused("the engine is not taking requests, try again later", status=503)
     if status in (408, 504):
@@ -339,13 +338,18 @@ def _translated(status: int, body: bytes) -> GatewayError:
     prompt, context = _PROMPT_TOKENS.search(message or ""), _CONTEXT_TOKENS.search(message or "")
     if prompt and context and status == 400:
         return ContextExceeded(prompt_tokens=int(prompt[1] or prompt[2]), context_tokens=int(context[1]))
-    if _NOT_FOR_CLIENTS.search(message or ""):
-        text = "the engine refused the request"
+    text = scrub(message) if message and not _NOT_FOR_CLIENTS.search(message) else "the engine refused the request"
     if status == 404 and "does not exist" not in text:  # the engine lacks the route, not the model
         return EngineFailed("the engine does not serve this kind of request")
     code = "context_length_exceeded" if "maximum context length" in text or "max_model_len" in text else None
     return EngineRefused(text, status=400 if status in (415, 422) else status, param=param, code=code)
 
+
+_OURS = re.compile(
+    r"^(?:mm_processor|media_io)_kwargs\b|--trust-request-mm-kwargs|--allowed-local-media-path|\blocal files\b",
+    re.IGNORECASE,
+)
+"""Found in the `param` and message of an engine that refuses what the gateway itself has put into the request."""
 
 _PROMPT_TOKENS = re.compile(
     r"(?:prompt|Input length) \((?:length )?(\d{1,12})\)"
@@ -370,18 +374,6 @@ def _complaint_of(message: str, param: object) -> tuple[str | None, str | None]:
     rule = (found[1] or found[2]).replace("\\'", "'").removeprefix("Value error, ")
     rule = f"must {rule.removeprefix('Input should ')}" if rule.startswith("Input should ") else f"is wrong: {rule}"
     return f"{place} {rule}", place
-
-
-_OURS = re.compile(
-    r"--trust-request-mm-kwargs|--allowed-local-media-path|--allowed-media-domains|\bmm_processor_kwargs\b"
-    r"|\bmedia_io_kwargs\b|local files|cache_salt",
-    re.IGNORECASE,
-)
-"""What an engine's message is about if it refuses what the gateway itself has put into the request."""
-
-
-def _is_about_the_set_up(message: str, param: str | None) -> bool:
-    return _OURS.search(f"{param or ''} {message}") is not None
 
 
 def _message_of(body: bytes) -> tuple[str | None, str | None]:

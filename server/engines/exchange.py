@@ -49,17 +49,17 @@ class Call:
     """The engine's name for the model."""
     is_stream: bool
     has_video: bool
-    has_media: bool
-    """Whether it holds videos, images or audio."""
-    reader: Callable[[Savings | None], EventStream]
-    """Returns a parser for the engine's stream."""
-    sender: str
-    """Who asks: errors that only one sender meets do not count against an engine."""
     key: str | None = None
     """The affinity key: calls with the same key go to the same engine, as long as its load allows."""
     rules: VideoRules | None = None
     """The rules by which frames were sampled from its videos. None if it holds the videos themselves."""
     headers: Mapping[str, str] = field(default_factory=dict)
+    sender: str = ""
+    """Who asks: errors that only one sender meets do not count against an engine."""
+    has_media: bool = False
+    """Whether it holds videos, images or audio."""
+    reader: Callable[[Savings | None], EventStream] | None = None
+    """Returns a parser for the engine's stream. None if it can't be a stream."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,8 @@ class Exchange:
 
         Raises Refused if the stream holds an error and no output: nothing was generated.
         """
+        if self._call.reader is None:
+            return
         stream = self._call.reader(None)
         async for piece in self._received():
             self._ahead.append(piece)
