@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from server.errors import ContextExceeded, EngineRefused, engine_error
+from server.errors import ContextExceeded, engine_error
 from server.keys import digest_of, new_key
 from server.requests.parameters import OPERATOR_FIELDS
 from tests.server.clips import clip, data_url, picture
@@ -257,9 +257,7 @@ PYDANTIC = (
 
 def refused_by_engine(message, param=None):
     body = {"error": {"message": message, "type": "BadRequestError", "param": param, "code": 400}}
-    error = engine_error(400, json.dumps(body).encode())
-    assert isinstance(error, EngineRefused)
-    return error
+    return engine_error(400, json.dumps(body).encode())
 
 
 def test_of_pydantics_complaints_the_first_is_told_in_a_sentence():
@@ -279,7 +277,13 @@ def test_of_pydantics_complaints_the_first_is_told_in_a_sentence():
     ],
 )
 def test_no_text_of_an_engine_names_what_the_gateway_refuses(text):
-    assert refused_by_engine(text).message == "the engine refused the request"
+    assert_tells_nothing(refused_by_engine(text))
+
+
+def assert_tells_nothing(error):
+    """Check that an engine's words are kept back: the client can't help it, or the operator alone can."""
+    own = ("the engine refused the request", "the engine does not accept the gateway's requests as it is set up")
+    assert error.message.startswith(own)
 
 
 def test_the_engines_other_texts_are_told():
@@ -289,4 +293,4 @@ def test_the_engines_other_texts_are_told():
 def test_the_names_of_what_only_the_operator_may_set_are_kept_out_of_engines_texts():
     everyday = {"priority", "request_id", "session_id", "background", "previous_response_id", "previous_input_messages"}
     for name in set(OPERATOR_FIELDS) - everyday:
-        assert refused_by_engine(f"try {name} instead").message == "the engine refused the request"
+        assert_tells_nothing(refused_by_engine(f"try {name} instead"))
