@@ -63,11 +63,13 @@ def family(pid: int) -> list[int]:
 
 def processor_seconds(pid: int) -> float:
     """Return the processor time a process and those below it have taken."""
-    ticks = 0
-    for member in family(pid):
-        fields = Path(f"/proc/{member}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+    return sum(own_processor_seconds(member) for member in family(pid))
+
+
+def own_processor_seconds(pid: int) -> float:
+    """Return the processor time that a process alone has taken."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def memory_mib(pid: int) -> float:

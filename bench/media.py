@@ -7,10 +7,11 @@ this engine, in turn: through a gateway that hands frames over as a file, throug
 directly, where vLLM reads the video itself with OpenCV, and with torchcodec where that is installed. All fetch the clip
 from the same server on loopback. No clip is asked about twice: each has other bytes at its end.
 
-The model looks at 32 frames of 384 x 384 pixels. Clips have 25 frames a second and move everywhere. Ten seconds are
-encoded, longer clips repeat them. The first table has the median time of one request at a time; memory is the peak of
-the gateway's process that reads the clip. The second table has the processor time of engine and gateway for the same
-requests. The third has videos a second with several requests at a time.
+The model looks at 32 frames of 384 x 384 pixels, in large patches. Clips have 25 frames a second and move everywhere.
+Ten seconds are encoded, longer clips repeat them. The first table has the median time of one request at a time; memory
+is the peak of the gateway's process that reads the clip. The second table has the processor time of the gateway, its
+readers and the engine's API server for the same requests. The model's own is left out: its process looks out for work
+for a second after each request, busily. The third table has videos a second with several requests at a time.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench.clips import CODECS, Kind, clip, marking  # noqa: E402 - found through the line above
-from bench.gateway import family, processor_seconds  # noqa: E402
+from bench.gateway import family, own_processor_seconds, processor_seconds  # noqa: E402
 from bench.machine import describe, engine_versions  # noqa: E402
 from bench.servers import free_port, process  # noqa: E402
 from demo.tiny_checkpoints import checkpoint  # noqa: E402
@@ -78,8 +79,9 @@ class Arm:
     gateway: int | None = None
 
     def processor_seconds(self) -> float:
-        """Return the processor time that engine and gateway have taken so far."""
-        return sum(processor_seconds(pid) for pid in (self.engine, self.gateway) if pid is not None)
+        """Return the processor time that gateway and API server have taken so far; the model's is left out."""
+        engine = 0.0 if self.engine is None else own_processor_seconds(self.engine)
+        return engine + (0.0 if self.gateway is None else processor_seconds(self.gateway))
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,8 @@ class Plan:
     """How many requests at a time."""
     rounds: int
     """Requests of each arm about a clip of less than LONG_SECONDS; about a longer one, one."""
+    pause_seconds: float = 2.0
+    """Before each round of an arm: the engine's process spins for a second after its last step."""
 
 
 LONG_SECONDS = 120
@@ -106,7 +110,9 @@ FULL = Plan(
     },
     rounds=5,
 )
-TINY = Plan([Kind("h264", "240p", 2), Kind("av1", "240p", 2)], {Kind("h264", "240p", 2): (1, 2)}, rounds=1)
+TINY = Plan(
+    [Kind("h264", "240p", 2), Kind("av1", "240p", 2)], {Kind("h264", "240p", 2): (1, 2)}, rounds=1, pause_seconds=0
+)
 
 
 class Clips:
@@ -235,8 +241,7 @@ async def measured(arms: Mapping[str, Arm], clips: Clips, plan: Plan, *, model: 
         for kind in plan.kinds:
             readers = _readers(arms)
             _forget_peaks(readers)
-            rounds = plan.rounds if kind.seconds < LONG_SECONDS else 1
-            times = await _in_turn(session, arms, clips, kind, model, at_once=1, rounds=rounds)
+            times = await _in_turn(session, arms, clips, kind, model, plan, at_once=1)
             results.seconds[kind] = {name: _median(seen, 0) for name, seen in times.items()}
             results.processor[kind] = {name: _median(seen, 1) for name, seen in times.items()}
             results.peaks[kind] = max((_peak_mib(pid) for pid in readers), default=0.0)
@@ -246,8 +251,7 @@ async def measured(arms: Mapping[str, Arm], clips: Clips, plan: Plan, *, model: 
         for kind, numbers in plan.several.items():
             results.rates[kind] = {}
             for number in numbers:
-                rounds = max(1, plan.rounds // number) if kind.seconds < LONG_SECONDS else 1
-                times = await _in_turn(session, arms, clips, kind, model, at_once=number, rounds=rounds)
+                times = await _in_turn(session, arms, clips, kind, model, plan, at_once=number)
                 results.rates[kind][number] = {
                     name: number / median if (median := _median(seen, 0)) else None for name, seen in times.items()
                 }
@@ -261,15 +265,17 @@ async def _in_turn(
     clips: Clips,
     kind: Kind,
     model: str,
+    plan: Plan,
     *,
     at_once: int,
-    rounds: int,
 ) -> dict[str, list[tuple[float, float]]]:
     """Return what each arm took to answer `at_once` requests, by round; nothing if it can't read the clip."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in arms}
     able = list(arms)
+    rounds = max(1, plan.rounds // at_once) if kind.seconds < LONG_SECONDS else 1
     for number in range(rounds):
         for name in random.Random(number).sample(able, len(able)):
+            await asyncio.sleep(plan.pause_seconds)
             taken = await _tried(session, arms[name], [clips.url(kind) for _ in range(at_once)], model)
             if taken is None:
                 able.remove(name)
@@ -388,7 +394,7 @@ def main() -> None:
     plan = TINY if arguments.tiny else Plan(FULL.kinds, FULL.several, arguments.rounds)
     if arguments.kinds:
         plan = Plan(arguments.kinds, {}, arguments.rounds)
-    results = asyncio.run(run(plan, "tiny" if arguments.tiny else "tiny-384"))
+    results = asyncio.run(run(plan, "tiny" if arguments.tiny else "coarse-384"))
     missing = "" if importlib.util.find_spec("torchcodec") else "torchcodec is not installed. "
     text = table(results, f"32 frames. {missing}{describe(engine_versions(), _versions())}")
     print(text)

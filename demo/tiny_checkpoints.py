@@ -41,6 +41,12 @@ def _tiny_384(directory):
     maker.make_llava_onevision(directory, maker.Shape(384, tiny.tower, tiny.text))
 
 
+def _coarse_384(directory):
+    """The frames of published checkpoints, in patches so large that the tower has little to do."""
+    tiny = maker.PRESETS["tiny"]
+    maker.make_llava_onevision(directory, maker.Shape(384, tiny.tower, tiny.text, patch_size=48))
+
+
 QWEN_SPECIALS = ("<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 
 
@@ -215,6 +221,7 @@ def _qwen2(directory):
 MAKERS = {
     "tiny": _tiny,
     "tiny-384": _tiny_384,
+    "coarse-384": _coarse_384,
     "qwen2.5-vl": _qwen2_5_vl,
     "qwen3-vl": _qwen3_vl,
     "qwen3-vl-moe": _qwen3_vl_moe,
