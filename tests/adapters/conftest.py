@@ -1,8 +1,18 @@
-"""What the tests of the adapters share: the lines that the plugin logs."""
+"""What the tests of the adapters share: the lines that the plugin logs, and vLLM as it was before each."""
 
 import logging
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def unwrapped(monkeypatch):
+    """Take back what an activation wraps for the whole process."""
+    from vllm.multimodal import video
+
+    while hasattr(video.decode_video, "__wrapped__"):
+        video.decode_video = video.decode_video.__wrapped__
+    monkeypatch.setattr(video, "decode_video", video.decode_video)
 
 
 @pytest.fixture

@@ -35,8 +35,7 @@ SHORT = {
 
 
 @pytest.fixture
-def guarded(monkeypatch):
-    monkeypatch.setattr(video, "decode_video", video.decode_video)
+def guarded():
     compat.refuse_missing_frames(missing_frames)
 
 
@@ -95,7 +94,6 @@ def test_what_holds_no_video_has_no_count(data):
 
 def test_it_is_wrapped_once_and_a_vllm_without_the_function_is_refused_by_name(monkeypatch):
     original = video.decode_video
-    monkeypatch.setattr(video, "decode_video", original)
     compat.refuse_missing_frames(missing_frames)
     wrapped = video.decode_video
     compat.refuse_missing_frames(missing_frames)
