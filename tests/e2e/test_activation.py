@@ -18,8 +18,7 @@ pytestmark = pytest.mark.any_runner
 @pytest.fixture
 def lines(monkeypatch):
     """Return the lines the plugin logs, as they come."""
-    import vllm.logger  # noqa: F401  which would throw out handlers that are there before it
-
+    configure()  # what vLLM imports and registers for it would throw out handlers that are there before
     said = []
     handler = logging.Handler()
     handler.emit = lambda record: said.append(record.getMessage())

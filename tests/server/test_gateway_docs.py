@@ -4,7 +4,6 @@ import asyncio
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +30,7 @@ from server.requests.parameters import (
 )
 from server.requests.text import MOST_PROMPTS
 from server.settings import PREFIX, Settings
+from tests.programs import needs
 from tests.server.clips import clip
 from tests.server.harness import served
 
@@ -148,7 +148,7 @@ async def test_the_examples_with_the_sdk_run(run_example):
     assert (run_example.directory / "copy.mp4").read_bytes() == clip()
 
 
-@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed: the examples with it go untested")
+@needs("curl")
 async def test_the_examples_with_curl_run(run_example):
     commands = [block.removeprefix("$ ") for block in blocks("console") if block.startswith("$ curl")]
     assert len(commands) >= 2
