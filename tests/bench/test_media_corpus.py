@@ -40,7 +40,7 @@ async def test_a_line_tells_of_each_file_that_disagrees_or_is_refused(tmp_path, 
     assert set(lines) == {"lying.mkv", "no_video.mp4", "words.txt"}
     assert lines["lying.mkv"].startswith("disagree: 24 frames, 21 in a full decode")
     assert "refused: invalid_video: the file holds no video stream" in lines["no_video.mp4"]
-    assert "refused: invalid_media: the data is not a video" in lines["words.txt"]
+    assert "refused: invalid_media: the data is text, not a video" in lines["words.txt"]
     told = summary(results)
     assert "6 files: 4 taken, 2 refused" in told
     assert "3 agree with a full decode, 1 disagree, 0 could not be compared" in told
