@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -87,6 +88,8 @@ def create_app(
         if config.tenants is None:
             who = "THIS MACHINE" if settings.is_loopback else "EVERYONE WHO CAN REACH IT"
             logger.warning("THE GATEWAY IS OPEN TO %s: no API keys are configured", who)
+        for useless in config.useless_keys(datetime.now(UTC)):
+            logger.warning("a key of the configuration file opens nothing: %s", useless)
         async with contextlib.AsyncExitStack() as stack:
             if tracing is not None:
                 stack.push_async_callback(tracing.close)

@@ -1,5 +1,6 @@
 """The configuration file: the models that clients may name, and the tenants with their keys and limits."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from datetime import UTC, date, datetime, time
@@ -22,6 +23,10 @@ from pydantic import (
 
 from server.aliases import FINEST_RETENTION, Alias
 from server.errors import ConfigurationError
+
+NO_DIGEST = "0" * 64
+"""What stands for a key's SHA-256 in examples."""
+EMPTY_DIGEST = hashlib.sha256(b"").hexdigest()
 
 
 class Section(BaseModel):
@@ -118,15 +123,29 @@ class Configuration(Section):
             for model in tenant.models or ():
                 if self.models is not None and model not in self.models:
                     raise ValueError(f"tenants.{name}.models: must be among the models of the file, got {model!r}")
-        counts = Counter(key.sha256 for key in self._keys())
+        counts = Counter(key.sha256 for _, key in self._keys())
         if counts and max(counts.values()) > 1:
             raise ValueError("the same key must not be listed twice")
         return self
 
-    def _keys(self) -> Iterator[Key]:
-        for tenant in (self.tenants or {}).values():
-            yield from tenant.keys
-        yield from self.metrics_keys or ()
+    def _keys(self) -> Iterator[tuple[str, Key]]:
+        for name, tenant in (self.tenants or {}).items():
+            for place, key in enumerate(tenant.keys):
+                yield f"tenants.{name}.keys[{place}]", key
+        for place, key in enumerate(self.metrics_keys or ()):
+            yield f"metrics_keys[{place}]", key
+
+    def useless_keys(self, moment: datetime) -> list[str]:
+        """Return a sentence for each key that opens nothing at `moment`: its place in the file, and why."""
+        told = []
+        for place, key in self._keys():
+            if key.sha256 == NO_DIGEST:
+                told.append(f"{place}: the sha256 of zeros stands for no key; python -m server.keys makes one")
+            elif key.sha256 == EMPTY_DIGEST:
+                told.append(f"{place}: this is the sha256 of nothing, which is no key")
+            elif not key.is_valid_at(moment):
+                told.append(f"{place}: the key has expired ({key.expires})")
+        return told
 
     @property
     def aliases(self) -> dict[str, Alias] | None:

@@ -5,6 +5,7 @@ import pytest
 from server.aliases import Alias
 from server.configuration import Configuration, Key, Limits, load
 from server.errors import ConfigurationError
+from tests.server.harness import gateway
 
 HASH = "0f" * 32
 
@@ -123,3 +124,29 @@ def test_a_key_is_valid_until_it_expires(expires, moment, valid):
 
 def test_hashes_are_not_shown():
     assert HASH not in repr(Key(sha256=HASH))
+
+
+def test_keys_that_open_nothing_are_named_with_the_reason():
+    keys = [{"sha256": "0" * 64}, {"sha256": "a" * 64, "expires": date(2026, 1, 1)}, {"sha256": "b" * 64}]
+    empty = {"sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
+    config = Configuration.model_validate({"tenants": {"acme": {"keys": keys}}, "metrics_keys": [empty]})
+    assert config.useless_keys(datetime(2025, 12, 31, tzinfo=UTC)) == [
+        "tenants.acme.keys[0]: the sha256 of zeros stands for no key; python -m server.keys makes one",
+        "metrics_keys[0]: this is the sha256 of nothing, which is no key",
+    ]
+    assert config.useless_keys(datetime(2026, 1, 1, tzinfo=UTC))[1:2] == [
+        "tenants.acme.keys[1]: the key has expired (2026-01-01)"
+    ]
+    assert Configuration().useless_keys(datetime(2026, 1, 1, tzinfo=UTC)) == []
+
+
+async def test_a_gateway_says_at_its_start_which_keys_open_nothing(engine, tmp_path, caplog):
+    file = tmp_path / "gateway.yaml"
+    file.write_text(f"tenants: {{acme: {{keys: [{{sha256: '{'0' * 64}'}}]}}}}", encoding="utf-8")
+    async with gateway(engine, config=file):
+        pass
+    told = [record.getMessage() for record in caplog.records if "opens nothing" in record.getMessage()]
+    assert told == [
+        "a key of the configuration file opens nothing: tenants.acme.keys[0]: the sha256 of zeros stands for no key; "
+        "python -m server.keys makes one"
+    ]
