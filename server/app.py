@@ -85,11 +85,7 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def running(_app: FastAPI) -> AsyncIterator[None]:
-        if config.tenants is None:
-            who = "THIS MACHINE" if settings.is_loopback else "EVERYONE WHO CAN REACH IT"
-            logger.warning("THE GATEWAY IS OPEN TO %s: no API keys are configured", who)
-        for useless in config.useless_keys(datetime.now(UTC)):
-            logger.warning("a key of the configuration file opens nothing: %s", useless)
+        _warn_of_keys(settings, config)
         async with contextlib.AsyncExitStack() as stack:
             if tracing is not None:
                 stack.push_async_callback(tracing.close)
@@ -309,6 +305,14 @@ def _document(app: FastAPI, config: Configuration) -> Callable[[], dict[str, Any
             app.routes, keys_needed=config.tenants is not None, metrics_keys_needed=config.metrics_keys is not None
         )
     )
+
+
+def _warn_of_keys(settings: Settings, config: Configuration) -> None:
+    if config.tenants is None:
+        who = "THIS MACHINE" if settings.is_loopback else "EVERYONE WHO CAN REACH IT"
+        logger.warning("THE GATEWAY IS OPEN TO %s: no API keys are configured", who)
+    for useless in config.useless_keys(datetime.now(UTC)):
+        logger.warning("a key of the configuration file opens nothing: %s", useless)
 
 
 def _refuse_open_off_loopback(settings: Settings) -> None:
