@@ -17,6 +17,7 @@ from tests.server.clips import clip, data_url
 
 pytestmark = [
     pytest.mark.any_runner,
+    pytest.mark.slow,
     pytest.mark.skipif(not is_built_for_cpu(), reason="the profile for CPUs, with another vLLM than that for CPUs"),
 ]
 

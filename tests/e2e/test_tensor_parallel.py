@@ -26,7 +26,7 @@ def answers_of_two_ranks(name, mode, settings):
 
 def on(runner, name, mode, **settings):
     """Each takes a minute: what one runner shows is left to it."""
-    return pytest.param(name, mode, settings, marks=pytest.mark.only_on(runner))
+    return pytest.param(name, mode, settings, marks=[pytest.mark.only_on(runner), pytest.mark.slow])
 
 
 @pytest.mark.parametrize(

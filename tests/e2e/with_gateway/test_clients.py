@@ -38,7 +38,7 @@ def node():
 @pytest.mark.parametrize(
     ("runtime", "script"),
     [
-        pytest.param(python_2, "openai_sdk.py", id="openai-python 2"),
+        pytest.param(python_2, "openai_sdk.py", id="openai-python 2", marks=pytest.mark.slow),
         pytest.param(python_3, "openai_sdk.py", id="openai-python 3"),
         pytest.param(python_2, "litellm_sdk.py", id="LiteLLM's SDK"),
         pytest.param(python_2, "langchain_chat.py", id="LangChain's ChatOpenAI"),

@@ -11,7 +11,7 @@ import pytest
 from demo.tiny_checkpoints import ROOT, checkpoint
 from tests.e2e.with_gateway.seen import metric
 
-pytestmark = pytest.mark.any_runner
+pytestmark = [pytest.mark.any_runner, pytest.mark.slow]
 
 FRAMES = 16
 
