@@ -143,6 +143,7 @@ def test_every_token_stands_where_transformers_puts_it_in_the_unreduced_prompt(
     assert all(prefixes_found_again(*probed(name, **CHUNKS[chunks]), transformers_model, asked))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3.5"], indirect=True, scope="module")
 @pytest.mark.parametrize("chunks", [first_runner_alone("one piece"), "chunks of 17"])
 def test_every_token_of_a_hybrid_stands_where_transformers_puts_it(probed, name, transformers_model, chunks):

@@ -46,6 +46,7 @@ def test_mass_and_nearest_weight_have_the_meaning_of_core(kernels, device, mass,
     check(kernels, device, video(3, grid, 16)[0], draw_anchors(3, grid, 7), grid, config)
 
 
+@pytest.mark.slow
 def test_several_blocks_of_tokens_columns_and_anchors(kernels, device, monkeypatch):
     from aot_vllm.kernels import transport as kernel
 

@@ -142,6 +142,7 @@ async def test_a_wrong_option_does_not_start(load):
     assert "arms must be like off=MODEL@1,aot=MODEL@0.10 or aot=ALIAS, got aot=llava@7" in run.output
 
 
+@pytest.mark.slow
 async def test_what_two_workers_ask_adds_up_at_their_master(stack, load, unused_tcp_port):
     engine, gateway = stack
     await engine.tell(delay_seconds=1.5)  # the last answers are still to come when the time is over
@@ -167,6 +168,7 @@ async def test_what_two_workers_ask_adds_up_at_their_master(stack, load, unused_
     assert await gateway.metric("probes_total") == requests, "no worker sends what the other one has sent"
 
 
+@pytest.mark.slow
 async def test_objectives_are_those_of_all_workers_together(stack, load):
     engine, gateway = stack
     await engine.tell(delay_seconds=0.2, dies_after=2)
