@@ -12,6 +12,8 @@ from aot_vllm.errors import SettingError
 
 Anchors = Literal["diverse", "attention"]
 Emit = Literal["both", "compact"]
+Distance = Literal["euclidean", "cosine"]
+Memory = Literal["previous", "carried", "all"]
 
 
 def check_integer(name: str, value: object, *, minimum: int | None = None) -> int:

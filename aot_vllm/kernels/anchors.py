@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aot_vllm.core import anchors
+from aot_vllm.core import anchors, distances
 from aot_vllm.core.layout import counts_on
 from aot_vllm.kernels.launch import launch, power_of_2, product
 
@@ -203,7 +203,7 @@ def select_diverse_anchors(features: Tensor, *, count: int, keep: int | Sequence
     Arguments, result and errors are those of `aot_vllm.core.anchors.select_diverse_anchors`, and so is the limit on
     tables of positions x positions, `TABLE_BYTES`.
     """
-    keep_per_frame = anchors.check_diverse(features, count=count, keep=keep)
+    keep_per_frame = anchors.check_choice(features, count=count, keep=keep)
     keep_T = counts_on(keep_per_frame, features.device)
     at_once = _frames_at_once(features)
     if at_once:
@@ -214,7 +214,7 @@ def select_diverse_anchors(features: Tensor, *, count: int, keep: int | Sequence
 def _frames_at_once(features: Tensor) -> int:
     """Return how many frames may have tables at the same time, or 0 where tables would take too much memory."""
     frames, positions, _ = features.shape
-    if 4 * positions**2 > anchors.TABLE_BYTES:
+    if 4 * positions**2 > distances.TABLE_BYTES:
         return 0
     at_once, wanted = BLOCK_BYTES // (8 * positions**2), triton.cdiv(frames, MOST_BLOCKS)
     if at_once >= wanted:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from aot_vllm import VideoGrid
-from aot_vllm.core import anchors
+from aot_vllm.core import anchors, distances
 from tests.strategies import noise, video
 
 tl = pytest.importorskip("triton.language")  # the interpreter looks for it beside the functions that it runs
@@ -16,7 +16,7 @@ kernel = pytest.importorskip("aot_vllm.kernels.anchors")
 
 @pytest.fixture(autouse=True)
 def no_table(monkeypatch):
-    monkeypatch.setattr(anchors, "TABLE_BYTES", 1)
+    monkeypatch.setattr(distances, "TABLE_BYTES", 1)
 
 
 def both(kernels, device, features, **arguments):
