@@ -1,6 +1,7 @@
 """Without a table of products the anchors are still those of `core`, whether one program chooses or several do."""
 
 import inspect
+import math
 import threading
 
 import pytest
@@ -109,7 +110,7 @@ def side_by_side(monkeypatch):
 
             def begin(**named):
                 threads.append(threading.Thread(target=run, args=(builder.grid_idx, named), daemon=True))
-                if len(threads) == builder.grid_dim[0]:
+                if len(threads) == math.prod(builder.grid_dim):
                     for thread in threads:
                         thread.start()
                     for thread in threads:
