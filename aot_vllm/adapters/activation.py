@@ -47,16 +47,22 @@ def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
         return
 
     _require_tested_version(settings)
-    reduction = Reduction(retention=round((1 - video_pruning_rate) * PPM) / PPM, method=settings.method)
+    reduction = Reduction.chosen(
+        settings,
+        retention=round((1 - video_pruning_rate) * PPM) / PPM,
+        architecture=supported[0],
+        hf_config=model_config.hf_config,
+    )
     reduction.attach(model_config.hf_config)
     model_config.hf_config.architectures = [reduced_architecture(supported[0])]
     _extend_workers(vllm_config.parallel_config)
     compat.refuse_missing_frames(missing_frames)
     logger.info(
-        "AOT is active on %s: retention %g, settings %s.",
+        "AOT is active on %s: retention %g, preset %s, settings %s.",
         supported[0],
         reduction.retention,
-        json.dumps(settings.method.settings()),
+        reduction.description,
+        json.dumps(reduction.method.settings()),
     )
     _warn_without_endpoint()
 
