@@ -166,9 +166,7 @@ def select_of_video(frames, count, keep, choose, distance="euclidean", memory="p
         orders.append(order)
         here = [frame[i] for i in order[:keeps]]
         kept += here
-        carried = [
-            min([near[i] if near else math.inf, *(math.dist(x, y) for y in here)]) for i, x in enumerate(frame)
-        ]
+        carried = [min([near[i] if near else math.inf, *(math.dist(x, y) for y in here)]) for i, x in enumerate(frame)]
         if min(carried) == math.inf:
             carried = None
     return orders
@@ -200,9 +198,7 @@ def attention_weights(scores, without_sinks):
     for t, frame in enumerate(counted):
         others = [counted[u] for u in range(len(counted)) if u != t]
         persists = [sum(o[i] for o in others) / max(1, len(others)) for i in range(len(frame))]
-        weights.append(
-            [a / max(1, sink) if without_sinks else a for a, sink in zip(frame, persists, strict=True)]
-        )
+        weights.append([a / max(1, sink) if without_sinks else a for a, sink in zip(frame, persists, strict=True)])
     return [[max(1e-3, value) for value in frame] for frame in weights]
 
 
@@ -345,6 +341,22 @@ def merge_across_frames(tokens, clip_lengths, keep_per_frame, originals_per_clip
     return survivors, taken
 
 
+def _greedy_orders(features, scores, count, kept, settings, compared):
+    options = {"compared": compared, "distance": settings["distance"], "memory": settings["memory"]}
+    if settings["anchors"] == "coverage":
+        return select_covering_anchors_of_video(features, count, kept, **options)
+    weights = [[1.0] * len(frame) for frame in features]
+    if settings["anchors"] == "calibrated":
+        factors = []
+        if settings["by_attention"]:
+            factors.append(attention_weights(scores, settings["without_sinks"]))
+        if settings["by_relevance"]:
+            factors.append(relevance([[token[:compared] for token in frame] for frame in features]))
+        for factor in factors:
+            weights = [[a * b for a, b in zip(*rows, strict=True)] for rows in zip(weights, factor, strict=True)]
+    return select_diverse_anchors_of_video(features, count, kept, weights=weights, **options)
+
+
 def reduce_video(features, local, glob, rows, cols, retention, settings, compared=None):
     """Return the surviving (token, frame, position) in output order. Plans use `tokens[:compared]` alone."""
     counts = budget(len(features), rows * cols, retention, settings)
@@ -352,21 +364,24 @@ def reduce_video(features, local, glob, rows, cols, retention, settings, compare
         return [(token, t, p) for t, frame in enumerate(features) for p, token in enumerate(frame)]
     survivors, first = [], 0
     sizes = counts["anchors_per_clip"]
-    if settings["anchors"] == "diverse":
+    greedy = settings["anchors"] != "attention"
+    if not greedy and settings["without_sinks"]:
+        local, glob = attention_weights(local, True), attention_weights(glob, True)
+    if greedy:
         kept = [
             counts["keep_per_frame"][sum(counts["clip_lengths"][:clip]) + step] if step else size
             for clip, size in enumerate(sizes)
             for step in range(counts["clip_lengths"][clip])
         ]
-        diverse = select_diverse_anchors_of_video(features, max(sizes), kept, compared)
+        chosen_orders = _greedy_orders(features, glob, max(sizes), kept, settings, compared)
     for size in sorted(set(sizes), reverse=True):
         clips = [clip for clip, count in enumerate(sizes) if count == size]
         lengths = [counts["clip_lengths"][clip] for clip in clips]
         frames = range(first, first + sum(lengths))
         keep = [counts["keep_per_frame"][t] for t in frames]
         ranks = None
-        if settings["anchors"] == "diverse":
-            orders = [order[:size] for order in diverse[first : first + len(frames)]]
+        if greedy:
+            orders = [order[:size] for order in chosen_orders[first : first + len(frames)]]
             anchors = [sorted(order) for order in orders]
             ranks = [[order.index(p) for p in sorted(order)] for order in orders]
         else:

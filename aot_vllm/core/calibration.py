@@ -68,7 +68,9 @@ def relevance(features: Tensor) -> Tensor:
     means resemble the mean of the frame before (`SIMILAR`).
     """
     scales_TP = norms(features).reciprocal_()
-    means_TD = torch.stack([scales_P @ frame_PD.float() for scales_P, frame_PD in zip(scales_TP, features, strict=True)])
+    means_TD = torch.stack(
+        [scales_P @ frame_PD.float() for scales_P, frame_PD in zip(scales_TP, features, strict=True)]
+    )
     directions_TD = means_TD / norms(means_TD).unsqueeze(1)
     is_cut_t = (directions_TD[1:] * directions_TD[:-1]).sum(dim=1) < SIMILAR
     segment_T = pad(is_cut_t.cumsum(dim=0), (1, 0))
