@@ -232,12 +232,16 @@ class AOTConfig:
         return name not in USED_WITH or USED_WITH[name].holds(self)
 
     def settings(self) -> dict[str, Any]:
-        """Return the settings that take effect, by name, as values that JSON can represent."""
-        return {name: value for name, value in asdict(self).items() if self.uses(name)}
+        """Return all settings by name, as values that JSON can represent."""
+        return asdict(self)
+
+    def in_effect(self) -> dict[str, Any]:
+        """Return the settings that take effect, by name."""
+        return {name: value for name, value in self.settings().items() if self.uses(name)}
 
     def digest(self) -> str:
         """Return 16 hexadecimal digits that identify the settings that take effect, for use in cache keys."""
-        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps(self.in_effect(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,7 @@ def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
         supported[0],
         reduction.retention,
         reduction.description,
-        json.dumps(reduction.method.settings()),
+        json.dumps(reduction.method.in_effect()),
     )
     _warn_without_endpoint()
 

@@ -129,7 +129,7 @@ class AOTEndpoint:
             request_kwargs_trusted=args.trust_request_mm_kwargs,
             prompt_tokens_details=args.enable_prompt_tokens_details,
         )
-        if reduction := active_reduction(engine_client.vllm_config.model_config):
+        if reduction := active_reduction(engine_client.vllm_config):
             show(reduction)
         extended = engine_client.vllm_config.parallel_config.worker_extension_cls == WORKER_EXTENSION
         if extended and is_first_api_server(engine_client.vllm_config):

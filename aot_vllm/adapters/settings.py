@@ -157,13 +157,9 @@ class Reduction:
 
     @property
     def changes(self) -> dict[str, Any]:
-        """The single settings in which `method` differs from its preset."""
-        of_preset = AOTConfig.preset(self.preset).settings()
-        return {
-            name: value
-            for name, value in self.method.settings().items()
-            if name not in of_preset or of_preset[name] != value
-        }
+        """The single settings that take effect, and in which `method` differs from its preset."""
+        preset = AOTConfig.preset(self.preset)
+        return {name: value for name, value in self.method.in_effect().items() if getattr(preset, name) != value}
 
     @property
     def description(self) -> str:
