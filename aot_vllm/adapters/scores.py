@@ -69,9 +69,9 @@ def scoring_modules(
 class AttentionScores:
     """Records the attention received in two layers of a vision tower, one block of frames at a time.
 
-    `modules`: the local and the global attention module, one for both scores, or none if nothing will be recorded. Each has `num_heads` (on
-    this rank) and `scale`. Each is called with query, key and value, shaped (frames, tokens, heads * size), or
-    (1, frames * tokens, heads, size) with all frames in one sequence.
+    `modules`: the local and the global attention module, one for both scores, or none if nothing will be recorded. Each
+    has `num_heads` (on this rank) and `scale`. Each is called with query, key and value, shaped (frames, tokens,
+    heads * size), or (1, frames * tokens, heads, size) with all frames in one sequence.
 
     `total_heads`: heads of a layer on all ranks. If this rank has fewer, `sum_over_ranks` adds those of the other
     ranks, so that every rank has the same scores.

@@ -22,6 +22,10 @@ ALL_CANDIDATES = 1024
 as anchors if that is more. All tokens still count as tokens to be covered. So the table of distances is linear in the
 positions."""
 
+OWN = 2**-10
+"""A token's own gap counts so much more when it is a candidate. Two tokens that are near each other alone would else
+gain the same, and rounding would choose."""
+
 
 def select_covering_anchors(
     features: Tensor,
@@ -68,6 +72,7 @@ def _cover(frame: Frame, near_P: Tensor | None, candidates_C: Tensor, *, count: 
     for _ in range(count):
         if near_P is not None:  # infinite where a NaN is compared
             gain_C = (near_P - distances_CP).nan_to_num_(0, 0).clamp_min_(0).sum(dim=1)
+            gain_C.add_(near_P.index_select(0, candidates_C).nan_to_num_(0, 0, 0), alpha=OWN)
         best_1 = (gain_C + chosen_C).argmax(dim=0, keepdim=True)
         row_P = distances_CP.index_select(0, best_1)[0]
         near_P = row_P if near_P is None else torch.fmin(near_P, row_P)

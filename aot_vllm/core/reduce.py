@@ -50,8 +50,8 @@ class ReducedVideo:
 def needs_scores(grid: VideoGrid, *, retention: float, config: AOTConfig) -> bool:
     """Return whether `reduce_video` reads the scores of a video of this size.
 
-    It does not if anchors are chosen by distances alone, or if every token survives. Raises `SettingError` for a retention
-    outside its range.
+    It does not if anchors are chosen by distances alone, or if every token survives. Raises `SettingError` for a
+    retention outside its range.
     """
     return config.uses("global_layer") and not budget(grid, retention=retention, config=config).identity
 

@@ -42,7 +42,7 @@ BEHIND_ALL = -(2**63)
 
 
 @triton.jit
-def _ranks(far, real):
+def ranks(far, real):
     """Return integers in the order of the distances: a NaN is the farthest, padding is behind negative infinity."""
     bits = (far + 0.0).to(tl.int32, bitcast=True)
     rank = tl.where(far != far, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
@@ -50,7 +50,7 @@ def _ranks(far, real):
 
 
 @triton.jit
-def _kept_before(keep_ptr, frame):
+def kept_before(keep_ptr, frame):
     """Return how many anchors the frames before this one keep."""
     kept = tl.zeros((), tl.int64)
     for earlier in range(frame):
@@ -63,9 +63,9 @@ def _spread_out(
     own_ptr,  # (n, P, P) products of the tokens of a frame
     following_ptr,  # (n or n - 1, P, P) products with the tokens of the next frame
     sums_ptr,  # (n, P) sums of the rows of `own`, each product with the scale of its column
-    scales_ptr,  # (T, P) what tokens are multiplied by
-    weights_ptr,  # (T, P) what their distances are multiplied by
-    changed_ptr,  # (T, P) how far each position is from its token in the frame before
+    scales_ptr,  # (n and more, P) what tokens are multiplied by
+    weights_ptr,  # (n and more, P) what their distances are multiplied by
+    changed_ptr,  # (n and more, P) how far each position is from its token in the frame before
     keep_ptr,  # (T,) how many anchors each frame keeps
     near_ptr,  # (P,) from one block to the next: squared distance to the nearest token before, less the token's square
     covered_ptr,  # (P,) from one block to the next: squared distance of the tokens before to the nearest one kept
@@ -81,17 +81,14 @@ def _spread_out(
 ):
     at = tl.arange(0, BLOCK)
     real = at < positions
-    scales_ptr += first_frame.to(tl.int64) * positions
-    weights_ptr += first_frame.to(tl.int64) * positions
-    changed_ptr += first_frame.to(tl.int64) * positions
     # A condition on a number is written as a limit on positions: Triton's interpreter takes no others as masks.
     in_block = at < tl.where(first_frame > 0, positions, 0)
     near = tl.load(near_ptr + at, mask=in_block, other=float("inf"))
     covered = tl.full((BLOCK,), float("inf"), tl.float32)
-    kept_before = tl.load(keep_ptr + first_frame - 1, mask=first_frame > 0, other=0)
+    kept = tl.load(keep_ptr + first_frame - 1, mask=first_frame > 0, other=0)
     if CARRIED:
         covered = tl.load(covered_ptr + at, mask=in_block, other=float("inf"))
-        kept_before = _kept_before(keep_ptr, first_frame)
+        kept = kept_before(keep_ptr, first_frame)
     for index in range(block_frames):
         frame = first_frame + index
         scale = tl.load(scales_ptr + at, mask=real, other=0.0)
@@ -99,7 +96,7 @@ def _spread_out(
         keep = tl.load(keep_ptr + frame)
         next_real = at < tl.where(frame + 1 < frames, positions, 0)
         next_scale = tl.load(scales_ptr + positions + at, mask=next_real, other=0.0)
-        starts_afresh = kept_before == 0
+        starts_afresh = kept == 0
         sums = tl.load(sums_ptr + at, mask=at < tl.where(starts_afresh, positions, 0), other=0.0)
         far = near + squares
         if CARRIED:
@@ -107,9 +104,9 @@ def _spread_out(
             carried = tl.sqrt(tl.maximum(covered, 0.0)) + changed
             far = tl.minimum(far, carried * carried)
             covered = far
-            kept_before += keep
+            kept += keep
         else:
-            kept_before = keep
+            kept = keep
         rest = squares * positions - 2.0 * (sums * scale)
         weight = tl.full((BLOCK,), 1.0, tl.float32)
         if WEIGHTED:
@@ -118,7 +115,7 @@ def _spread_out(
         far = tl.where(starts_afresh, rest, far)
         near = tl.full((BLOCK,), float("inf"), tl.float32)
         for choice in range(count):
-            rank = _ranks(far * weight if WEIGHTED else far, real)
+            rank = ranks(far * weight if WEIGHTED else far, real)
             farthest = tl.max(rank, axis=0)
             best = tl.min(tl.where(rank == farthest, at, BLOCK), axis=0)  # the lowest position of a tie
             tl.store(order_ptr + choice, best.to(tl.int64))
@@ -154,7 +151,7 @@ def _spread_out(
 @triton.jit
 def _marks(far, token, real):
     """Return integers in the order of choice: by distance, and a tie goes to the lowest position, in the lower half."""
-    return (_ranks(far, real).to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
+    return (ranks(far, real).to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
 
 
 @triton.jit
@@ -171,7 +168,7 @@ def _products(rows, vector_ptr, real, width, stride_column, stride_vector, COLUM
 
 
 @triton.jit
-def _agreed(mark, best_ptr, arrived_ptr, programs, BEHIND_ALL: tl.constexpr):
+def agreed(mark, best_ptr, arrived_ptr, programs, BEHIND_ALL: tl.constexpr):
     """Return the position of the largest mark of all programs: each waits here for all others.
 
     The programs share nothing else. So there is nothing to order but these two numbers.
@@ -183,6 +180,42 @@ def _agreed(mark, best_ptr, arrived_ptr, programs, BEHIND_ALL: tl.constexpr):
         pass
     best = tl.atomic_max(best_ptr, BEHIND_ALL, sem="relaxed")  # reads it where all programs see the same
     return 0x7FFFFFFF - (best & 0x7FFFFFFF)
+
+
+@triton.jit
+def _mark(far, weights_ptr, token, real, WEIGHTED: tl.constexpr):
+    """Return the largest mark of some tokens."""
+    if WEIGHTED:
+        far *= tl.load(weights_ptr + token, mask=real, other=1.0)
+    return tl.max(_marks(far, token, real), axis=0)
+
+
+@triton.jit
+def _sum(pointer, number, BLOCK: tl.constexpr):
+    """Return the sum of so many numbers."""
+    total = 0.0
+    for start in range(0, number, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.sum(tl.load(pointer + at, mask=at < number, other=0.0), axis=0)
+    return total
+
+
+@triton.jit
+def _with_carried(far, covered_ptr, changed_ptr, token, real, has_before):
+    """Return squared distances with those that earlier frames leave, and keep them for the next frame."""
+    changed = tl.load(changed_ptr + token, mask=real & has_before, other=0.0)
+    carried = tl.sqrt(tl.maximum(tl.load(covered_ptr + token, mask=real, other=0.0), 0.0)) + changed
+    far = tl.minimum(far, carried * carried)
+    tl.store(covered_ptr + token, far, mask=real)
+    return far
+
+
+@triton.jit
+def _cover(covered_ptr, distance, token, is_kept, positions):
+    """Lower the squared distances to what is kept, if the anchor at this distance is."""
+    mask = token < tl.where(is_kept, positions, 0)
+    covered = tl.load(covered_ptr + token, mask=mask, other=0.0)
+    tl.store(covered_ptr + token, tl.minimum(covered, distance), mask=mask)
 
 
 @triton.jit
@@ -215,18 +248,11 @@ def _spread_out_without_table(
 ):
     programs = tl.num_programs(0)
     first, apart = tl.program_id(0) * TOKENS, programs * TOKENS  # a program has every `programs`-th run of tokens
-    kept_before = tl.zeros((), tl.int64)
+    kept = tl.zeros((), tl.int64)
     for frame in range(frames):
         keep = tl.load(keep_ptr + frame)
-        later_frames = tl.minimum(frames - 1 - frame, frames if ALL else 1)
-        starts_afresh = kept_before == 0
-        kept_before = kept_before + keep if ALL or CARRIED else keep
-        total = 0.0
-        if WEIGHTED:
-            if starts_afresh:
-                for start in range(0, positions, TOKENS):
-                    token = start + tl.arange(0, TOKENS)
-                    total += tl.sum(tl.load(squares_ptr + token, mask=token < positions, other=0.0), axis=0)
+        starts_afresh = kept == 0
+        kept = kept + keep if ALL or CARRIED else keep
         mark = tl.full((), BEHIND_ALL, tl.int64)
         for start in range(first, positions, apart):
             token = start + tl.arange(0, TOKENS)
@@ -234,22 +260,16 @@ def _spread_out_without_table(
             squares = tl.load(squares_ptr + token, mask=real, other=0.0)
             far = tl.load(near_ptr + token, mask=real, other=0.0) + squares
             if CARRIED:
-                changed = tl.load(changed_ptr + token, mask=token < tl.where(frame > 0, positions, 0), other=0.0)
-                covered = tl.load(covered_ptr + token, mask=real, other=0.0)
-                carried = tl.sqrt(tl.maximum(covered, 0.0)) + changed
-                far = tl.minimum(far, carried * carried)
-                tl.store(covered_ptr + token, far, mask=real)
+                far = _with_carried(far, covered_ptr, changed_ptr, token, real, frame > 0)
             if starts_afresh:
                 rows = features_ptr + token.to(tl.int64) * stride_token
                 sums = _products(rows, totals_ptr, real, width, stride_column, 1, COLUMNS)
                 sums *= tl.load(scales_ptr + token, mask=real, other=0.0)
-                far = squares * positions - 2.0 * sums + total
+                far = squares * positions - 2.0 * sums + _sum(squares_ptr, positions, TOKENS)
             tl.store(far_ptr + token, far, mask=real)
-            if WEIGHTED:
-                far *= tl.load(weights_ptr + token, mask=real, other=1.0)
-            mark = tl.maximum(mark, tl.max(_marks(far, token, real), axis=0))
+            mark = tl.maximum(mark, _mark(far, weights_ptr, token, real, WEIGHTED))
         for choice in range(count):
-            best = _agreed(mark, best_ptr + choice, arrived_ptr + choice, programs, BEHIND_ALL)
+            best = agreed(mark, best_ptr + choice, arrived_ptr + choice, programs, BEHIND_ALL)
             chosen = features_ptr + best * stride_token
             square = tl.load(squares_ptr + best)
             own_scale = tl.load(scales_ptr + best)
@@ -263,25 +283,21 @@ def _spread_out_without_table(
                 row *= own_scale * tl.load(scales_ptr + token, mask=real, other=0.0)
                 distance = (square - 2.0 * row) + squares
                 if CARRIED:
-                    if choice < keep:
-                        covered = tl.load(covered_ptr + token, mask=real, other=0.0)
-                        covered = tl.minimum(covered, tl.where(token == best, 0.0, distance))
-                        tl.store(covered_ptr + token, covered, mask=real)
+                    _cover(covered_ptr, tl.where(token == best, 0.0, distance), token, choice < keep, positions)
                 distance = tl.where(token == best, float("-inf"), distance)
                 far = tl.load(far_ptr + token, mask=real, other=0.0)
                 far = tl.where(starts_afresh & (choice == 0), distance, tl.minimum(far, distance))  # drops NaN
                 tl.store(far_ptr + token, far, mask=real)
-                if WEIGHTED:
-                    far *= tl.load(weights_ptr + token, mask=real, other=1.0)
-                mark = tl.maximum(mark, tl.max(_marks(far, token, real), axis=0))
-                if choice < keep:
-                    for later in range(1, later_frames + 1):
-                        rows += stride_frame
-                        at = later * positions + token
-                        row = _products(rows, chosen, real, width, stride_column, stride_column, COLUMNS)
-                        row *= own_scale * tl.load(scales_ptr + at, mask=real, other=0.0)
-                        near = tl.load(near_ptr + at, mask=real, other=0.0)
-                        tl.store(near_ptr + at, tl.minimum(near, square - 2.0 * row), mask=real)
+                mark = tl.maximum(mark, _mark(far, weights_ptr, token, real, WEIGHTED))
+                # A frame tells the next one, or all later ones, how far its anchors are.
+                told = tl.minimum(frames - 1 - frame, frames if ALL else 1)
+                for later in range(1, tl.where(choice < keep, told, 0) + 1):
+                    rows += stride_frame
+                    at = later * positions + token
+                    row = _products(rows, chosen, real, width, stride_column, stride_column, COLUMNS)
+                    row *= own_scale * tl.load(scales_ptr + at, mask=real, other=0.0)
+                    near = tl.load(near_ptr + at, mask=real, other=0.0)
+                    tl.store(near_ptr + at, tl.minimum(near, square - 2.0 * row), mask=real)
         features_ptr += stride_frame
         totals_ptr += width
         scales_ptr += positions
@@ -357,7 +373,7 @@ def _anchors_by_table(
             own_nPP,
             following_nPP,
             torch.bmm(own_nPP, extras[0][first : first + at_once].unsqueeze(2)),
-            *extras,
+            *(part[first:] for part in extras),
             keep_T,
             near_P,
             covered_P,
@@ -388,7 +404,7 @@ def _anchors_without_table(
     best_TA = torch.full((frames, count), BEHIND_ALL, dtype=torch.long, device=device)
     launch(
         _spread_out_without_table,
-        (min(_programs_at_once(device), triton.cdiv(positions, TOKENS)),),
+        (min(programs_at_once(device), triton.cdiv(positions, TOKENS)),),
         features,
         totals(features, extras[0]),
         *extras,
@@ -413,6 +429,6 @@ def _anchors_without_table(
     return best_TA.bitwise_not_().bitwise_and_(0x7FFFFFFF)
 
 
-def _programs_at_once(device: torch.device) -> int:
+def programs_at_once(device: torch.device) -> int:
     """Return how many programs run at the same time for certain: one on each processor. The interpreter runs one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -21,8 +21,8 @@ TOKENS, COLUMNS = 16, 128
 def median(values, counted):
     """Return the lower median of the numbers that are counted, all at least 0.
 
-    Floats of this sign are in the order of their bits. Bit by bit, the median is the largest number that at most half of
-    the others are below. Without any number it is a NaN or 0.
+    Floats of this sign are in the order of their bits. Bit by bit, the median is the largest number that at most half
+    of the others are below. Without any number it is a NaN or 0.
     """
     bits = values.to(tl.int32, bitcast=True)
     half = (tl.sum(counted.to(tl.int32), axis=0) - 1) // 2
