@@ -170,6 +170,7 @@ def _engines(settings: Settings, config: Configuration, metrics: Metrics) -> _En
     )
     wanted = Wanted(
         models=None if aliases is None else frozenset(alias.engine_model for alias in aliases.values()),
+        presets=frozenset((a.engine_model, a.preset) for a in (aliases or {}).values() if a.preset is not None),
         decoded_bytes=settings.media_max_decoded_bytes,
         output_tokens=settings.max_output_tokens or 0,
     )
