@@ -166,6 +166,9 @@ async def test_the_preset_of_an_alias_goes_with_its_videos(engine, tmp_path):
     path = tmp_path / "gateway.yaml"
     path.write_text("models: {published: {engine_model: llava, preset: paper}}")
     async with gateway(engine, config=path) as client:
-        answer = await client.post(RESPONSES, json=about(model="published", aot={"retention": 0.2}))
+        answer = await client.post(
+            RESPONSES,
+            json=about({"type": "input_video", "video_url": VIDEO}, model="published", aot={"retention": 0.2}),
+        )
     assert answer.status_code == 200
     assert engine.requests[0]["mm_processor_kwargs"] == {"aot_retention": 0.2, "aot_preset": "paper"}
