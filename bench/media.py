@@ -431,15 +431,15 @@ def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="one small clip and a smaller model: whether it all works")
-    parser.add_argument(
-        "--kinds", type=_kinds, help="only these clips, one request at a time: h264/720p/60,vp9/480p/10"
-    )
+    parser.add_argument("--kinds", type=_kinds, help="only these clips: h264/720p/60,vp9/480p/10")
+    parser.add_argument("--several", type=_kinds, help="only these clips with several requests at a time")
     parser.add_argument("--rounds", type=int, default=FULL.rounds, help="requests about each clip, one at a time")
     parser.add_argument("--out", type=Path, help="also write the tables here")
     arguments = parser.parse_args()
     plan = TINY if arguments.tiny else Plan(FULL.kinds, FULL.several, arguments.rounds)
-    if arguments.kinds:
-        plan = Plan(arguments.kinds, {}, arguments.rounds)
+    if arguments.kinds or arguments.several:
+        several = {kind: numbers for kind, numbers in FULL.several.items() if kind in (arguments.several or ())}
+        plan = Plan(arguments.kinds or FULL.kinds, several, arguments.rounds)
     results = asyncio.run(run(plan, "tiny" if arguments.tiny else "coarse-384"))
     missing = "" if importlib.util.find_spec("torchcodec") else "torchcodec is not installed. "
     text = table(results, f"32 frames. {missing}{describe(engine_versions(), _versions())}")
