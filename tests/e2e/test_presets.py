@@ -1,4 +1,4 @@
-"""Requests of one engine with presets of their own: each gets its preset's answer, and never another's out of a cache."""
+"""Requests of one engine with presets of their own: each gets its preset's answer, never another's out of a cache."""
 
 import pytest
 
