@@ -131,8 +131,8 @@ def test_bad_settings_do_not_start_and_name_setting_value_and_range(settings, me
 
 
 def test_a_scoring_layer_the_tower_lacks_does_not_start(start_engine):
+    settings = {"anchors": "attention", "global_layer": 7}
     with pytest.raises(SettingError, match=r"global_layer must be in \[-2, 1\].* executes 2 layers, got 7"):
-        settings = {"anchors": "attention", "global_layer": 7}
         start_engine("tiny", video_pruning_rate=0.9, additional_config={"aot": settings})
 
 
