@@ -44,6 +44,7 @@ def _hundredths(value: float) -> float:
 Share = Annotated[StrictFloat | StrictInt, Field(ge=FINEST_RETENTION, le=1), AfterValidator(_hundredths)]
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
 TenantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]  # also a directory name and a metric label
+PresetName = Annotated[StrictStr, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Amount = Annotated[StrictInt, Field(ge=1)]
 
 
@@ -55,6 +56,7 @@ class ModelEntry(Section):
     min_retention: Share | None = None
     max_retention: Share | None = None
     max_frames: Amount | None = None
+    preset: PresetName | None = None
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -74,6 +76,7 @@ class ModelEntry(Section):
             self.min_retention or 0.0,
             self.max_retention or 1.0,
             self.max_frames,
+            self.preset,
         )
 
 
@@ -168,10 +171,21 @@ def load(path: Path) -> Configuration:
 
     Raises ConfigurationError, which names the file and the key, if the file is missing or wrong.
     """
+    return parsed(content_of(path), path)
+
+
+def content_of(path: Path) -> bytes:
+    """Return what is in the file; raise ConfigurationError if it can't be read."""
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except OSError as exc:
         raise ConfigurationError(f"{path}: can't be read ({exc.strerror})") from exc
+
+
+def parsed(text: bytes, path: Path) -> Configuration:
+    """Return the configuration in `text`; raise ConfigurationError, which names `path` and the key, if it is wrong."""
+    try:
+        content: Any = yaml.safe_load(text.decode())
     except (UnicodeDecodeError, yaml.YAMLError) as exc:
         where = getattr(exc, "problem_mark", None)  # the line number only: the text there may be a secret
         line = "" if where is None else f" (line {where.line + 1})"

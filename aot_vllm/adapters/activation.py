@@ -33,7 +33,8 @@ def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
         UnsupportedError: the rate or the `"aot"` settings would be ignored, or this vLLM was not tested.
     """
     settings = PluginSettings.from_additional_config(vllm_config.additional_config)
-    given = isinstance(vllm_config.additional_config, Mapping) and "aot" in vllm_config.additional_config
+    additional = vllm_config.additional_config
+    given = isinstance(additional, Mapping) and additional.get("aot") is not None
     if not video_pruning_rate:
         if given:
             logger.warning("AOT is off: aot settings are given, but --video-pruning-rate is not set or 0.")
