@@ -87,7 +87,7 @@ def operations_table(cases: Sequence[Case]) -> str:
         [case.name, f"{case.grid.frames} x {case.grid.positions}", anchors, path]
         + [f"{operations(case, retention, anchors, path=path):,}" for retention in RETENTIONS[1:]]
         for case in cases
-        for anchors in ("diverse", "attention")
+        for anchors in ("diverse", "calibrated", "coverage", "attention")
         for path in paths
     ]
     return table(["model", "video", "anchors", "path", *(f"{kept:.0%}" for kept in RETENTIONS[1:])], rows, words=4)

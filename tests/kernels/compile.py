@@ -16,6 +16,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from aot_vllm.core.coverage import OWN
 from aot_vllm.kernels import anchors, attention, calibration, coverage, lengths, transport
 
 triton.knobs.nvidia.dump_ptxas_log = True  # its table of registers and spills, on standard output
@@ -97,7 +98,7 @@ _RUNS = {"TOKENS": lengths.TOKENS, "COLUMNS": lengths.COLUMNS}
 
 
 def _covering(block, carried):
-    return {"CARRIED": carried, "BEHIND_ALL": anchors.BEHIND_ALL, "OWN": coverage.OWN, "BLOCK": block}
+    return {"CARRIED": carried, "BEHIND_ALL": anchors.BEHIND_ALL, "OWN": OWN, "BLOCK": block}
 
 
 def _small():
