@@ -34,7 +34,7 @@ frames. It holds 1,164 frames of 14 x 14 tokens, or 372 frames of 300."""
 MOST_BLOCKS = 3
 """A block takes four launches. A longer video takes larger blocks, but no more memory than its features take."""
 
-TOKENS, COLUMNS = 16, 512
+TOKENS, COLUMNS = 16, 256
 """What a program reads at a time of a frame without a table: so many tokens, so many columns of each."""
 
 BEHIND_ALL = -(2**63)
