@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -39,8 +39,10 @@ def paths(device: torch.device, forced: Sequence[str] | None = None) -> dict[str
 
 
 def chosen_by(anchors: str) -> AOTConfig:
-    """Return the preset of this name, or the defaults with these anchors."""
-    return AOTConfig.preset(anchors) if anchors in PRESETS else AOTConfig(anchors=anchors)  # type: ignore[arg-type]
+    """Return the preset of this name, or the defaults with these anchors, and transport within frames."""
+    if anchors not in PRESETS:
+        return AOTConfig(anchors=anchors, mass=0.2)  # type: ignore[arg-type]
+    return replace(AOTConfig.preset(anchors), mass=0.2)
 
 
 def operations(case: Case, retention: float, anchors: str = "diverse", *, path: Kernels = "torch") -> int:

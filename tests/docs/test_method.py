@@ -1,6 +1,5 @@
 """The tables of docs/method.md are those that the code reads."""
 
-import re
 from dataclasses import astuple
 from pathlib import Path
 
@@ -36,11 +35,3 @@ def test_each_preset_stands_with_what_it_does():
         moved = f"`mass` {config.mass:g}, `nearest_weight` {config.nearest_weight:g}"
         assert within == (moved if config.mass or config.nearest_weight else "nothing moves")
         assert across == (f"{config.clips} clips, `kappa` {config.kappa:g}" if config.kappa < 1 else "nothing moves")
-
-
-def test_every_setting_that_the_page_names_is_one():
-    settings = AOTConfig().settings()
-    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)*)`", PAGE.split("## The presets")[0]))
-    chosen = {config.anchors for config in map(AOTConfig.preset, PRESETS)} | {"both", "compact"}
-    assert settings.keys() & named >= {"anchors", "mass", "nearest_weight", "clips", "kappa"}
-    assert named - settings.keys() - chosen <= {"x", "y", "p", "dt"}
