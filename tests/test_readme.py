@@ -69,6 +69,7 @@ MARKS = {
     "gateway": "added by",
     "fidelity": "| kept |",
     "ablations": "| kept |",
+    "transport": "| kept |",
 }
 
 
