@@ -71,6 +71,7 @@ MARKS = {
     "gateway": "added by",
     "fidelity": "| kept |",
     "ablations": "| kept |",
+    "transport": "| kept |",
 }
 
 
