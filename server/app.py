@@ -22,7 +22,7 @@ from server.admission.buffers import Buffers
 from server.admission.drain import Drain
 from server.admission.entrance import Entrance
 from server.admission.gate import Gate
-from server.admission.quotas import Counts, Quotas, shared_storage
+from server.admission.quotas import REDIS_SECONDS, Counts, Quotas, shared_storage
 from server.configuration import Configuration
 from server.edge.authentication import Authenticated
 from server.edge.body import BodyLimits
@@ -43,6 +43,7 @@ from server.media.readers import Reader
 from server.media.store import MediaStore
 from server.media.uploads import FileStore
 from server.observe.metrics import Metrics
+from server.observe.usage import Ledger, shared_usage
 from server.reader.facts import Limits
 from server.requests.parameters import Bounds
 from server.routes.chat import ChatCompletions
@@ -50,6 +51,7 @@ from server.routes.files import Files
 from server.routes.models import models_router
 from server.routes.ops import ops_router
 from server.routes.text import Completions, Responses
+from server.routes.usage import usage_router
 from server.routes.video_tokens import VideoTokens
 from server.settings import PREFIX, Settings
 
@@ -80,6 +82,7 @@ def create_app(
     metrics = Metrics(registry or CollectorRegistry())
     drain = drain or Drain(settings.drain_seconds)
     counts = Counts(shared_storage(settings.limits_backend.get_secret_value()), metrics=metrics)
+    ledger = _ledger(settings, metrics)
     engines = _engines(settings, config, metrics)
     media = _media(settings, metrics, network, engines.pool)
 
@@ -90,6 +93,7 @@ def create_app(
             if tracing is not None:
                 stack.push_async_callback(tracing.close)
             stack.push_async_callback(counts.close)
+            await stack.enter_async_context(ledger.running())
             await stack.enter_async_context(media.running())
             await stack.enter_async_context(engines.running())
             yield
@@ -104,6 +108,7 @@ def create_app(
         exception_handlers={HTTPException: raise_in_our_terms, RequestValidationError: raise_in_our_terms},
     )
     _add_routes(app, settings, config, engines=engines, media=media, drain=drain, metrics=metrics)
+    app.include_router(usage_router(ledger))
     quotas = Quotas(limits_of=config.limits_of, counts=counts, metrics=metrics)
     app.add_middleware(  # the middleware added last is the outermost
         Limited,
@@ -114,7 +119,7 @@ def create_app(
     app.add_middleware(Authenticated, tenants=tenant_keys(config), metrics=metrics_keys(config))
     app.add_middleware(RefuseWhileDraining, drain=drain)
     app.add_middleware(ErrorsInOpenAIShape)
-    app.add_middleware(Observed, metrics=metrics, tracing=tracing)
+    app.add_middleware(Observed, metrics=metrics, ledger=ledger, tracing=tracing)
     allow_origins(app, settings.cors_origins, headers=openapi.ANSWER_HEADERS)
     return app
 
@@ -157,6 +162,11 @@ class _Media:
                 if keeper is not None:
                     await stack.enter_async_context(_until_the_end(keeper.watch()))
             yield
+
+
+def _ledger(settings: Settings, metrics: Metrics) -> Ledger:
+    backend, days = settings.limits_backend.get_secret_value(), settings.usage_days
+    return Ledger(shared_usage(backend, seconds=REDIS_SECONDS, days=days), days=days, metrics=metrics)
 
 
 def _engines(settings: Settings, config: Configuration, metrics: Metrics) -> _Engines:

@@ -7,7 +7,7 @@ from server.admission.auth import Caller, KeyRing
 from server.edge.state import set_caller
 
 OPEN_PATHS = frozenset({"/health/live", "/health/ready", "/openapi.json"})
-METRICS_PATH = "/metrics"
+METRICS_PATHS = frozenset({"/metrics", "/metrics/usage.csv"})
 
 
 class Authenticated:
@@ -17,7 +17,7 @@ class Authenticated:
     """
 
     def __init__(self, app: ASGIApp, *, tenants: KeyRing[Caller] | None, metrics: KeyRing[None] | None) -> None:
-        """Wrap `app`. If `tenants` is None, the API needs no key; if `metrics` is None, `/metrics` needs none."""
+        """Wrap `app`. If `tenants` is None, the API needs no key; if `metrics` is None, METRICS_PATHS need none."""
         self._app = app
         self._tenants = tenants
         self._metrics = metrics
@@ -30,7 +30,7 @@ class Authenticated:
 
     def _admit(self, scope: Scope) -> None:
         path: str = scope["path"]
-        if path == METRICS_PATH:
+        if path in METRICS_PATHS:
             if self._metrics is not None:
                 self._metrics.holder(Headers(scope=scope))
         elif self._tenants is not None and path not in OPEN_PATHS:

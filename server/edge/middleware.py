@@ -20,6 +20,7 @@ from server.edge.state import caller_of, limit_headers_of, record_of, set_record
 from server.errors import GatewayError, InvalidRequest, MethodNotAllowed, RouteNotFound, answer_to
 from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
+from server.observe.usage import Ledger
 
 if TYPE_CHECKING:
     from server.observe.tracing import Tracing  # imports an optional dependency
@@ -34,10 +35,11 @@ _PATH_PARAMETER = re.compile(r"\{[^}]+\}")
 class Observed:
     """Middleware that gives every request a record and an id, sets headers on its answer, then counts and logs it."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, tracing: "Tracing | None" = None) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, ledger: Ledger, tracing: "Tracing | None" = None) -> None:
         """Wrap `app`."""
         self._app = app
         self._metrics = metrics
+        self._ledger = ledger
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -67,7 +69,8 @@ class Observed:
             record.route = _route_in(scope, default=record.route)
             tenant = caller_of(scope).tenant
             seconds = perf_counter() - record.received
-            self._metrics.count(record, seconds)
+            self._metrics.count(record, seconds, tenant=tenant)
+            self._ledger.count(record, tenant=tenant)
             _log(record, seconds, tenant=tenant)
             if record.trace is not None:
                 record.trace.end(record, tenant=tenant)

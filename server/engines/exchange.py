@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
+from typing import Any
 
 import aiohttp
 
@@ -167,6 +168,16 @@ class Exchange:
             raise _broken(exc) from exc
         finally:
             wait.over()
+
+    def prefill_seconds(self, usage: Mapping[str, Any]) -> tuple[float, float] | None:
+        """Return the time of the prefill without and with the reduction; `usage` is the engine's.
+
+        None without videos, or if the engine has not measured its prefill or reports no cached tokens.
+        """
+        profile = self._attempt.engine.profile
+        if self.savings is None or profile is None or profile.prefill is None or not profile.prompt_tokens_details:
+            return None
+        return self.savings.prefill_seconds(usage, profile.prefill)
 
     def complete(self) -> None:
         """Note that the answer is complete: the engine works."""

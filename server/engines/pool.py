@@ -357,6 +357,9 @@ class EnginePool:
                 profile = read_profile(await answer.json(content_type=None)) if answer.status == 200 else None
             except ValueError:
                 profile = None
+        if profile is not None and profile.prefill is None and engine.healthy and engine.profile is not None:
+            # of an engine's several API servers only the first has measured the prefill
+            profile = profile.model_copy(update={"prefill": engine.profile.prefill})
         before, engine.profile = engine.video_rules, profile
         if engine.video_rules != before or not engine.healthy:
             logger.info(

@@ -5,8 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+from server.engines.profile import PrefillCost
+
 _USAGE = b'"usage":'  # always a key: inside a JSON string, its quotes would be escaped
 MOST_USAGE_KEYS = 16  # that are looked at, the last first
+_PROMPT = ("prompt_tokens", "input_tokens")
 BEFORE, AFTER, RETENTION = "x-aot-video-tokens-before", "x-aot-video-tokens-after", "x-aot-video-retention"
 
 
@@ -43,17 +46,47 @@ class Savings:
         cached = self._cached(usage or {})
         return {**counts, "cached": cached} if cached else counts
 
+    def prefill_seconds(self, usage: Mapping[str, Any], cost: PrefillCost) -> tuple[float, float] | None:
+        """Return the time of the prefill without and with the reduction, None if `usage`, the engine's, has no counts.
+
+        The vision tower is in neither: it runs on whole videos all the same. What the engine had in its prefix cache is
+        in neither, because it would have had as much of the whole videos there. The reduction is in the second.
+        """
+        prompt = _prompt_tokens(usage)
+        if prompt is None or self.after == 0:
+            return None
+        cached, growth = min(_cached_tokens(usage), prompt), self.before - self.after
+        cached_share = self._cached(usage) / self.after
+        reduced = cost.seconds_of(prompt) - cost.seconds_of(cached)
+        whole = cost.seconds_of(prompt + growth) - cost.seconds_of(cached + growth * cached_share)
+        if growth:
+            reduced += (cost.reduction_seconds_per_token or 0.0) * self.before * (1 - cached_share)
+        return max(0.0, whole), max(0.0, reduced)
+
     def _cached(self, usage: Mapping[str, Any]) -> int:
         """Return how many video tokens were in the prefix cache, at least.
 
         Of the prompt's cached tokens, no more than all its other tokens can be others than videos'.
         """
-        for name in ("prompt_tokens", "input_tokens"):
-            prompt, details = usage.get(name), usage.get(f"{name}_details")
-            cached = details.get("cached_tokens") if isinstance(details, dict) else None
-            if type(prompt) is int and type(cached) is int:
-                return max(0, min(cached, prompt) - max(0, prompt - self.after))
-        return 0
+        prompt = _prompt_tokens(usage)
+        if prompt is None:
+            return 0
+        return max(0, min(_cached_tokens(usage), prompt) - max(0, prompt - self.after))
+
+
+def _prompt_tokens(usage: Mapping[str, Any]) -> int | None:
+    counts = (usage.get(name) for name in _PROMPT)
+    return next((count for count in counts if type(count) is int), None)
+
+
+def _cached_tokens(usage: Mapping[str, Any]) -> int:
+    """Return how many of the prompt's tokens were in the prefix cache; engines leave a 0 out."""
+    for name in _PROMPT:
+        details = usage.get(f"{name}_details")
+        cached = details.get("cached_tokens") if isinstance(details, dict) else None
+        if type(cached) is int:
+            return max(0, cached)
+    return 0
 
 
 def usage_in(body: bytes) -> dict[str, Any]:

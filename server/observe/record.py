@@ -56,6 +56,10 @@ class RequestRecord:
     phases: dict[Phase, float] = field(default_factory=dict)
     video_tokens: tuple[int, int] | None = None
     """The video tokens before and after the reduction, as the engine counts them."""
+    video_seconds: float = 0.0
+    """The duration of its videos together."""
+    prefill_seconds: tuple[float, float] | None = None
+    """The time of its prefill without and with the reduction, see `Savings.prefill_seconds`."""
     tokens: int = 0
     """The tokens of the prompt and of the answer so far, as the engine counts them.
 

@@ -142,6 +142,7 @@ class Generation(ABC, Generic[R]):
         """
         request, record = passage.request, passage.record
         async with self.taken_in(passage) as taken:
+            record.video_seconds = taken.video_seconds
             await passage.allowance.take_video(taken.video_seconds)
             target = settle_retention(passage.target, taken.rules, taken.shapes)
             call = Call(
@@ -175,8 +176,11 @@ class Generation(ABC, Generic[R]):
                         record.video_tokens = (exchange.savings.before, exchange.savings.after)
                         record.tokens = exchange.savings.after
                     if request.stream:
-                        return await self._stream(exchange, request.reader(exchange.savings), record, answer)
-                    return await _whole(exchange, record, answer)
+                        last = await self._stream(exchange, request.reader(exchange.savings), record, answer)
+                    else:
+                        last = await _whole(exchange, record, answer)
+                    record.prefill_seconds = exchange.prefill_seconds(record.usage)
+                    return last
 
     async def _stream(self, exchange: Exchange, stream: EventStream, record: RequestRecord, answer: Answer) -> bytes:
         if not exchange.is_stream:
