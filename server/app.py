@@ -42,7 +42,7 @@ from server.media.intake import Intake
 from server.media.readers import Reader
 from server.media.store import MediaStore
 from server.media.uploads import FileStore
-from server.observe.metrics import Metrics
+from server.observe.metrics import NO_TENANT, Metrics
 from server.observe.usage import Ledger, shared_usage
 from server.reader.facts import Limits
 from server.requests.parameters import Bounds
@@ -80,6 +80,7 @@ def create_app(
     if config.tenants is None:
         _refuse_open_off_loopback(settings)
     metrics = Metrics(registry or CollectorRegistry())
+    metrics.know_tenants(config.tenants or (NO_TENANT,))
     drain = drain or Drain(settings.drain_seconds)
     counts = Counts(shared_storage(settings.limits_backend.get_secret_value()), metrics=metrics)
     ledger = _ledger(settings, metrics)

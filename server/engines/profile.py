@@ -8,7 +8,15 @@ import math
 from bisect import bisect_left
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 PATH: Final = "/v1/aot/engine"
 FRAMES_FORMAT: Final = 1
@@ -169,6 +177,13 @@ class PrefillCost(_Told):
         return math.exp(math.log(self.seconds[place - 1]) * (1 - share) + math.log(self.seconds[place]) * share)
 
 
+def _if_valid(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return handler(value)
+    except ValidationError:
+        return None
+
+
 class EngineLimits(_Told):
     """How much an engine takes in one request; None is no limit."""
 
@@ -191,7 +206,7 @@ class EngineProfile(_Told):
     request_kwargs_trusted: bool | None = None
     prompt_tokens_details: bool | None = None
     limits: EngineLimits = EngineLimits()
-    prefill: PrefillCost | None = None
+    prefill: Annotated[PrefillCost | None, WrapValidator(_if_valid)] = None
     """What its prefill costs. None if the engine has not measured it."""
 
     @property

@@ -1,5 +1,6 @@
 """All metrics of the gateway, registered on an injected registry."""
 
+from collections.abc import Iterable
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -10,6 +11,10 @@ from server.observe.record import RequestRecord
 
 PREFIX: Final = "aot_gateway_"
 NO_TENANT: Final = "none"  # the label's value where the gateway needs no keys
+TENANT_UNITS: Final = (
+    *("requests", "tokens", "video_seconds", "rate_limited"),
+    *("video_tokens_before", "video_tokens_after", "video_tokens_saved"),
+)
 _STAGES: Final = ("before", "after")
 
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
@@ -42,6 +47,12 @@ class Metrics:
         ):
             for outcome in outcomes:  # every counter starts at 0: without this, rate() would miss its first event
                 counted.labels(outcome)
+
+    def know_tenants(self, names: Iterable[str]) -> None:
+        """Let the counters of these tenants start at 0."""
+        for name in names:
+            for unit in TENANT_UNITS:
+                self.tenant_usage.labels(name, unit)
 
     def count(self, record: RequestRecord, seconds: float, *, tenant: str) -> None:
         """Count a request of `tenant` that has ended after `seconds`."""
@@ -112,8 +123,7 @@ class Metrics:
     def _declare_admission(self) -> None:
         self.tenant_usage = self._counter(
             "tenant_usage_total",
-            "What tenants used: requests, tokens, video_seconds, video_tokens_before, video_tokens_after; "
-            "video_tokens_saved; and requests rate_limited",
+            "What tenants used and saved, by unit; requests rate_limited are those refused for a limit",
             "tenant",
             "unit",
         )

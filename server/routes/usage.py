@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Annotated, Any, Literal
@@ -22,6 +23,7 @@ COLUMNS = (
     *("video_tokens_before", "video_tokens_after", "video_tokens_saved", "video_seconds", "prefill_seconds_saved"),
 )
 DECIMALS = 6
+_DATE = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}")
 
 Count = Annotated[int, Field(ge=0)]
 Day = Annotated[str | None, WithJsonSchema({"type": "string", "format": "date"})]
@@ -198,7 +200,7 @@ def _period(asked: Asked, *, today: int, kept: int) -> tuple[int, int]:
 
 def _day(text: str, name: str) -> int:
     try:
-        if len(text) != len("2026-11-25"):
+        if _DATE.fullmatch(text) is None:  # ISO 8601 has more forms
             raise ValueError
         return number_of(date.fromisoformat(text))
     except ValueError as exc:

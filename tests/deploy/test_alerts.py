@@ -66,6 +66,7 @@ BREAKER = f'aot_gateway_engine_breaker_open{{{GATEWAY}, engine="engine-0"}}'
 CHECK = f'aot_gateway_engine_check{{{GATEWAY}, engine="engine-0", check="request_kwargs"}}'
 MISCONFIGURED = f'aot_gateway_rejections_total{{{GATEWAY}, reason="misconfigured"}}'
 BACKEND = f"aot_gateway_limits_backend_up{{{GATEWAY}}}"
+UNSAVED = f"aot_gateway_usage_unsaved_requests{{{GATEWAY}}}"
 KV = f'vllm:kv_cache_usage_perc{{{ENGINE}, model_name="tiny"}}'
 PLUGIN = f"aot_engine_reductions_total{{{ENGINE}}}"
 SCRAPED = f"up{{{ENGINE}}}"
@@ -91,6 +92,7 @@ CASES = {
     ),
     "AOTEngineNotScraped": Case(one(SCRAPED, 0), [one(SCRAPED, 1)], labels=ENGINE_JOB),
     "AOTLimitsBackendDown": Case(one(BACKEND, 0), [one(BACKEND, 1)], labels=JOB_AND_INSTANCE),
+    "AOTUsageNotSaved": Case(one(UNSAVED, 3), [one(UNSAVED, 0), {UNSAVED: "0x24 7x4 0x20"}], labels=JOB_AND_INSTANCE),
     "AOTAvailabilityBurnFast": Case(
         chats(fine=90, broken=10),
         [
