@@ -37,13 +37,13 @@ async def measure_prefill(engine: EngineClient) -> dict[str, list[Any]] | None:
     The longest is as long as a prompt can be, or took LONGEST_PROMPT_SECONDS. None if the engine did not answer.
     """
     longest = engine.model_config.max_model_len - 1
-    lengths = [SHORTEST_TOKENS << power for power in range(32) if SHORTEST_TOKENS << power < longest]
+    lengths = [length for length in (SHORTEST_TOKENS << power for power in range(32)) if length < longest] + [longest]
     measured: dict[str, list[Any]] = {"tokens": [], "seconds": []}
     try:
         async with asyncio.timeout(TIMEOUT_SECONDS):
             words = _words(engine)
             await _seconds(engine, words, length=lengths[0])  # what only the very first prompt of an engine pays for
-            for length in [*lengths, longest]:
+            for length in lengths:
                 first = await _seconds(engine, words, length=length)
                 again = first if first > REPEATED_WITHIN_SECONDS else await _seconds(engine, words, length=length)
                 measured["tokens"].append(length)
