@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from vllm import SamplingParams
+from vllm.inputs import tokens_input
 from vllm.logger import init_logger
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def _words(engine: EngineClient) -> Sequence[int]:
 
 async def _seconds(engine: EngineClient, words: Sequence[int], *, length: int) -> float:
     """Return the time to the first token after a prompt of random text, which no cache knows."""
-    prompt: Any = {"prompt_token_ids": random.choices(words, k=length)}  # noqa: S311 - no secret
+    prompt = tokens_input(random.choices(words, k=length))  # noqa: S311 - no secret
     one = SamplingParams(max_tokens=1, temperature=0.0)
     started = time.perf_counter()
     async for _ in engine.generate(prompt, one, f"aot-prefill-{uuid4().hex}"):
