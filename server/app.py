@@ -16,8 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 
-from server import __version__, configuration, openapi
-from server.admission.auth import metrics_keys, tenant_keys
+from server import __version__, openapi
 from server.admission.buffers import Buffers
 from server.admission.drain import Drain
 from server.admission.entrance import Entrance
@@ -35,6 +34,7 @@ from server.engines.exchange import Exchanges
 from server.engines.pool import EnginePool
 from server.engines.session import EngineSession
 from server.errors import ConfigurationError
+from server.live import LiveConfiguration
 from server.media.examine import Examiner
 from server.media.fetch import Fetcher, HostRules, Network
 from server.media.frames import Sampler
@@ -42,7 +42,7 @@ from server.media.intake import Intake
 from server.media.readers import Reader
 from server.media.store import MediaStore
 from server.media.uploads import FileStore
-from server.observe.metrics import NO_TENANT, Metrics
+from server.observe.metrics import Metrics
 from server.observe.usage import Ledger, shared_usage
 from server.reader.facts import Limits
 from server.requests.parameters import Bounds
@@ -66,21 +66,26 @@ def create_app(
     *,
     registry: CollectorRegistry | None = None,
     drain: Drain | None = None,
+    reload: asyncio.Event | None = None,
     network: Network | None = None,
     tracing: "Tracing | None" = None,
 ) -> FastAPI:
     """Return the gateway as an ASGI application. It opens no connection before its lifespan begins.
 
-    Metrics are registered on `registry`, by default a new one. The caller starts a shutdown through `drain`. Spans are
-    created by `tracing`, by default none are. Media are fetched through `network`, by default the machine's own.
+    Metrics are registered on `registry`, by default a new one. The caller starts a shutdown through `drain`, and has
+    the configuration read again through `reload`. Spans are created by `tracing`, by default none are. Media are
+    fetched through `network`, by default the machine's own.
     Raises ConfigurationError if a file named by the settings is wrong, or if the gateway would accept requests
     without API keys from other machines and the operator has not confirmed it.
     """
-    config = Configuration() if settings.config is None else configuration.load(settings.config)
-    if config.tenants is None:
-        _refuse_open_off_loopback(settings)
     metrics = Metrics(registry or CollectorRegistry())
-    metrics.know_tenants(config.tenants or (NO_TENANT,))
+    config = LiveConfiguration(
+        settings.config,
+        accept=functools.partial(_accept, settings),
+        warn=functools.partial(_warn, settings),
+        metrics=metrics,
+        asked=reload,
+    )
     drain = drain or Drain(settings.drain_seconds)
     counts = Counts(shared_storage(settings.limits_backend.get_secret_value()), metrics=metrics)
     ledger = _ledger(settings, metrics)
@@ -89,7 +94,7 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def running(_app: FastAPI) -> AsyncIterator[None]:
-        _warn_of_keys(settings, config)
+        config.warn()
         async with contextlib.AsyncExitStack() as stack:
             if tracing is not None:
                 stack.push_async_callback(tracing.close)
@@ -97,6 +102,7 @@ def create_app(
             await stack.enter_async_context(ledger.running())
             await stack.enter_async_context(media.running())
             await stack.enter_async_context(engines.running())
+            await stack.enter_async_context(_until_the_end(config.watch()))
             yield
 
     app = FastAPI(
@@ -110,19 +116,34 @@ def create_app(
     )
     _add_routes(app, settings, config, engines=engines, media=media, drain=drain, metrics=metrics)
     app.include_router(usage_router(ledger))
-    quotas = Quotas(limits_of=config.limits_of, counts=counts, metrics=metrics)
-    app.add_middleware(  # the middleware added last is the outermost
-        Limited,
-        quotas=quotas,
-        models=lambda: engines.catalogue.names,
-        max_body_bytes=settings.max_body_bytes,
-    )
-    app.add_middleware(Authenticated, tenants=tenant_keys(config), metrics=metrics_keys(config))
-    app.add_middleware(RefuseWhileDraining, drain=drain)
-    app.add_middleware(ErrorsInOpenAIShape)
+    _add_middleware(app, settings, config, catalogue=engines.catalogue, counts=counts, drain=drain, metrics=metrics)
     app.add_middleware(Observed, metrics=metrics, ledger=ledger, tracing=tracing)
     allow_origins(app, settings.cors_origins, headers=openapi.ANSWER_HEADERS)
     return app
+
+
+def _add_middleware(
+    app: FastAPI,
+    settings: Settings,
+    config: LiveConfiguration,
+    *,
+    catalogue: Catalogue,
+    counts: Counts,
+    drain: Drain,
+    metrics: Metrics,
+) -> None:
+    quotas = Quotas(
+        limits_of=lambda tenant: config.active.configuration.limits_of(tenant), counts=counts, metrics=metrics
+    )
+    app.add_middleware(  # the middleware added last is the outermost
+        Limited,
+        quotas=quotas,
+        models=lambda: catalogue.names,
+        max_body_bytes=settings.max_body_bytes,
+    )
+    app.add_middleware(Authenticated, tenants=lambda: config.active.tenants, metrics=lambda: config.active.metrics)
+    app.add_middleware(RefuseWhileDraining, drain=drain)
+    app.add_middleware(ErrorsInOpenAIShape)
 
 
 @dataclass(frozen=True)
@@ -170,20 +191,21 @@ def _ledger(settings: Settings, metrics: Metrics) -> Ledger:
     return Ledger(shared_usage(backend, seconds=REDIS_SECONDS, days=days), days=days, metrics=metrics)
 
 
-def _engines(settings: Settings, config: Configuration, metrics: Metrics) -> _Engines:
-    aliases = config.aliases
-    for name, alias in (aliases or {}).items():
-        metrics.retention_limit.labels(name).set(alias.max_retention)
+def _engines(settings: Settings, config: LiveConfiguration, metrics: Metrics) -> _Engines:
     session = EngineSession(
         connect_seconds=settings.engine_connect_seconds,
         read_seconds=settings.engine_read_seconds,
         api_key=_engine_key(settings),
     )
-    wanted = Wanted(
-        models=None if aliases is None else frozenset(alias.engine_model for alias in aliases.values()),
-        decoded_bytes=settings.media_max_decoded_bytes,
-        output_tokens=settings.max_output_tokens or 0,
-    )
+
+    def wanted() -> Wanted:
+        aliases = config.active.aliases
+        return Wanted(
+            models=None if aliases is None else frozenset(alias.engine_model for alias in aliases.values()),
+            decoded_bytes=settings.media_max_decoded_bytes,
+            output_tokens=settings.max_output_tokens or 0,
+        )
+
     pool = EnginePool(
         settings.engines,
         session=session,
@@ -194,7 +216,7 @@ def _engines(settings: Settings, config: Configuration, metrics: Metrics) -> _En
     return _Engines(
         session=session,
         pool=pool,
-        catalogue=Catalogue(aliases=aliases, pool=pool),
+        catalogue=Catalogue(aliases=lambda: config.active.aliases, pool=pool),
         exchanges=Exchanges(
             session=session, pool=pool, metrics=metrics, headers_seconds=settings.engine_headers_seconds
         ),
@@ -272,7 +294,7 @@ def _secret(settings: Settings) -> bytes:
 def _add_routes(
     app: FastAPI,
     settings: Settings,
-    config: Configuration,
+    config: LiveConfiguration,
     *,
     engines: _Engines,
     media: _Media,
@@ -310,15 +332,18 @@ def _add_routes(
     )
 
 
-def _document(app: FastAPI, config: Configuration) -> Callable[[], dict[str, Any]]:
-    return functools.cache(
-        lambda: openapi.document(
-            app.routes, keys_needed=config.tenants is not None, metrics_keys_needed=config.metrics_keys is not None
-        )
-    )
+def _document(app: FastAPI, config: LiveConfiguration) -> Callable[[], dict[str, Any]]:
+    made = functools.cache(functools.partial(openapi.document, app.routes))
+
+    def document() -> dict[str, Any]:
+        active = config.active
+        return made(keys_needed=active.tenants is not None, metrics_keys_needed=active.metrics is not None)
+
+    return document
 
 
-def _warn_of_keys(settings: Settings, config: Configuration) -> None:
+def _warn(settings: Settings, config: Configuration) -> None:
+    """Say what is doubtful in a configuration."""
     if config.tenants is None:
         who = "THIS MACHINE" if settings.is_loopback else "EVERYONE WHO CAN REACH IT"
         logger.warning("THE GATEWAY IS OPEN TO %s: no API keys are configured", who)
@@ -326,8 +351,9 @@ def _warn_of_keys(settings: Settings, config: Configuration) -> None:
         logger.warning("a key of the configuration file opens nothing: %s", useless)
 
 
-def _refuse_open_off_loopback(settings: Settings) -> None:
-    if not settings.is_loopback and not settings.allow_open:
+def _accept(settings: Settings, config: Configuration) -> None:
+    """Raise ConfigurationError if a gateway with these settings must not have the configuration."""
+    if config.tenants is None and not settings.is_loopback and not settings.allow_open:
         raise ConfigurationError(
             f"without API keys, everyone who can reach {settings.host} could use the gateway: name tenants with keys "
             f"in the file of {PREFIX}CONFIG, or listen on 127.0.0.1, or set {PREFIX}ALLOW_OPEN=true"

@@ -51,13 +51,6 @@ async def test_each_length_is_measured_twice_and_the_faster_counts(monkeypatch):
     assert len(set(engine.ids)) == len(engine.ids)
 
 
-@pytest.fixture
-def lines(monkeypatch):
-    logged = []
-    monkeypatch.setattr(prefill.logger, "warning", lambda text, *values: logged.append(text % values))
-    return logged
-
-
 async def test_a_slow_engine_is_measured_as_far_as_it_is_quick(monkeypatch):
     engine = Engine(monkeypatch, seconds=lambda tokens: tokens / 100, max_model_len=100_000)
     measured = await measure_prefill(engine)
