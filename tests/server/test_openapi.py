@@ -131,6 +131,8 @@ def filled_with(file_id):
             case.path_parameters["model"] = "llava"
         if "file_id" in case.path_parameters and case.method == "GET":
             case.path_parameters["file_id"] = file_id
+        if "usage" in case.path:  # most dates are of days that are not kept
+            case.query = {"days": 3}
         if case.path == TOKENS:
             case.body = ask_about(data_url(clip(), "video/mp4"))
         if isinstance(case.body, dict) and "model" in case.body:
