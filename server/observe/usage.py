@@ -20,6 +20,7 @@ logger = logging.getLogger(__name__)
 
 DAY_SECONDS: Final = 24 * 3600
 SAVE_SECONDS: Final = 1.0  # between two batches: as much as a gateway that is killed can lose
+PAUSE_SECONDS: Final = 2.0  # after a failure, so that not every question about usage waits for the time-out
 BATCH_ROWS: Final = 200
 LAST_LINES: Final = 100  # of the log, about rows that a gateway can't save before it ends
 PREFIX: Final = "aot-gateway:usage"
@@ -186,6 +187,7 @@ class Ledger:
         """The rows that are on their way to Redis. They stay as they are until Redis has them."""
         self._saving = asyncio.Lock()
         self._lost = False
+        self._resume = 0.0
 
     @property
     def is_shared(self) -> bool:
@@ -218,9 +220,12 @@ class Ledger:
         if not await self.save():
             raise UsageUnavailable("the usage can't be read at the moment, try again later")
         try:
-            return await self._shared.rows(range(first, last + 1), tenant)
+            found = await self._shared.rows(range(first, last + 1), tenant)
         except self._shared.failures as exc:
+            self._note(lost=True, failure=type(exc).__name__)
             raise UsageUnavailable("the usage can't be read at the moment, try again later") from exc
+        self._note(lost=False)
+        return found
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -233,6 +238,7 @@ class Ledger:
             with contextlib.suppress(asyncio.CancelledError):
                 await task
             if self._shared is not None:
+                self._resume = 0.0
                 if not await self.save():
                     self._tell_unsaved()
                 await self._shared.close()
@@ -248,6 +254,9 @@ class Ledger:
         if self._shared is None:
             return True
         async with self._saving:
+            if time.monotonic() < self._resume:
+                self._count_unsaved()
+                return False
             while self._batch or self._rows:
                 if self._batch is None:
                     rows = {place: self._rows[place] for place in islice(self._rows, BATCH_ROWS)}
@@ -260,7 +269,7 @@ class Ledger:
                     self._note(lost=True, failure=type(exc).__name__)
                     return False
                 self._batch = None
-            self._note(lost=False)
+                self._note(lost=False)
             return True
 
     def _note(self, *, lost: bool, failure: str | None = None) -> None:
@@ -269,6 +278,10 @@ class Ledger:
         elif self._lost and not lost:
             logger.info("the usage is saved again")
         self._lost = lost
+        self._resume = time.monotonic() + PAUSE_SECONDS if lost else 0.0
+        self._count_unsaved()
+
+    def _count_unsaved(self) -> None:
         self._unsaved_requests.set(sum(amounts.requests for _, amounts in self._unsaved()))
 
     def _unsaved(self) -> Iterator[tuple[Place, Amounts]]:

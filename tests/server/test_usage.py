@@ -187,7 +187,10 @@ async def test_days_that_are_none_are_refused_with_what_is_allowed(engine, at_no
     assert (error["param"], error["message"], error["type"]) == (param, message, "invalid_request_error")
 
 
-async def test_while_redis_is_gone_requests_are_served_and_their_usage_is_there_afterwards(engine, config, tmp_path):
+async def test_while_redis_is_gone_requests_are_served_and_their_usage_is_there_afterwards(
+    engine, config, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(usage, "PAUSE_SECONDS", 0.0)
     redis = RedisServer(tmp_path)
     try:
         async with gateway(engine, config=config, limits_backend=redis.url) as client:

@@ -150,6 +150,7 @@ async def test_gateways_with_one_redis_add_up_and_a_restart_forgets_nothing(redi
 
 async def test_what_waits_for_a_redis_is_saved_once_when_it_is_back(clock, tenant, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(usage, "SAVE_SECONDS", 0.02)
+    monkeypatch.setattr(usage, "PAUSE_SECONDS", 0.05)
     monkeypatch.setattr(usage, "BATCH_ROWS", 3)
     caplog.set_level(logging.INFO)
     server = RedisServer(tmp_path)
@@ -186,6 +187,7 @@ async def test_a_batch_whose_answer_was_lost_is_not_counted_twice(redis, clock, 
             raise Unreachable("the connection broke after the batch")
 
     monkeypatch.setattr(kept._shared, "add", lose_the_answer)
+    monkeypatch.setattr(usage, "PAUSE_SECONDS", 0.0)
     async with kept.running():
         kept.count(record(), tenant=tenant)
         assert not await kept.save()
@@ -194,6 +196,25 @@ async def test_a_batch_whose_answer_was_lost_is_not_counted_twice(redis, clock, 
         assert await kept.save()
         assert len(set(sent)) == 2
         assert await kept.rows(DAY, DAY, tenant=tenant) == {Place(DAY, tenant, "fast"): TWO}
+
+
+async def test_after_a_failure_redis_is_left_alone_for_a_moment_but_not_at_the_end(clock, tmp_path, monkeypatch):
+    monkeypatch.setattr(usage, "PAUSE_SECONDS", 60.0)
+    kept = ledger(RedisServer(tmp_path).url, clock)
+    sent = []
+
+    async def fail(*_):
+        sent.append(1)
+        raise Unreachable("nobody is there")
+
+    monkeypatch.setattr(kept._shared, "add", fail)
+    async with kept.running():
+        kept.count(record(), tenant="acme")
+        for _ in range(5):
+            with pytest.raises(UsageUnavailable):
+                await kept.rows(DAY, DAY, tenant="acme")
+        assert len(sent) == 1
+    assert len(sent) == 2
 
 
 async def test_what_can_not_be_saved_before_the_end_is_in_the_log(clock, tmp_path, caplog, monkeypatch):
