@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Depends, Query, Request
-from fastapi.responses import PlainTextResponse
+from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel, Field, WithJsonSchema
 
 from server.errors import InvalidRequest, UsageUnavailable
@@ -137,17 +136,20 @@ def usage_router(ledger: Ledger) -> APIRouter:
 
     @router.get(
         "/metrics/usage.csv",
-        response_class=PlainTextResponse,
+        response_class=Response,
         responses={
-            200: {"description": "A row for each day, tenant and model", "content": {"text/csv": {}}},
+            200: {
+                "description": "A row for each day, tenant and model",
+                "content": {"text/csv": {"schema": {"type": "string"}}},
+            },
             **{status: refusals(InvalidRequest, UsageUnavailable)[status] for status in (400, 503)},
         },
     )
-    async def usage_of_all(asked: WhatIsAsked) -> PlainTextResponse:
+    async def usage_of_all(asked: WhatIsAsked) -> Response:
         """Report what all tenants used and saved, by day and model."""
         first, last = _period(asked, today=ledger.today, kept=ledger.days)
         rows = await ledger.rows(first, last, tenant=None)
-        return PlainTextResponse(_csv(rows), media_type="text/csv; charset=utf-8")
+        return Response(_csv(rows), media_type="text/csv")
 
     return router
 
