@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from server.edge.joined import JoinedHeads
+
 MAX_HEAD_BYTES = 64 * 1024  # for the request line with the headers, and for trailers and chunk headers
 
 
@@ -27,7 +29,7 @@ class BoundedHTTP(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the timer for the first request's head."""
-        super().connection_made(transport)
+        super().connection_made(JoinedHeads(transport, self.loop))
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
