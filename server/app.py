@@ -27,6 +27,7 @@ from server.configuration import Configuration
 from server.edge.authentication import Authenticated
 from server.edge.body import BodyLimits
 from server.edge.cors import allow_origins
+from server.edge.direct import Direct
 from server.edge.limits import Limited
 from server.edge.middleware import ErrorsInOpenAIShape, Observed, RefuseWhileDraining, raise_in_our_terms
 from server.engines.catalogue import Catalogue
@@ -105,7 +106,9 @@ def create_app(
     )
     _add_routes(app, settings, config, engines=engines, media=media, drain=drain, metrics=metrics)
     quotas = Quotas(limits_of=config.limits_of, counts=counts, metrics=metrics)
-    app.add_middleware(  # the middleware added last is the outermost
+    direct = [route for route in app.routes if isinstance(route, openapi.RawRoute)]
+    app.add_middleware(Direct, routes=direct)  # the middleware added last is the outermost
+    app.add_middleware(
         Limited,
         quotas=quotas,
         models=lambda: engines.catalogue.names,
