@@ -37,10 +37,11 @@ class Gate:
                 "too many requests are waiting, try again later", retry_after_seconds=self._expected_wait()
             )
         self._admitted += 1
+        self._metrics.inflight_requests.inc()
         try:
-            with self._metrics.inflight_requests.track_inprogress():
-                yield
+            yield
         finally:
+            self._metrics.inflight_requests.dec()
             self._admitted -= 1
 
     @asynccontextmanager
@@ -49,7 +50,10 @@ class Gate:
 
         Raises Overloaded if no slot becomes free in time.
         """
-        await self._acquire()
+        if self._engine_slots.locked():
+            await self._wait_for_slot()
+        else:
+            await self._engine_slots.acquire()
         begin = monotonic()
         try:
             yield
@@ -57,7 +61,7 @@ class Gate:
             self._slot_seconds += _WEIGHT_OF_NEWEST * (monotonic() - begin - self._slot_seconds)
             self._engine_slots.release()
 
-    async def _acquire(self) -> None:
+    async def _wait_for_slot(self) -> None:
         self._metrics.queue_depth.inc()
         try:
             async with asyncio.timeout(self._queue_seconds):

@@ -3,12 +3,13 @@
 import asyncio
 import logging
 import re
+import secrets
+from functools import cache
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from fastapi.exceptions import RequestValidationError
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -54,10 +55,13 @@ class Observed:
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                answered = MutableHeaders(scope=message)
-                answered["x-request-id"] = record.request_id
-                answered["x-aot-gateway-overhead-ms"] = f"{record.overhead_ms():.3f}"
-                answered.update(limit_headers_of(scope))
+                added = {
+                    "x-request-id": record.request_id,
+                    "x-aot-gateway-overhead-ms": f"{record.overhead_ms():.3f}",
+                    **limit_headers_of(scope),
+                }
+                answered = ((name.encode(), value.encode("latin-1")) for name, value in added.items())
+                message["headers"] = [*message.get("headers", ()), *answered]
             await send(message)
 
         try:
@@ -82,7 +86,12 @@ def _route_in(scope: Scope, *, default: str) -> str:
     if route is None and "app" in scope:
         matches = (it for it in scope["app"].routes if it.matches(scope)[0] is Match.FULL)
         route = next(matches, None)
-    return _PATH_PARAMETER.sub("{id}", route.path_format) if isinstance(route, Route) else default
+    return _template(route.path_format) if isinstance(route, Route) else default
+
+
+@cache
+def _template(path_format: str) -> str:
+    return _PATH_PARAMETER.sub("{id}", path_format)
 
 
 def _log(record: RequestRecord, seconds: float, *, tenant: str) -> None:
@@ -197,4 +206,4 @@ def request_id_of(headers: Headers) -> str:
         given = headers.get(name)
         if given is not None and _SANE_ID.fullmatch(given):
             return given
-    return f"req_{uuid4().hex}"
+    return f"req_{secrets.token_hex(16)}"

@@ -63,9 +63,10 @@ class Catalogue:
         Raises UnknownModel, EngineUnavailable if the engines that may serve the model have not reported yet, or
         ModelNotServed if none of them serves the model of the alias.
         """
+        alias = Alias(name, name) if self._aliases is None else self._aliases.get(name)
+        if alias is not None and self._pool.lists(alias.engine_model) and (allowed is None or name in allowed):
+            return alias
         offered = self._offered()
-        if name in offered and (allowed is None or name in allowed):
-            return offered[name]
         is_alias = name in (self._aliases or ()) and (allowed is None or name in allowed)
         if self._aliases is None or is_alias:
             if not self._pool.models or (is_alias and not self._pool.all_seen):

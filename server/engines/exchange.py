@@ -4,7 +4,7 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -14,7 +14,7 @@ import aiohttp
 from server.engines.pool import Attempt, Engine, EnginePool
 from server.engines.profile import VideoRules
 from server.engines.savings import Savings
-from server.engines.session import Connecting, EngineSession
+from server.engines.session import EngineSession, connected_at
 from server.engines.streams import EventStream, is_aborted
 from server.errors import (
     EngineFailed,
@@ -107,7 +107,7 @@ class Exchange:
         Raises EngineFailed if it is larger than LONGEST_ANSWER_BYTES, incomplete, or of a request that was aborted.
         """
         pieces, size_bytes = [], 0
-        async for piece in self.pieces():
+        async for piece in self._received():
             pieces.append(piece)
             size_bytes += len(piece)
             if size_bytes > LONGEST_ANSWER_BYTES:
@@ -121,7 +121,7 @@ class Exchange:
     @property
     def _says_its_end(self) -> bool:
         """Whether the body says where it ends. Otherwise it ends where the connection does, wherever that is."""
-        return bool({"content-length", "transfer-encoding"} & {name.lower() for name in self._response.headers})
+        return "content-length" in self._response.headers or "transfer-encoding" in self._response.headers
 
     async def begin(self) -> None:
         """Read a stream until it holds output, and keep what was read for `pieces`.
@@ -202,13 +202,13 @@ class Exchanges:
         Raises EngineUnavailable, EngineFailed, EngineTimeout, or the engine's own error.
         """
         content = _identity(call, body)
-        async with AsyncExitStack() as held:
+        with ExitStack() as held:
             exchange = await self._answered(call, body, content, record, held)
             del body  # frees the memory early: a body may have megabytes, and the answer may take minutes
             yield exchange
 
     async def _answered(
-        self, call: Call, body: Body, content: bytes, record: RequestRecord, held: AsyncExitStack
+        self, call: Call, body: Body, content: bytes, record: RequestRecord, held: ExitStack
     ) -> Exchange:
         """Return the answer of the first engine that accepts the request.
 
@@ -243,10 +243,10 @@ class Exchanges:
                     reason = "misconfigured"
                 else:
                     raise refusal from None
-            await held.aclose()
+            held.close()
         raise refusal
 
-    async def _ask(self, asking: "_Asking", attempt: Attempt, held: AsyncExitStack) -> Exchange:
+    async def _ask(self, asking: "_Asking", attempt: Attempt, held: ExitStack) -> Exchange:
         """Return the answer of one engine.
 
         A request with media that the engine answers with 500 is sent to it once more. After a request that vLLM
@@ -269,7 +269,7 @@ class Exchanges:
             self._judge(asking, attempt, refused)
             raise refused.error from None
 
-    async def _once(self, asking: "_Asking", attempt: Attempt, held: AsyncExitStack) -> Exchange:
+    async def _once(self, asking: "_Asking", attempt: Attempt, held: ExitStack) -> Exchange:
         response = await self._send(asking, attempt)
         held.callback(_let_go, response)
         if response.status != 200:
@@ -293,7 +293,6 @@ class Exchanges:
 
     async def _send(self, asking: "_Asking", attempt: Attempt) -> aiohttp.ClientResponse:
         call, body, record = asking.call, asking.body, asking.record
-        connecting = Connecting()
         size_bytes = sum(map(len, body))
         begin = perf_counter()
         # If the answer is not a stream, the engine sends its headers only when it has generated the whole answer.
@@ -313,7 +312,6 @@ class Exchanges:
                         **asking.traced,
                     },
                     allow_redirects=False,
-                    trace_request_ctx=connecting,
                 )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
             attempt.unreachable()
@@ -323,7 +321,7 @@ class Exchanges:
             raise _broken(exc, gone=attempt.wait.in_vain) from exc
         finally:
             attempt.wait.over()
-        record.engine_answered(begin=begin, connected=connecting.finished or begin, answered=perf_counter())
+        record.engine_answered(begin=begin, connected=connected_at(), answered=perf_counter())
         return response
 
     async def _refusal(self, response: aiohttp.ClientResponse, engine: Engine, request_id: str) -> GatewayError:

@@ -146,6 +146,10 @@ class EnginePool:
         """The cards of all models by name. An engine that is down counts with the models it served last."""
         return {name: card for engine in reversed(self.engines) for name, card in engine.models.items()}
 
+    def lists(self, model: str) -> bool:
+        """Return whether `model` is one of `models`."""
+        return any(model in engine.models for engine in self.engines)
+
     @property
     def all_seen(self) -> bool:
         """Whether every engine has listed its models at least once."""

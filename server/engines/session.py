@@ -1,11 +1,14 @@
 """The HTTP connections to engines."""
 
 import socket
+from contextvars import ContextVar
 from time import perf_counter
-from types import SimpleNamespace, TracebackType
-from typing import Any, Self
+from types import TracebackType
+from typing import Self
 
 import aiohttp
+from aiohttp.connector import Connection
+from aiohttp.tracing import Trace
 
 # Below the 5 s after which vLLM's uvicorn closes idle connections. A request on a connection that the engine closes at
 # that moment fails, and may not be sent again.
@@ -14,10 +17,26 @@ KEEPALIVE_SECONDS = 3.0
 LOST_AFTER_SECONDS = 4
 
 
-class Connecting:
-    """The `trace_request_ctx` of a request: records the time when its connection was open."""
+_connected: ContextVar[float] = ContextVar("connected")
 
-    finished: float | None = None
+
+def connected_at() -> float:
+    """Return when the connection of this task's latest request was open, in perf_counter seconds.
+
+    Raises LookupError if the task has sent no request.
+    """
+    return _connected.get()
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Notes when a request has got its connection. aiohttp's own tracing would make calls for each of its steps."""
+
+    async def connect(
+        self, req: aiohttp.ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
+    ) -> Connection:
+        connection = await super().connect(req, traces, timeout)
+        _connected.set(perf_counter())
+        return connection
 
 
 class EngineSession:
@@ -44,15 +63,11 @@ class EngineSession:
 
     async def __aenter__(self) -> Self:
         """Open the session. Connections are opened on demand."""
-        timing = aiohttp.TraceConfig()
-        timing.on_connection_create_end.append(_note_connected)
-        timing.on_connection_reuseconn.append(_note_connected)
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, socket_factory=_probed_socket),
+            connector=_Connector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, socket_factory=_probed_socket),
             timeout=self._timeout,
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"accept-encoding": "identity", "user-agent": "aot-gateway", **self._authorization},
-            trace_configs=[timing],
         )
         return self
 
@@ -72,8 +87,3 @@ def _probed_socket(found: aiohttp.AddrInfoType) -> socket.socket:
         if hasattr(socket, f"TCP_{name}"):  # some systems lack one of them
             probed.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
     return probed
-
-
-async def _note_connected(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: Any) -> None:
-    if isinstance(context.trace_request_ctx, Connecting):
-        context.trace_request_ctx.finished = perf_counter()
