@@ -218,7 +218,8 @@ class Allowance:
             checks.append(self._check("tokens", 1, limits.tokens_per_minute))
         if limits.video_seconds_per_minute is not None:
             checks.append(self._check("video-seconds", 0, limits.video_seconds_per_minute))
-        outcomes = await asyncio.gather(*checks, return_exceptions=True)  # runs all checks: each sets its headers
+        # All checks run, because each sets its headers.
+        outcomes = await asyncio.gather(*checks, return_exceptions=True) if checks else ()
         refusal = next((outcome for outcome in outcomes if outcome is not None), None)
         if limits.requests_per_minute is not None:
             if refusal is None:

@@ -47,9 +47,8 @@ async def consume_body(
     The count decides whether the body is too large. A wrong `content-length` can't get around it.
     Raises BodyTooLarge, BodyTimeout or ClientGone, and InvalidRequest if `content-length` is not a number.
     """
-    too_large = BodyTooLarge(f"the request body is larger than {max_bytes} bytes")
     if (declared_length(headers) or 0) > max_bytes:
-        raise too_large
+        raise _too_large(max_bytes)
     size = 0
     try:
         async with asyncio.timeout(seconds):
@@ -60,12 +59,16 @@ async def consume_body(
                 piece = message.get("body", b"")
                 size += len(piece)
                 if size > max_bytes:
-                    raise too_large
+                    raise _too_large(max_bytes)
                 await consume(piece)
                 if not message.get("more_body", False):
                     return
     except TimeoutError:
         raise BodyTimeout(f"the request body did not arrive within {seconds:g} seconds") from None
+
+
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the request body is larger than {max_bytes} bytes")
 
 
 async def read_body(headers: Headers, receive: Receive, buffer: Buffer, limits: BodyLimits) -> bytearray:

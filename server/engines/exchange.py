@@ -215,7 +215,8 @@ class Exchanges:
         Whatever must be released after the answer has been read is pushed on the exit stack `held`.
         """
         tried: list[Engine] = []
-        reason, refusal = "", GatewayError("")
+        reason = ""
+        refusal: GatewayError | None = None
         while len(tried) < MAX_ATTEMPTS:
             try:
                 attempt = held.enter_context(
@@ -244,6 +245,7 @@ class Exchanges:
                 else:
                     raise refusal from None
             held.close()
+        assert refusal is not None  # noqa: S101 - the loop ends without an answer only after a refusal
         raise refusal
 
     async def _ask(self, asking: "_Asking", attempt: Attempt, held: ExitStack) -> Exchange:
