@@ -15,6 +15,8 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.types import ASGIApp
 
 from server import __version__, configuration, openapi
 from server.admission.auth import metrics_keys, tenant_keys
@@ -95,7 +97,7 @@ def create_app(
             await stack.enter_async_context(engines.running())
             yield
 
-    app = FastAPI(
+    app = _Application(
         title="AOT gateway",
         version=__version__,
         lifespan=running,
@@ -120,6 +122,15 @@ def create_app(
     app.add_middleware(Observed, metrics=metrics, tracing=tracing)
     allow_origins(app, settings.cors_origins, headers=openapi.ANSWER_HEADERS)
     return app
+
+
+class _Application(FastAPI):
+    """An application without Starlette's outermost layer, which answers failures: ErrorsInOpenAIShape does that."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Return all other layers."""
+        stack = super().build_middleware_stack()
+        return stack.app if isinstance(stack, ServerErrorMiddleware) else stack
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Observed:
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
-                record.status = message["status"]
+                record.status, record.has_answer = message["status"], True
                 added = {
                     "x-request-id": record.request_id,
                     "x-aot-gateway-overhead-ms": f"{record.overhead_ms():.3f}",
@@ -124,7 +124,7 @@ def _log(record: RequestRecord, seconds: float, *, tenant: str) -> None:
 
 
 class ErrorsInOpenAIShape:
-    """Middleware that answers every exception with OpenAI's error object.
+    """Middleware that answers every exception with OpenAI's error object, unless an answer has begun.
 
     An exception that is not a GatewayError is logged, and its answer holds no details.
     """
@@ -135,15 +135,8 @@ class ErrorsInOpenAIShape:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        started = False
-
-        async def send_watched(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
         try:
-            await self._app(scope, receive, send_watched)
+            await self._app(scope, receive, send)
         except Exception as exc:
             if scope["type"] != "http":
                 raise
@@ -152,7 +145,7 @@ class ErrorsInOpenAIShape:
                 logger.exception("unexpected failure", extra={"request_id": record.request_id})
             answer = answer_to(exc)
             record.fail(answer)
-            if not started:
+            if not record.has_answer:
                 await Response(answer.body(), answer.status, answer.headers, "application/json")(scope, receive, send)
 
 

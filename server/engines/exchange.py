@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -96,7 +97,8 @@ class Exchange:
         self._attempt = attempt
         self._call = call
         self._content = content
-        self._ahead: list[bytes] = []
+        self._ahead: deque[bytes] = deque()
+        self._has_begun = False
         self.savings = Savings.from_headers(response.headers)
         self.is_stream = response.content_type == "text/event-stream"
         self.content_type = response.headers.get("content-type", "application/json")
@@ -107,7 +109,7 @@ class Exchange:
         Raises EngineFailed if it is larger than LONGEST_ANSWER_BYTES, incomplete, or of a request that was aborted.
         """
         pieces, size_bytes = [], 0
-        async for piece in self._received():
+        while piece := await self.next_piece():
             pieces.append(piece)
             size_bytes += len(piece)
             if size_bytes > LONGEST_ANSWER_BYTES:
@@ -124,14 +126,14 @@ class Exchange:
         return "content-length" in self._response.headers or "transfer-encoding" in self._response.headers
 
     async def begin(self) -> None:
-        """Read a stream until it holds output, and keep what was read for `pieces`.
+        """Read a stream until it holds output, and keep what was read for `next_piece`.
 
         Raises Refused if the stream holds an error and no output: nothing was generated.
         """
         if self._call.reader is None:
             return
         stream = self._call.reader(None)
-        async for piece in self._received():
+        while piece := await self._receive():
             self._ahead.append(piece)
             stream.feed(piece)
             if stream.failure is not None and not stream.tokens:
@@ -139,34 +141,30 @@ class Exchange:
             if stream.tokens or stream.done or stream.failure is not None:
                 return
 
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """Yield the body as it arrives. Whoever reads it says with `complete` or `broke_off` what has come of it."""
-        ahead, self._ahead = self._ahead, []
-        for piece in ahead:
-            yield piece
-        async for piece in self._received():
-            yield piece
+    async def next_piece(self) -> bytes:
+        """Return the next piece of the body as soon as it arrives, empty at the end.
 
-    async def _received(self) -> AsyncIterator[bytes]:
-        content, wait = self._response.content, self._attempt.wait
-        give_up = partial(content.set_exception, aiohttp.ServerDisconnectedError())
-        begun = False
+        Whoever reads it says with `complete` or `broke_off` what has come of it.
+        """
+        return self._ahead.popleft() if self._ahead else await self._receive()
+
+    async def _receive(self) -> bytes:
+        wait = self._attempt.wait
+        wait.begin(self._give_up)
         try:
-            while True:
-                wait.begin(give_up)
-                piece = await content.readany()
-                wait.over()
-                if not piece:
-                    return
-                if not begun:
-                    begun = True
-                    self._attempt.answer_begins()
-                yield piece
+            piece = await self._response.content.readany()
         except (aiohttp.ClientError, OSError) as exc:
             self._attempt.failed()
             raise _broken(exc) from exc
         finally:
             wait.over()
+        if piece and not self._has_begun:
+            self._has_begun = True
+            self._attempt.answer_begins()
+        return piece
+
+    def _give_up(self) -> None:
+        self._response.content.set_exception(aiohttp.ServerDisconnectedError())
 
     def complete(self) -> None:
         """Note that the answer is complete: the engine works."""

@@ -5,8 +5,6 @@ import re
 from functools import lru_cache
 from typing import Final
 
-import msgspec
-
 _MODEL = re.compile(rb'"model":\s*("(?:[^"\\]|\\.)*")')  # always a key: inside a JSON string, its quotes are escaped
 _HEAD_BYTES: Final = 2048
 

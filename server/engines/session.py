@@ -32,8 +32,12 @@ class _Connector(aiohttp.TCPConnector):
     """Notes when a request has got its connection. aiohttp's own tracing would make calls for each of its steps."""
 
     async def connect(
-        self, req: aiohttp.ClientRequest, traces: list[Trace], timeout: aiohttp.ClientTimeout
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list[Trace],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - as in the base class
     ) -> Connection:
+        """Return a connection for a request: one that is kept, or a new one."""
         connection = await super().connect(req, traces, timeout)
         _connected.set(perf_counter())
         return connection

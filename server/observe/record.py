@@ -39,6 +39,8 @@ class RequestRecord:
     engine_model: str | None = None
     stream: bool = False
     status: int = 500
+    has_answer: bool = False
+    """Whether the head of the answer has been sent."""
     reason: str | None = None
     """Why the request ended in an error: a label value of `rejections_total`."""
     code: str | None = None

@@ -184,7 +184,7 @@ class Generation(ABC, Generic[R]):
         answer.address(exchange, {"cache-control": "no-cache", "x-accel-buffering": "no"})
         await answer.start(stream)
         tokens, latest, prompt_tokens = 0, record.received, record.tokens
-        async for piece in exchange.pieces():
+        while piece := await exchange.next_piece():
             passed = stream.feed(piece)
             record.usage = stream.usage
             record.tokens = tokens_of(stream.usage) or prompt_tokens + stream.tokens
