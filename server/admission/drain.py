@@ -1,14 +1,14 @@
 """Graceful shutdown: new requests are refused, and running requests may finish within a time limit."""
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from time import monotonic
 from types import TracebackType
 from typing import Self
 
 from starlette.types import Receive
 
+from server.admission.held import Held
 from server.errors import ClientGone, Draining, GatewayError
 
 
@@ -41,16 +41,20 @@ class Drain:
             return True
         return self._in_flight == 0
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Count a request, so that the shutdown waits for it; raise Draining if the shutdown has begun."""
+    def request(self) -> AbstractContextManager[None]:
+        """Return a context manager that counts a request, so that the shutdown waits for it.
+
+        It raises Draining if the shutdown has begun.
+        """
+        return Held(self._enter, self._leave)
+
+    def _enter(self) -> None:
         if self.has_begun:
             raise Draining("the gateway is shutting down")
         self._in_flight += 1
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
+
+    def _leave(self) -> None:
+        self._in_flight -= 1
 
     def leash(self, receive: Receive) -> "Leash":
         """Return a context manager that interrupts its block if the client disconnects or the drain time is up.

@@ -5,7 +5,7 @@ import json
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
@@ -189,9 +189,10 @@ class Exchanges:
         self._metrics = metrics
         self._headers_seconds = headers_seconds
 
-    @asynccontextmanager
-    async def exchange(self, call: Call, body: Body, record: RequestRecord) -> AsyncIterator[Exchange]:
-        """Post a request to an engine and yield its answer. Leaving the block early makes the engine abort the request.
+    async def exchange(self, call: Call, body: Body, record: RequestRecord, held: ExitStack) -> Exchange:
+        """Post a request to an engine and return its answer.
+
+        Closing `held` ends the exchange. Before the answer is complete, this makes the engine abort the request.
 
         Another engine is tried if the first one can't be connected to, answers 503 or is not set up for the request,
         because it has then spent no computing time on it. There are at most MAX_ATTEMPTS attempts. A request that an
@@ -200,18 +201,6 @@ class Exchanges:
         Raises EngineUnavailable, EngineFailed, EngineTimeout, or the engine's own error.
         """
         content = _identity(call, body)
-        with ExitStack() as held:
-            exchange = await self._answered(call, body, content, record, held)
-            del body  # frees the memory early: a body may have megabytes, and the answer may take minutes
-            yield exchange
-
-    async def _answered(
-        self, call: Call, body: Body, content: bytes, record: RequestRecord, held: ExitStack
-    ) -> Exchange:
-        """Return the answer of the first engine that accepts the request.
-
-        Whatever must be released after the answer has been read is pushed on the exit stack `held`.
-        """
         tried: list[Engine] = []
         reason = ""
         refusal: GatewayError | None = None

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import msgspec
 
+_FIELDS = msgspec.json.Decoder(dict[str, Any])
 _USAGE = b'"usage":'  # always a key: inside a JSON string, its quotes would be escaped
 MOST_USAGE_KEYS = 16  # that are looked at, the last first
 BEFORE, AFTER, RETENTION = "x-aot-video-tokens-before", "x-aot-video-tokens-after", "x-aot-video-retention"
@@ -88,7 +89,7 @@ def _from_usage_on(body: bytes) -> tuple[int, dict[str, Any]]:
         if begin < 0:
             break
         try:
-            return begin, msgspec.json.decode(b"{" + body[begin:], type=dict[str, Any])
+            return begin, _FIELDS.decode(b"{" + body[begin:])
         except (msgspec.MsgspecError, ValueError):
             continue
     return len(body), {}

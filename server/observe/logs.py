@@ -42,7 +42,9 @@ def _second(seconds: int) -> str:
 
 def configure(level: str, stream: TextIO | None = None) -> None:
     """Write the log records of the gateway and of uvicorn to `stream`, by default stdout, as JSON lines."""
-    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False  # no line says these
+    # No line says these; logging's documentation advises to switch them off like this.
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
+    logging._srcfile = None
     handler = logging.StreamHandler(sys.stdout if stream is None else stream)
     handler.setFormatter(JSONLines())
     for name in ("server", "uvicorn"):
