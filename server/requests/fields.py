@@ -67,24 +67,23 @@ def parse_json_object(body: bytes | bytearray) -> dict[str, Any]:
 
 def _parse_slowly(body: bytes | bytearray) -> Any:
     """Return the value in a `body` that the fast parser does not take; raise InvalidRequest with the reason."""
-    constants: list[str] = []
+    complaints: list[str] = []
 
-    def note_constant(name: str) -> float:
-        constants.append(name)
+    def constant(name: str) -> float:
+        complaints.append(f"the request body is not valid JSON: it holds {name}")
         return math.nan
 
+    def number(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            complaints.append(_NOT_JSON)
+        return value
+
     try:
-        fields = json.loads(body.decode("utf-8"), parse_constant=note_constant, parse_float=_finite)
+        fields = json.loads(body.decode("utf-8"), parse_constant=constant, parse_float=number)
     except (ValueError, RecursionError) as exc:
         raise InvalidRequest("the request body is not valid JSON") from exc
-    if constants and isinstance(fields, dict):
+    if complaints and isinstance(fields, dict):
         read_aot(fields.get("aot"))  # names the place if it is the one that matters
-        raise InvalidRequest(f"the request body is not valid JSON: it holds {constants[0]}")
+        raise InvalidRequest(complaints[0])
     return fields
-
-
-def _finite(number: str) -> float:
-    value = float(number)
-    if math.isinf(value):
-        raise InvalidRequest(_NOT_JSON)
-    return value
