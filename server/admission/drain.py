@@ -11,6 +11,8 @@ from starlette.types import Receive
 from server.admission.held import Held
 from server.errors import ClientGone, Draining, GatewayError
 
+WATCH_AFTER_SECONDS = 0.02  # a request that is over by then needs no task that watches its client
+
 
 class Drain:
     """The state of the shutdown: whether it has begun, and which requests are still running."""
@@ -75,14 +77,15 @@ class Leash:
         self._receive = receive
         self._others = others
         self._reason: GatewayError | None = None
+        self._watcher: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        """Start watching."""
+        """Watch the client from WATCH_AFTER_SECONDS on; `cut` works at once."""
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine always runs in a task
         self._task = task
         self._others.add(self)
-        self._watcher = asyncio.create_task(self._watch())
+        self._start = asyncio.get_running_loop().call_later(WATCH_AFTER_SECONDS, self._start_watching)
         return self
 
     async def __aexit__(
@@ -90,7 +93,9 @@ class Leash:
     ) -> None:
         """Stop watching. If `cut` has cancelled the task, raise its reason in place of the CancelledError."""
         self._others.discard(self)
-        self._watcher.cancel()
+        self._start.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
         if self._reason is not None and self._task.uncancel() == 0 and exc_type is asyncio.CancelledError:
             raise self._reason from None
 
@@ -99,6 +104,9 @@ class Leash:
         if self._reason is None:
             self._reason = reason
             self._task.cancel()
+
+    def _start_watching(self) -> None:
+        self._watcher = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -40,14 +40,19 @@ def declared_length(headers: Headers) -> int | None:
 
 
 async def consume_body(
-    headers: Headers, receive: Receive, consume: Callable[[bytes], Awaitable[None]], *, max_bytes: int, seconds: float
+    receive: Receive,
+    consume: Callable[[bytes], Awaitable[None]],
+    *,
+    announced: int | None,
+    max_bytes: int,
+    seconds: float,
 ) -> None:
-    """Pass the body to `consume`, one piece at a time, and count the bytes.
+    """Pass the body to `consume`, one piece at a time, and count the bytes. `announced` is the `declared_length`.
 
     The count decides whether the body is too large. A wrong `content-length` can't get around it.
-    Raises BodyTooLarge, BodyTimeout or ClientGone, and InvalidRequest if `content-length` is not a number.
+    Raises BodyTooLarge, BodyTimeout or ClientGone.
     """
-    if (declared_length(headers) or 0) > max_bytes:
+    if (announced or 0) > max_bytes:
         raise _too_large(max_bytes)
     size = 0
     try:
@@ -74,7 +79,7 @@ def _too_large(max_bytes: int) -> BodyTooLarge:
 async def read_body(headers: Headers, receive: Receive, buffer: Buffer, limits: BodyLimits) -> bytearray:
     """Return the request's body, whose size is counted in `buffer`.
 
-    Raises Overloaded if the buffer has no room, and the errors of `consume_body`.
+    Raises Overloaded if the buffer has no room, and the errors of `declared_length` and `consume_body`.
     """
     body = bytearray()
     announced = declared_length(headers) or 0
@@ -89,7 +94,7 @@ async def read_body(headers: Headers, receive: Receive, buffer: Buffer, limits: 
             raise
         body.extend(piece)
 
-    await consume_body(headers, receive, keep, max_bytes=limits.max_bytes, seconds=limits.seconds)
+    await consume_body(receive, keep, announced=announced, max_bytes=limits.max_bytes, seconds=limits.seconds)
     return body
 
 

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import re
 import secrets
+from collections.abc import Iterable
 from functools import cache
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 API = "/v1"
-_SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_ID_HEADERS = (b"x-request-id", b"x-client-request-id")  # the first that is there counts
+_SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 _PATH_PARAMETER = re.compile(r"\{[^}]+\}")
 
 
@@ -46,10 +48,9 @@ class Observed:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        record = RequestRecord(request_id_of(headers))
+        record = RequestRecord(request_id_of(scope["headers"]))
         if self._tracing is not None and scope["path"].startswith("/v1/"):
-            record.trace = self._tracing.begin(headers, scope["method"])
+            record.trace = self._tracing.begin(Headers(scope=scope), scope["method"])
         set_record(scope, record)
 
         async def send_marked(message: Message) -> None:
@@ -193,10 +194,10 @@ def _near(request: Request) -> str:
     return "/openapi.json lists all paths"
 
 
-def request_id_of(headers: Headers) -> str:
+def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """Return the request id from the client's headers if it is safe to log, otherwise a new one."""
-    for name in ("x-request-id", "x-client-request-id"):
-        given = headers.get(name)
-        if given is not None and _SANE_ID.fullmatch(given):
-            return given
+    given = {name: value for name, value in headers if name in _ID_HEADERS}
+    for name in _ID_HEADERS:
+        if name in given and _SANE_ID.fullmatch(given[name]):
+            return given[name].decode()
     return f"req_{secrets.token_hex(16)}"

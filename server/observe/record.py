@@ -88,8 +88,10 @@ class RequestRecord:
 
     def count_of(self, *names: str) -> int | None:
         """Return the first of these counts in the engine's `usage`, None if it has none of them."""
-        counts = (self.usage.get(name) for name in names)
-        return next((count for count in counts if type(count) is int), None)
+        for name in names:
+            if type(count := self.usage.get(name)) is int:
+                return count
+        return None
 
     @property
     def prompt_tokens(self) -> int | None:
