@@ -1,6 +1,6 @@
 """The middleware that leads requests to the endpoints that are plain ASGI applications."""
 
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable
 
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -18,11 +18,10 @@ class Direct:
         self._app = app
         self._routes = {(method, route.path): route for route in routes for method in route.methods or ()}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Serve one request. This is no coroutine of its own, because every chunk of a stream passes through each."""
         route = self._routes.get((scope["method"], scope["path"])) if scope["type"] == "http" else None
         if route is None:
-            await self._app(scope, receive, send)
-        else:
-            scope["route"] = route
-            await route.app(scope, receive, send)
+            return self._app(scope, receive, send)
+        scope["route"] = route
+        return route.app(scope, receive, send)

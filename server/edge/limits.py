@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.admission.quotas import Allowance, Quotas
+from server.admission.quotas import Quotas
 from server.edge.body import skim_model
 from server.edge.state import caller_of, record_of, set_allowance
 from server.errors import RateLimited
@@ -35,20 +35,17 @@ class Limited:
         allowance = self._quotas.allowance(caller_of(scope).tenant)
         set_allowance(scope, allowance)
         try:
-            await self._counted(allowance, scope, receive, send)
+            try:
+                await allowance.enter()
+                await self._app(scope, receive, send)
+            finally:
+                await allowance.leave(tokens=record.tokens)
         except RateLimited:
             allowance.note_refused()
             if record.model == NO_MODEL and scope["method"] == "POST":
                 model = await skim_model(Headers(scope=scope), receive, self._models(), max_bytes=self._max_body_bytes)
                 record.model = model or NO_MODEL
             raise
-
-    async def _counted(self, allowance: Allowance, scope: Scope, receive: Receive, send: Send) -> None:
-        try:
-            await allowance.enter()
-            await self._app(scope, receive, send)
-        finally:
-            await allowance.leave(tokens=record_of(scope).tokens)
 
 
 def _is_counted(method: str, path: str) -> bool:

@@ -132,23 +132,23 @@ class Exchange:
         """
         if self._call.reader is None:
             return
-        stream = self._call.reader(None)
-        while piece := await self._receive():
-            self._ahead.append(piece)
+        stream, read = self._call.reader(None), deque[bytes]()
+        while piece := await self.next_piece():
+            read.append(piece)
             stream.feed(piece)
             if stream.failure is not None and not stream.tokens:
                 raise Refused(stream.failure, status=500 if isinstance(stream.failure, EngineFailed) else None)
             if stream.tokens or stream.done or stream.failure is not None:
-                return
+                break
+        self._ahead = read
 
     async def next_piece(self) -> bytes:
         """Return the next piece of the body as soon as it arrives, empty at the end.
 
         Whoever reads it says with `complete` or `broke_off` what has come of it.
         """
-        return self._ahead.popleft() if self._ahead else await self._receive()
-
-    async def _receive(self) -> bytes:
+        if self._ahead:
+            return self._ahead.popleft()
         wait = self._attempt.wait
         wait.begin(self._give_up)
         try:
