@@ -179,7 +179,6 @@ def _engines(settings: Settings, config: Configuration, metrics: Metrics) -> _En
         metrics.retention_limit.labels(name).set(alias.max_retention)
     session = EngineSession(
         connect_seconds=settings.engine_connect_seconds,
-        read_seconds=settings.engine_read_seconds,
         api_key=_engine_key(settings),
     )
     wanted = Wanted(
@@ -192,6 +191,7 @@ def _engines(settings: Settings, config: Configuration, metrics: Metrics) -> _En
         session=session,
         metrics=metrics,
         health_seconds=settings.engine_health_seconds,
+        read_seconds=settings.engine_read_seconds,
         wanted=wanted,
     )
     return _Engines(

@@ -164,7 +164,10 @@ class Exchange:
         return piece
 
     def _give_up(self) -> None:
-        self._response.content.set_exception(aiohttp.ServerDisconnectedError())
+        gone = self._attempt.wait.in_vain
+        self._response.content.set_exception(
+            aiohttp.ServerDisconnectedError() if gone else aiohttp.SocketTimeoutError()
+        )
 
     def complete(self) -> None:
         """Note that the answer is complete: the engine works."""
@@ -285,7 +288,7 @@ class Exchanges:
         size_bytes = sum(map(len, body))
         begin = perf_counter()
         # If the answer is not a stream, the engine sends its headers only when it has generated the whole answer.
-        # Then only the session's limit on silence applies.
+        # Then only the pool's limit on silence applies.
         limit = self._headers_seconds if call.is_stream else None
         try:
             async with asyncio.timeout(limit) as deadline:

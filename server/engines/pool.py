@@ -127,13 +127,19 @@ class EnginePool:
         session: EngineSession,
         metrics: Metrics,
         health_seconds: float,
+        read_seconds: float,
         wanted: Wanted = Wanted(),  # noqa: B008 - it is frozen
     ) -> None:
-        """Start with all engines down, until `check` or `watch` finds them up. `wanted` is what they should serve."""
+        """Start with all engines down, until `check` or `watch` finds them up.
+
+        An engine is asked for its health every `health_seconds`, and may be silent for `read_seconds` while a request
+        waits for it. `wanted` is what the engines should serve.
+        """
         self.engines = [Engine(f"engine-{i}", url) for i, url in enumerate(urls)]
         self._session = session
         self._metrics = metrics
         self._health_seconds = health_seconds
+        self._read_seconds = read_seconds
         self._wanted = wanted
         self._unserved: frozenset[str] = frozenset()
         self._choices = itertools.count(1)
@@ -266,7 +272,12 @@ class EnginePool:
         await asyncio.gather(
             *(self._watch(engine) for engine in self.engines),
             *(
-                silence.watch(engine.url, engine.waits, gone=partial(self.mark_unreachable, engine))
+                silence.watch(
+                    engine.url,
+                    engine.waits,
+                    longest_seconds=self._read_seconds,
+                    gone=partial(self.mark_unreachable, engine),
+                )
                 for engine in self.engines
             ),
         )

@@ -49,12 +49,12 @@ class EngineSession:
     It sets no limit on connections, because the admission queue already limits the requests in flight.
     """
 
-    def __init__(self, *, connect_seconds: float, read_seconds: float, api_key: str | None = None) -> None:
-        """Set the time-outs: for a connection, and for the longest silence while an answer is read.
+    def __init__(self, *, connect_seconds: float, api_key: str | None = None) -> None:
+        """Set the time-out for a connection. Who sends a request limits the rest of its time.
 
         `api_key` is sent to all engines; None sends no key.
         """
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds, sock_read=read_seconds)
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds)
         self._authorization = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self._http: aiohttp.ClientSession | None = None
 
