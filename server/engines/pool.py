@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
@@ -128,12 +128,12 @@ class EnginePool:
         metrics: Metrics,
         health_seconds: float,
         read_seconds: float,
-        wanted: Wanted = Wanted(),  # noqa: B008 - it is frozen
+        wanted: Callable[[], Wanted] = Wanted,
     ) -> None:
         """Start with all engines down, until `check` or `watch` finds them up.
 
         An engine is asked for its health every `health_seconds`, and may be silent for `read_seconds` while a request
-        waits for it. `wanted` is what the engines should serve.
+        waits for it. `wanted` returns what the engines should serve.
         """
         self.engines = [Engine(f"engine-{i}", url) for i, url in enumerate(urls)]
         self._session = session
@@ -310,7 +310,7 @@ class EnginePool:
     def _examine(self, engine: Engine, *, reconnected: bool) -> None:
         """Check whether the engine is set up for the gateway, and say so when it comes up or something has changed."""
         before, profile = engine.checks, engine.profile
-        engine.checks = examine(self._wanted, takes_key=engine.takes_key, models=engine.models, profile=profile)
+        engine.checks = examine(self._wanted(), takes_key=engine.takes_key, models=engine.models, profile=profile)
         for check in before.keys() - engine.checks.keys():
             self._metrics.engine_check.remove(engine.name, check)
         for check, outcome in engine.checks.items():
@@ -325,7 +325,7 @@ class EnginePool:
             logger.warning("engine check failed: %s", REMEDIES[check], extra={"engine": engine.name, "check": check})
 
     def _note_unserved(self) -> None:
-        unserved = (self._wanted.models or frozenset()).difference(self.models)
+        unserved = (self._wanted().models or frozenset()).difference(self.models)
         if unserved - self._unserved and self.all_seen:
             logger.warning(
                 "no engine serves some of the models that aliases name: these aliases are not offered",
