@@ -45,6 +45,7 @@ class JoinedHeads(asyncio.Transport):
 
     def abort(self) -> None:
         """Close the transport at once."""
+        self._head = b""
         self._transport.abort()
 
     def is_closing(self) -> bool:
