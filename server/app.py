@@ -15,6 +15,8 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.types import ASGIApp
 
 from server import __version__, openapi
 from server.admission.buffers import Buffers
@@ -26,6 +28,7 @@ from server.configuration import Configuration
 from server.edge.authentication import Authenticated
 from server.edge.body import BodyLimits
 from server.edge.cors import allow_origins
+from server.edge.direct import Direct
 from server.edge.limits import Limited
 from server.edge.middleware import ErrorsInOpenAIShape, Observed, RefuseWhileDraining, raise_in_our_terms
 from server.engines.catalogue import Catalogue
@@ -105,7 +108,7 @@ def create_app(
             await stack.enter_async_context(_until_the_end(config.watch()))
             yield
 
-    app = FastAPI(
+    app = _Application(
         title="AOT gateway",
         version=__version__,
         lifespan=running,
@@ -135,7 +138,9 @@ def _add_middleware(
     quotas = Quotas(
         limits_of=lambda tenant: config.active.configuration.limits_of(tenant), counts=counts, metrics=metrics
     )
-    app.add_middleware(  # the middleware added last is the outermost
+    direct = [route for route in app.routes if isinstance(route, openapi.RawRoute)]
+    app.add_middleware(Direct, routes=direct)  # the middleware added last is the outermost
+    app.add_middleware(
         Limited,
         quotas=quotas,
         models=lambda: catalogue.names,
@@ -144,6 +149,15 @@ def _add_middleware(
     app.add_middleware(Authenticated, tenants=lambda: config.active.tenants, metrics=lambda: config.active.metrics)
     app.add_middleware(RefuseWhileDraining, drain=drain)
     app.add_middleware(ErrorsInOpenAIShape)
+
+
+class _Application(FastAPI):
+    """An application without Starlette's outermost layer, which answers failures: ErrorsInOpenAIShape does that."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Return all other layers."""
+        stack = super().build_middleware_stack()
+        return stack.app if isinstance(stack, ServerErrorMiddleware) else stack
 
 
 @dataclass(frozen=True)
@@ -194,7 +208,6 @@ def _ledger(settings: Settings, metrics: Metrics) -> Ledger:
 def _engines(settings: Settings, config: LiveConfiguration, metrics: Metrics) -> _Engines:
     session = EngineSession(
         connect_seconds=settings.engine_connect_seconds,
-        read_seconds=settings.engine_read_seconds,
         api_key=_engine_key(settings),
     )
 
@@ -211,6 +224,7 @@ def _engines(settings: Settings, config: LiveConfiguration, metrics: Metrics) ->
         session=session,
         metrics=metrics,
         health_seconds=settings.engine_health_seconds,
+        read_seconds=settings.engine_read_seconds,
         wanted=wanted,
     )
     return _Engines(

@@ -1,6 +1,6 @@
 """The middleware that checks API keys, before any other part of a request is read."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -30,11 +30,11 @@ class Authenticated:
         self._tenants = tenants
         self._metrics = metrics
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Serve one request. This is no coroutine of its own, because every chunk of a stream passes through each."""
         if scope["type"] == "http":
             self._admit(scope)
-        await self._app(scope, receive, send)
+        return self._app(scope, receive, send)
 
     def _admit(self, scope: Scope) -> None:
         path: str = scope["path"]

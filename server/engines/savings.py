@@ -1,12 +1,14 @@
 """The tokens that a request used and saved: counted by the engine, passed on by the gateway, never estimated."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
+import msgspec
+
 from server.engines.profile import PrefillCost
 
+_FIELDS = msgspec.json.Decoder(dict[str, Any])
 _USAGE = b'"usage":'  # always a key: inside a JSON string, its quotes would be escaped
 MOST_USAGE_KEYS = 16  # that are looked at, the last first
 _PROMPT = ("prompt_tokens", "input_tokens")
@@ -90,23 +92,40 @@ def _cached_tokens(usage: Mapping[str, Any]) -> int:
 
 
 def usage_in(body: bytes) -> dict[str, Any]:
-    """Return the `usage` object of an engine's answer, empty if there is none.
+    """Return the `usage` object of an engine's answer, empty if there is none."""
+    usage = _from_usage_on(body)[1].get("usage")
+    return usage if isinstance(usage, dict) else {}
 
-    Only what follows its key is parsed, because the rest of the answer may have megabytes. A key belongs to the answer
-    itself, and not to an object within it, if the rest of the body is an object's.
+
+def with_savings(body: bytes, savings: Savings) -> bytes | None:
+    """Return an engine's answer with the savings in its `usage`, None if no usage is found there.
+
+    What precedes the usage remains as it is.
     """
-    end = len(body)
+    begin, fields = _from_usage_on(body)
+    if "usage" not in fields:
+        return None
+    usage = fields["usage"] if isinstance(fields["usage"], dict) else {}
+    fields["usage"] = {**usage, "video_tokens": savings.as_usage(usage)}
+    return body[:begin] + msgspec.json.encode(fields)[1:]
+
+
+def _from_usage_on(body: bytes) -> tuple[int, dict[str, Any]]:
+    """Return where `usage` begins in an engine's answer, and the answer's fields from there on: none without a usage.
+
+    Only these are parsed, because the rest of the answer may have megabytes. A key belongs to the answer itself, and
+    not to an object within it, if the rest of the body is an object's.
+    """
+    begin = len(body)
     for _ in range(MOST_USAGE_KEYS):
-        end = body.rfind(_USAGE, 0, end)
-        if end < 0:
-            return {}
+        begin = body.rfind(_USAGE, 0, begin)
+        if begin < 0:
+            break
         try:
-            rest = json.loads(b"{" + body[end:])
-        except ValueError:
+            return begin, _FIELDS.decode(b"{" + body[begin:])
+        except (msgspec.MsgspecError, ValueError):
             continue
-        usage = rest["usage"]
-        return usage if isinstance(usage, dict) else {}
-    return {}
+    return len(body), {}
 
 
 def tokens_of(usage: dict[str, Any]) -> int:

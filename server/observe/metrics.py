@@ -1,7 +1,8 @@
 """All metrics of the gateway, registered on an injected registry."""
 
 from collections.abc import Iterable
-from typing import Final
+from functools import cache
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -165,10 +166,22 @@ class Metrics:
         )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(PREFIX + name, text, labels, registry=self.registry)
+        counter = Counter(PREFIX + name, text, labels, registry=self.registry)
+        _remember_children(counter)
+        return counter
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
+        histogram = Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
+        _remember_children(histogram)
+        return histogram
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(PREFIX + name, text, labels, registry=self.registry)
+
+
+def _remember_children(metric: Any) -> None:
+    """Let `labels` return a child that it has returned before without the work that it needs for a new one.
+
+    The children of such a metric are never removed.
+    """
+    metric.labels = cache(metric.labels)

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from server.engines.profile import PrefillCost
-from server.engines.savings import Savings, usage_in
+from server.engines.savings import Savings, usage_in, with_savings
 
 OURS = {"prompt_tokens": 7, "total_tokens": 9}
 THEIRS = {"prompt_tokens": 1, "total_tokens": 1}
@@ -101,3 +101,25 @@ def test_a_reduction_that_costs_more_than_it_saves_is_said_to():
     cost = COST.model_copy(update={"reduction_seconds_per_token": 1.0})
     whole, reduced = Savings(500, 400, 0.8).prefill_seconds({"prompt_tokens": 500}, cost)
     assert whole - reduced == pytest.approx(6.0 - (5.0 + 500.0))
+
+
+SHOWN = Savings(before=100, after=10, retention=0.1)
+
+
+def test_savings_are_put_into_the_usage_and_nothing_before_it_changes():
+    body = b'{ "choices": [1.0,  {"usage": {"a": 1}}], "usage": {"prompt_tokens": 20}, "id": "x" }'
+    told = with_savings(body, SHOWN)
+    begin = body.index(b'"usage": {"prompt')
+    assert told[:begin] == body[:begin]
+    usage = {"prompt_tokens": 20, "video_tokens": {"before": 100, "after": 10, "retention": 0.1}}
+    assert json.loads(told) == {**json.loads(body), "usage": usage}
+
+
+def test_a_usage_that_is_no_object_is_one_with_savings():
+    told = with_savings(b'{"choices":[],"usage":null}', SHOWN)
+    assert json.loads(told)["usage"] == {"video_tokens": {"before": 100, "after": 10, "retention": 0.1}}
+
+
+@pytest.mark.parametrize("body", [b"{}", b"", b"no json", b'{"choices":[{"usage":{}}]}', b'{"x":"\\"usage\\":{}"}'])
+def test_without_a_usage_there_is_no_place_for_savings(body):
+    assert with_savings(body, SHOWN) is None
