@@ -1,7 +1,7 @@
 """Make the clients' own environments, once: a virtual environment and Node packages. Standard library only.
 
-The environment of the tests has OpenAI's SDK in version 3. Two are made here for clients that ask for one version of it:
-version 2 with LiteLLM's SDK, LangChain, LlamaIndex and instructor (`requirements.txt`), version 3 with pydantic-ai
+The environment of the tests has OpenAI's SDK in version 3. Two are made here for clients that ask for one version of
+it: version 2 with LiteLLM's SDK, LangChain, LlamaIndex and instructor (`requirements.txt`), version 3 with pydantic-ai
 (`requirements_openai_3.txt`). `package-lock.json` pins the packages for Node; `ai_sdk_6/` has Vercel's AI SDK in its
 earlier version.
 """
