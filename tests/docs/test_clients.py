@@ -167,6 +167,58 @@ async def test_an_example_asks_about_the_video_with_the_retention(engine, run, h
     assert "Ein Hund" in printed
 
 
+FILE = """
+from openai import OpenAI
+FILE = OpenAI(base_url=BASE_URL, api_key=KEY).files.create(file=Path("clip.mp4"), purpose="user_data").id
+"""
+OTHER_WAYS = [
+    pytest.param(
+        """
+from langchain_core.messages import HumanMessage
+from langchain_openai import ChatOpenAI
+chat = ChatOpenAI(model="llava-fast", base_url=BASE_URL, api_key=KEY, extra_body=AOT)
+chat.invoke([HumanMessage(content=[{"type": "file", "file_id": FILE}, QUESTION])])
+""",
+        id="LangChain",
+    ),
+    pytest.param(
+        """
+from llama_index.core.llms import ChatMessage, DocumentBlock, TextBlock
+from llama_index.llms.openai_like import OpenAILike
+extra = {"extra_body": AOT}
+model = OpenAILike(model="llava-fast", api_base=BASE_URL, api_key=KEY, is_chat_model=True, additional_kwargs=extra)
+video = DocumentBlock(url="https://media.example.com/clip.mp4", document_mimetype="video/mp4")
+model.chat([ChatMessage(blocks=[video, TextBlock(text=QUESTION["text"])])])
+""",
+        id="LlamaIndex",
+    ),
+    pytest.param(
+        """
+import instructor
+from pydantic import BaseModel
+client = instructor.from_openai(OpenAI(base_url=BASE_URL, api_key=KEY), mode=instructor.Mode.JSON_SCHEMA)
+Scene = type("Scene", (BaseModel,), {"__annotations__": {"summary": str}})
+for video in (
+    {"type": "video_url", "video_url": {"url": "https://media.example.com/clip.mp4"}},
+    {"type": "file", "file": {"file_id": FILE}},
+):
+    messages = [{"role": "user", "content": [video, QUESTION]}]
+    client.chat.completions.create(model="llava-fast", response_model=Scene, messages=messages, extra_body=AOT)
+""",
+        id="instructor",
+    ),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", OTHER_WAYS)
+async def test_the_other_ways_of_the_table_lead_to_the_engine(engine, run, code):
+    engine.completion = answering_as('{"summary": "Ein Hund"}')
+    [beginning] = on(PAGE, "python", "Clients")
+    await run(python_with_openai_2(), beginning.text + FILE + code)
+    assert [video_in(request) for request in engine.requests] == [VIDEO] * (2 if "instructor" in code else 1)
+
+
 REFUSALS = [
     pytest.param(
         python_with_openai_2,
