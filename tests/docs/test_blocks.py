@@ -103,6 +103,18 @@ RULES = [
     rule(
         "docs/loadtest.md",
         "console",
+        r"AOT_API_KEY=… python -m locust ",
+        COMMANDS + "test_the_load_test_runs_as_documented",
+    ),
+    rule(
+        "docs/loadtest.md",
+        "console",
+        r"python -m locust .*(--master --expect-workers|--worker) ",
+        COMMANDS + "test_a_master_and_its_workers_run_as_documented",
+    ),
+    rule(
+        "docs/loadtest.md",
+        "console",
         r"vllm bench serve ",
         "tests/e2e/with_gateway/test_open_loop.py::test_its_requests_are_answered_reduced",
     ),

@@ -212,6 +212,45 @@ def test_locust_takes_the_options(command):
     assert parsed.returncode == 0, parsed.stderr
 
 
+def in_a_moment(command: str, host: str) -> list[str]:
+    """A command of docs/loadtest.md against this host, with few small videos, and over after three seconds."""
+    arguments = words(command)[3:]
+    for name, value in (("--host", host), ("--run-time", "3s"), ("--users", "2")):
+        if name in arguments:
+            arguments[arguments.index(name) + 1] = value
+    for name in ("--csv", "--html"):
+        if name in arguments:
+            at = arguments.index(name)
+            del arguments[at : at + 2]
+    small = ("--sizes", "64x48", "--frames", "8", "--clips", "1", "--max-tokens", "4")
+    return [sys.executable, "-m", "locust", *arguments, *small]
+
+
+async def test_the_load_test_runs_as_documented(engine):
+    [block] = [block for block in on("docs/loadtest.md", "console") if "--slo-ttft-p95" in block.text]
+    [command] = [command for command in block.commands if "locust" in command]
+    async with served(Settings(engines=(engine.url,))) as url:
+        done = await asyncio.to_thread(ran, *in_a_moment(command, url), AOT_API_KEY="any")
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    retentions = {request.get("mm_processor_kwargs", {}).get("aot_retention") for request in engine.requests}
+    assert {1.0, 0.1} <= retentions
+
+
+@pytest.mark.slow
+async def test_a_master_and_its_workers_run_as_documented(engine):
+    [block] = [block for block in on("docs/loadtest.md", "console") if "--master" in block.text]
+    master, worker = ([word for word in words(command) if word != "…"] for command in block.commands)
+    assert worker[-1] == "--master-host"
+    port = str(free_port())
+    async with served(Settings(engines=(engine.url,))) as url:
+        told = ["--host", url, "--users", "2", "--run-time", "3s", "--arms", "all=llava@1", "--master-bind-port", port]
+        workers = [" ".join([*worker, "127.0.0.1", "--master-port", port])] * 2
+        commands = [in_a_moment(command, url) for command in (" ".join([*master, *told]), *workers)]
+        ended = await asyncio.gather(*(asyncio.to_thread(ran, *command) for command in commands))
+    assert [process.returncode for process in ended] == [0, 0, 0], [process.stderr[-2000:] for process in ended]
+    assert engine.requests
+
+
 def test_locust_takes_no_other_options():
     assert ran(sys.executable, "-c", LOCUST, "--headless", "--rate", "1").returncode == 2
 
