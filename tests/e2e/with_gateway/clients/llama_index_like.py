@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import gc
 
 from llama_index.core.llms import ChatMessage, DocumentBlock, TextBlock
 from llama_index.llms.openai_like import OpenAILike
@@ -38,9 +39,10 @@ try:
 except BadRequestError as exc:
     error = {"status": exc.status_code, "code": exc.code, "param": exc.param}
 
-endless = model(ENDLESS, ignore_eos=True).stream_chat(messages)  # LlamaIndex does not close a stream of `astream_chat`
+endless = model(ENDLESS, ignore_eos=True).stream_chat(messages)
 next(endless)
-endless.close()
+del endless
+gc.collect()  # LlamaIndex leaves a cycle of references around a stream
 wait_for_the_verdict(
     text=answer.message.content,
     video_tokens=answer.raw.usage.video_tokens,
