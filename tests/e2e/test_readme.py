@@ -18,7 +18,7 @@ from tests.e2e.engines import free_port, process
 from tests.server.clips import data_url
 
 pytestmark = [
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
     pytest.mark.any_runner,
     pytest.mark.slow,
     pytest.mark.skipif(not is_built_for_cpu(), reason="the README's engine for CPUs, with another vLLM than that"),
@@ -63,7 +63,7 @@ def test_the_engine_for_a_cpu_and_the_gateway_answer_as_the_readme_starts_them(t
     write_h264(tmp_path / "clip.mp4", render(made)[0])
     url = data_url((tmp_path / "clip.mp4").read_bytes(), "video/mp4")
     with (
-        process(serve, health=f"{engine}/health", log=tmp_path / "engine.log", timeout_seconds=280),
+        process(serve, health=f"{engine}/health", log=tmp_path / "engine.log", timeout_seconds=540),
         process(
             as_typed(start, AOT_GATEWAY_PORT=str(ports[1])),
             health=f"{gateway}/health/ready",
