@@ -147,7 +147,7 @@ def shared_storage(backend: str) -> RedisStorage | None:
             retry=Retry(NoBackoff(), 1),  # type: ignore[arg-type] # one retry: an idle connection may be stale
         )
     except (ImportError, MissingPackage) as exc:
-        raise ConfigurationError("limits in Redis need its client: pip install 'aot-vllm[gateway,redis]'") from exc
+        raise ConfigurationError("limits in Redis need its client: pip install redis") from exc
 
 
 class Quotas:

@@ -31,7 +31,7 @@ from server.requests.parameters import (
 from server.requests.text import MOST_PROMPTS
 from server.settings import PREFIX, Settings
 from tests.programs import needs
-from tests.server.clips import clip
+from tests.server.clips import longer_than_an_argument
 from tests.server.harness import served
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,7 +113,7 @@ def test_the_example_configuration_is_one(tmp_path):
 async def run_example(engine, tmp_path):
     """Runs a command against a gateway with the example configuration, next to a clip; returns its output."""
     key, metrics_key = new_key(), new_key()
-    (tmp_path / "clip.mp4").write_bytes(clip())
+    (tmp_path / "clip.mp4").write_bytes(longer_than_an_argument())
     (tmp_path / "files").mkdir()
     engine.models = ["llava-hf/llava-onevision-qwen2-7b-ov-hf"]
     config = tmp_path / "gateway.yaml"
@@ -146,7 +146,7 @@ async def test_the_examples_with_the_sdk_run(run_example):
     assert "'after': 627" in answer
     assert tokens == "400000 of 400000 tokens left"
     assert re.fullmatch(r"file-[0-9a-f]{32} 2\.0 seconds \['clip\.mp4'\]", file)
-    assert (run_example.directory / "copy.mp4").read_bytes() == clip()
+    assert (run_example.directory / "copy.mp4").read_bytes() == longer_than_an_argument()
 
 
 def example_usage() -> dict:
@@ -162,10 +162,12 @@ def test_the_example_of_usage_adds_up():
 
 @needs("curl")
 async def test_the_examples_with_curl_run(run_example):
-    commands = [block.removeprefix("$ ") for block in blocks("console") if block.startswith("$ curl")]
+    commands = [
+        block.removeprefix("$ ") for block in blocks("console") if re.search(r"^\s*(\$ )?curl ", block, re.MULTILINE)
+    ]
     assert len(commands) >= 2
     printed = [
-        await run_example("bash", "-ec", command.replace("curl", "curl -sS --fail-with-body", 1))
+        await run_example("bash", "-euo", "pipefail", "-c", command.replace("curl", "curl -sS --fail-with-body", 1))
         for command in commands
     ]
     assert json.loads(printed[0])["usage"]["video_tokens"]["after"] == 627
