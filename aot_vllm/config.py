@@ -3,12 +3,13 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, Literal, Self
 
 from aot_vllm.errors import SettingError
+from aot_vllm.presets import PRESETS, STANDARD
 
 Anchors = Literal["diverse", "attention"]
 Emit = Literal["both", "compact"]
@@ -63,9 +64,9 @@ def quantise_retention(value: object, *, step: float = 0.01) -> float:
 class AOTConfig:
     """Every setting of the method.
 
-    `AOTConfig.paper()` is the released code, setting by setting. The defaults differ from it in seven settings.
-    Accuracy measurements chose `anchors`, `mass`, `nearest_weight`, `emit` and `kappa` (docs/accuracy.md). Time
-    measurements chose `iterations`. `local_layer` follows the depth of the vision tower.
+    `AOTConfig.preset` gives the presets by name, `aot_vllm.presets` says what they are. The defaults below are those of
+    `diverse`, which moves nothing. Some settings take effect only beside others (`USED_WITH`). The others are ignored
+    here, and refused by `from_mapping`, which reads what people write.
     """
 
     anchors: Anchors = "diverse"
@@ -75,7 +76,7 @@ class AOTConfig:
 
     global_ratio: float = 0.5
     """Share of a frame's anchors chosen by global score, in [0, 1]. The rest are chosen by local score, window by
-    window. Only `attention` uses this setting, `window` and the two layers."""
+    window."""
 
     window: int = 9
     """Side of a local window in cells. A window of 9 cuts the 27x27 grid of SigLIP-so400m into nine. A side that
@@ -96,11 +97,10 @@ class AOTConfig:
     """Weight of the spatial distance in the cost within a frame. Distances are measured on the unit square. The term is
     in the released code, not in the paper."""
 
-    mass: float = 0.2
+    mass: float = 0.0
     """Total mass that the other tokens of a frame carry to its anchors. Each anchor has a mass of 1 of its own. The
-    released code uses 1, on grids of 729 cells. On smaller grids a frame has few anchors, and a mass of 1 changes each
-    of them too much. With a mass equal to the number of other tokens, each carries all of itself. With a mass of 0 and
-    a `nearest_weight` of 0, nothing is merged within a frame."""
+    released code uses 1. With a mass equal to the number of other tokens, each carries all of itself. With a mass of 0
+    and a `nearest_weight` of 0, nothing is merged within a frame."""
 
     nearest_weight: float = 0.0
     """Share, in [0, 1], of the plain mean of an anchor and its nearest tokens in the merged anchor. The released code
@@ -111,8 +111,7 @@ class AOTConfig:
     1 - exp(-dt^2 / (2 sigma^2)), which is close to 1 beyond a few sigma."""
 
     clips: int = 8
-    """Number of clips that a video is cut into, each with one key frame. A video never has more clips than frames. The
-    setting has an effect only if `kappa` is below 1."""
+    """Number of clips that a video is cut into, each with one key frame. A video never has more clips than frames."""
 
     kappa: float = 1.0
     """Share, in [0, 1], of a later frame's anchors that are kept. The key frame absorbs the others. At 1 the video is
@@ -156,33 +155,96 @@ class AOTConfig:
             raise SettingError(f"emit must be 'both' or 'compact', got {self.emit!r}")
 
     @classmethod
+    def preset(cls, name: object) -> Self:
+        """Return the settings of a preset; raises `SettingError` for a name that is not in `PRESETS`."""
+        if not isinstance(name, str) or name not in PRESETS:
+            raise SettingError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(**PRESETS[name])
+
+    @classmethod
     def paper(cls) -> Self:
-        """Return the settings of the released code."""
-        return cls(
-            anchors="attention",
-            mass=1.0,
-            nearest_weight=0.1,
-            emit="both",
-            kappa=0.3,
-            iterations=100,
-            local_layer=5,
-        )
+        """Return the settings of the released code, the preset `paper`."""
+        return cls.preset("paper")
 
     @classmethod
     def from_mapping(cls, mapping: object) -> Self:
-        """Return the settings in `mapping`, with defaults for all others; raises `SettingError` for an unknown name."""
+        """Return the settings of the preset that `mapping` names, changed by the single settings in `mapping`.
+
+        Without a preset these are changes to `STANDARD`. Raises `SettingError` for an unknown name, and for a setting
+        that takes no effect.
+        """
         if not isinstance(mapping, Mapping):
             raise SettingError(f"AOT settings must be a mapping of names to values, got {mapping!r}")
-        allowed = [field.name for field in fields(cls)]
-        unknown = [str(key) for key in mapping if key not in allowed]
+        preset = mapping.get("preset", STANDARD)
+        single = {name: value for name, value in mapping.items() if name != "preset"}
+        return cls.preset(preset).changed(single, preset=preset)
+
+    def changed(self, single: Mapping[Any, Any], *, preset: str) -> Self:
+        """Return these settings, changed by `single` settings; `preset` is the preset that errors name.
+
+        Raises `SettingError` for an unknown name, and for a setting that takes no effect after the change.
+        """
+        allowed = ["preset", *(field.name for field in fields(self))]
+        unknown = [str(name) for name in single if name not in allowed]
         if unknown:
             raise SettingError(f"unknown AOT settings: {', '.join(unknown)}; allowed are {', '.join(allowed)}")
-        return cls(**mapping)
+        config = replace(self, **single)
+        if idle := [name for name in single if not config.uses(name)]:
+            raise SettingError("; ".join(_no_effect(name, preset) for name in idle))
+        return config
+
+    def uses(self, name: str) -> bool:
+        """Return whether the setting `name` takes effect beside the others."""
+        return name not in USED_WITH or USED_WITH[name].holds(self)
 
     def settings(self) -> dict[str, Any]:
         """Return all settings by name, as values that JSON can represent."""
         return asdict(self)
 
+    def in_effect(self) -> dict[str, Any]:
+        """Return the settings that take effect, by name."""
+        return {name: value for name, value in self.settings().items() if self.uses(name)}
+
     def digest(self) -> str:
-        """Return 16 hexadecimal digits that identify these settings, for use in cache keys."""
-        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
+        """Return 16 hexadecimal digits that identify the settings that take effect, for use in cache keys."""
+        return hashlib.sha256(json.dumps(self.in_effect(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What other settings must be for a setting to take effect, in words and as a function."""
+
+    words: str
+    holds: Callable[[AOTConfig], bool]
+
+
+_SCORED = Condition('anchors "attention"', lambda config: config.anchors == "attention")
+_LOCAL = Condition(
+    'anchors "attention" and a global_ratio below 1',
+    lambda config: config.anchors == "attention" and config.global_ratio < 1,
+)
+_WITHIN = Condition("a mass above 0", lambda config: config.mass > 0)
+_ACROSS = Condition("a kappa below 1", lambda config: config.kappa < 1)
+_SOLVED = Condition("a mass above 0 or a kappa below 1", lambda config: config.mass > 0 or config.kappa < 1)
+USED_WITH: Mapping[str, Condition] = {
+    "global_ratio": _SCORED,
+    "global_layer": _SCORED,
+    "window": _LOCAL,
+    "local_layer": _LOCAL,
+    "spatial_weight": _WITHIN,
+    "temporal_sigma": _ACROSS,
+    "clips": _ACROSS,
+    "epsilon": _SOLVED,
+    "iterations": _SOLVED,
+    "tolerance": _SOLVED,
+}
+"""The condition of each setting that does not always take effect."""
+
+
+def _no_effect(name: str, preset: str) -> str:
+    """Return why the setting `name` takes no effect, and which presets use it."""
+    using = ", ".join(other for other in PRESETS if AOTConfig.preset(other).uses(name))
+    return (
+        f"{name} takes no effect with preset {preset}, because it needs {USED_WITH[name].words}; "
+        f"presets that use it: {using or 'none'}"
+    )

@@ -23,7 +23,7 @@ def settings_table():
 
 def test_the_settings_table_lists_every_setting_with_its_default():
     actual = {field.name: field.default for field in fields(PluginSettings) if field.name != "method"}
-    actual |= AOTConfig().settings()
+    actual |= AOTConfig().settings() | {"preset": None, "allowed_presets": []}
     assert {name: default for name, (default, _) in settings_table().items()} == actual
 
 
@@ -40,9 +40,11 @@ def test_what_the_settings_table_does_not_allow_is_refused(name):
         '`"diverse"`, `"attention"`': ("random", None),
         '`"auto"`, `"triton"`, `"torch"`': ("cuda", None),
         "a layer of the tower": (1.5, None),
+        "the name of a preset, or `null`": ("newest",),
+        "a list of presets": (["newest"], None),
         "a layer of the tower, or `null`": (1.5, "3"),
     }
-    for value in (*outside[allowed], "text", [], float("nan")):
+    for value in (*outside[allowed], "text", [] if allowed != "a list of presets" else {}, float("nan")):
         with pytest.raises(SettingError, match=name):
             PluginSettings.from_additional_config({"aot": {name: value}})
 
@@ -67,6 +69,7 @@ MARKS = {
     "gateway": "added by",
     "fidelity": "| kept |",
     "ablations": "| kept |",
+    "transport": "| kept |",
 }
 
 

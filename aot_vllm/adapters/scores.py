@@ -58,10 +58,12 @@ def scoring_modules(
 ) -> tuple[nn.Module, ...]:
     """Return the modules of the local and the global scoring layer, or none if anchors are not chosen by attention.
 
-    Raises `SettingError` like `scoring_layers`, however anchors are chosen.
+    Raises `SettingError` like `scoring_layers`.
     """
+    if not config.uses("global_layer"):
+        return ()
     layers = scoring_layers(config, num_layers=len(modules), whole_frame=whole_frame)
-    return tuple(modules[layer] for layer in layers) if config.anchors == "attention" else ()
+    return tuple(modules[layer] for layer in layers)
 
 
 class AttentionScores:
@@ -121,3 +123,27 @@ class AttentionScores:
             yield lambda: [torch.cat(recorded) for recorded in blocks.values()]
         finally:
             self._blocks = None
+
+
+def scores_of_methods(
+    methods: Sequence[AOTConfig],
+    modules: Sequence[nn.Module],
+    *,
+    total_heads: int,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    kernels: Kernels,
+    whole_frame: Sequence[int] | None = None,
+) -> tuple[AttentionScores, ...]:
+    """Return one recorder for each of the settings that requests may get, see `Reduction.methods`.
+
+    `modules` are the attention modules of all layers of the tower. Raises `SettingError` like `scoring_layers`.
+    """
+    return tuple(
+        AttentionScores(
+            scoring_modules(method, modules, whole_frame=whole_frame),
+            total_heads=total_heads,
+            sum_over_ranks=sum_over_ranks,
+            kernels=kernels,
+        )
+        for method in methods
+    )

@@ -42,7 +42,7 @@ def operations(case: Case, retention: float, anchors: str = "diverse", *, path: 
     grid, size, meta = case.grid, case.tower, torch.device("meta")
     features = torch.empty(grid.frames, grid.positions, size.out * size.outputs, dtype=torch.bfloat16, device=meta)
     scores = torch.empty(2, grid.frames, grid.positions, device=meta)
-    settings = {"config": AOTConfig(anchors=anchors), "algorithms": algorithms_for(meta, kernels=path)}
+    settings = {"config": AOTConfig(anchors=anchors, mass=0.2), "algorithms": algorithms_for(meta, kernels=path)}
     reduce = partial(reduce_video, features, *scores, grid=grid, retention=retention, compared=size.out, **settings)
     reduce()  # what a first call makes and keeps is made
     with Launches() as seen, nullcontext([]) if path == "torch" else own_launches() as own:

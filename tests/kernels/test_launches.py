@@ -12,7 +12,8 @@ from tests.kernels.counting import Operations, Waits
 pytest.importorskip("triton")
 
 TRITON = algorithms_for(torch.device("meta"), kernels="triton")
-ATTENTION = AOTConfig(anchors="attention")
+MASS = AOTConfig(mass=0.2)
+ATTENTION = AOTConfig(anchors="attention", mass=0.2)
 VIDEOS = [
     (VideoGrid(32, 14, 14), 3584),  # LLaVA-OneVision
     (VideoGrid(64, 15, 20), 3584),  # Qwen2.5-VL
@@ -35,9 +36,10 @@ def reduce(grid, width, *, retention, config=None, algorithms=TRITON, dtype=torc
 
 @pytest.mark.parametrize("retention", [0.03, 0.1, 0.25, 0.77])
 @pytest.mark.parametrize(("grid", "width"), VIDEOS)
-def test_a_video_takes_at_most_40_launches_whatever_its_number_of_frames(grid, width, retention):
+@pytest.mark.parametrize("config", [AOTConfig(), MASS])
+def test_a_video_takes_at_most_40_launches_whatever_its_number_of_frames(grid, width, retention, config):
     with own_launches() as launched, Operations() as operations:
-        reduce(grid, width, retention=retention)
+        reduce(grid, width, retention=retention, config=config)
     assert len(operations.names) + len(launched) <= 40, (operations.names, launched)
 
 
@@ -62,7 +64,7 @@ def test_a_choice_without_a_table_is_one_launch_of_our_own():
 
 
 @pytest.mark.parametrize("algorithms", [TRITON, TORCH])
-@pytest.mark.parametrize("config", [AOTConfig(), ATTENTION, AOTConfig(mass=0), AOTConfig(nearest_weight=0.1)])
+@pytest.mark.parametrize("config", [MASS, ATTENTION, AOTConfig(), AOTConfig(mass=0.2, nearest_weight=0.1)])
 @pytest.mark.parametrize("retention", [0.1, 0.25, 0.333])
 def test_nothing_waits_on_the_first_video_of_a_size(retention, config, algorithms):
     for grid, width in (VideoGrid(32, 14, 14), 64), (VideoGrid(7, 5, 3), 8), (VideoGrid(1, 9, 9), 8):
