@@ -3,16 +3,18 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from aot_vllm.errors import SettingError
 from aot_vllm.presets import PRESETS, STANDARD
 
-Anchors = Literal["diverse", "attention"]
+Anchors = Literal["diverse", "attention", "calibrated", "coverage"]
 Emit = Literal["both", "compact"]
+Distance = Literal["euclidean", "cosine"]
+Memory = Literal["previous", "carried", "all"]
 
 
 def check_integer(name: str, value: object, *, minimum: int | None = None) -> int:
@@ -44,6 +46,19 @@ def check_real(
     return number
 
 
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise `SettingError` unless `value` is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        *most, last = map(repr, choices)
+        raise SettingError(f"{name} must be {', '.join(most)} or {last}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise `SettingError` unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise SettingError(f"{name} must be true or false, got {value!r}")
+
+
 def check_retention(value: object) -> float:
     """Return `value`, the fraction of video tokens to keep; raises `SettingError` unless it is in (0, 1]."""
     return check_real("retention", value, high=1.0, low_included=False)
@@ -71,8 +86,27 @@ class AOTConfig:
 
     anchors: Anchors = "diverse"
     """How a frame chooses its anchors. `diverse` chooses tokens far from each other and from the tokens that the
-    previous frame keeps. `attention`, as released, chooses the tokens that receive most attention in two layers of the
-    vision tower."""
+    previous frame keeps. `calibrated` does too, but the distances of a token count by the attention that it receives
+    and by its relevance. `coverage` chooses tokens such that every token is near one of them, on average. `attention`,
+    as released, chooses the tokens that receive most attention in two layers of the vision tower."""
+
+    distance: Distance = "euclidean"
+    """How distances between tokens are measured: `euclidean`, or `cosine`, the distance of their directions. By either,
+    a token of extreme length is no more than an ordinary one."""
+
+    memory: Memory = "previous"
+    """From which tokens of earlier frames a frame stays away. `previous`: those that the previous frame keeps. `all`:
+    those that any earlier frame keeps. `carried`: the same by an upper bound of the distances, at no more cost than
+    `previous`; what is kept counts as long as its content stays in place."""
+
+    by_attention: bool = True
+    """Whether distances count by the attention that a token receives, in medians of its frame."""
+
+    by_relevance: bool = True
+    """Whether distances count by the similarity of a token to the mean of its segment, a run of similar frames."""
+
+    without_sinks: bool = False
+    """Whether attention that a position receives in all frames is taken out: it counts as ordinary attention."""
 
     global_ratio: float = 0.5
     """Share of a frame's anchors chosen by global score, in [0, 1]. The rest are chosen by local score, window by
@@ -149,10 +183,10 @@ class AOTConfig:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        if self.anchors not in ("diverse", "attention"):
-            raise SettingError(f"anchors must be 'diverse' or 'attention', got {self.anchors!r}")
-        if self.emit not in ("both", "compact"):
-            raise SettingError(f"emit must be 'both' or 'compact', got {self.emit!r}")
+        for name, choices in {"anchors": Anchors, "distance": Distance, "memory": Memory, "emit": Emit}.items():
+            check_choice(name, getattr(self, name), get_args(choices))
+        for name in ("by_attention", "by_relevance", "without_sinks"):
+            check_flag(name, getattr(self, name))
 
     @classmethod
     def preset(cls, name: object) -> Self:
@@ -218,7 +252,13 @@ class Condition:
     holds: Callable[[AOTConfig], bool]
 
 
-_SCORED = Condition('anchors "attention"', lambda config: config.anchors == "attention")
+_GREEDY = Condition('anchors "diverse", "calibrated" or "coverage"', lambda config: config.anchors != "attention")
+_CALIBRATED = Condition('anchors "calibrated"', lambda config: config.anchors == "calibrated")
+_SCORED = Condition(
+    'anchors "attention", or "calibrated" by attention',
+    lambda config: config.anchors == "attention" or (config.anchors == "calibrated" and config.by_attention),
+)
+_ATTENTION = Condition('anchors "attention"', lambda config: config.anchors == "attention")
 _LOCAL = Condition(
     'anchors "attention" and a global_ratio below 1',
     lambda config: config.anchors == "attention" and config.global_ratio < 1,
@@ -227,7 +267,12 @@ _WITHIN = Condition("a mass above 0", lambda config: config.mass > 0)
 _ACROSS = Condition("a kappa below 1", lambda config: config.kappa < 1)
 _SOLVED = Condition("a mass above 0 or a kappa below 1", lambda config: config.mass > 0 or config.kappa < 1)
 USED_WITH: Mapping[str, Condition] = {
-    "global_ratio": _SCORED,
+    "distance": _GREEDY,
+    "memory": _GREEDY,
+    "by_attention": _CALIBRATED,
+    "by_relevance": _CALIBRATED,
+    "without_sinks": _SCORED,
+    "global_ratio": _ATTENTION,
     "global_layer": _SCORED,
     "window": _LOCAL,
     "local_layer": _LOCAL,

@@ -16,6 +16,8 @@ _TRANSPORT: Final = {"mass": 1.0, "nearest_weight": 0.1, "kappa": 0.3}
 PRESETS: Final[Mapping[str, Mapping[str, Any]]] = {
     "paper": _TRANSPORT | {"anchors": "attention", "emit": "both", "iterations": 100, "local_layer": 5},
     "diverse": {"anchors": "diverse"},
+    "calibrated": {"anchors": "calibrated", "distance": "cosine", "memory": "carried", "without_sinks": True},
+    "coverage": {"anchors": "coverage", "distance": "cosine", "memory": "carried"},
     "transport": _TRANSPORT | {"anchors": "diverse"},
 }
 """The settings of each preset that differ from the defaults of `AOTConfig`, or that name the preset's own choice."""

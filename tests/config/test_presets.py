@@ -14,6 +14,7 @@ from aot_vllm.presets import DEFAULTS, PRESETS, STANDARD
 EVERY = {field.name for field in dataclasses.fields(AOTConfig)}
 RELEASED = {
     "anchors": "attention",
+    "without_sinks": False,
     "global_ratio": 0.5,
     "window": 9,
     "epsilon": 0.1,
@@ -114,12 +115,20 @@ def test_whether_a_setting_takes_effect_is_asked_after_all_single_settings():
         AOTConfig.from_mapping({"preset": "paper", "global_ratio": 1, "local_layer": 5})
 
 
+GREEDY = {"distance", "memory"}
+CALIBRATED = {"by_attention", "by_relevance"}
+LOCAL = {"global_ratio", "window", "local_layer"}
+MOVING = {"spatial_weight", "temporal_sigma", "clips", "epsilon", "iterations", "tolerance"}
+
+
 @pytest.mark.parametrize(
     ("preset", "idle"),
     [
-        ("paper", set()),
-        ("diverse", set(USED_WITH)),
-        ("transport", {"global_ratio", "window", "local_layer", "global_layer"}),
+        ("paper", GREEDY | CALIBRATED),
+        ("diverse", set(USED_WITH) - GREEDY),
+        ("calibrated", LOCAL | MOVING),
+        ("coverage", set(USED_WITH) - GREEDY),
+        ("transport", LOCAL | CALIBRATED | {"global_layer", "without_sinks"}),
     ],
 )
 def test_what_is_in_effect_are_the_settings_that_change_something(preset, idle):
@@ -127,6 +136,11 @@ def test_what_is_in_effect_are_the_settings_that_change_something(preset, idle):
 
 
 OTHER = {
+    "distance": "cosine",
+    "memory": "all",
+    "by_attention": False,
+    "by_relevance": False,
+    "without_sinks": True,
     "global_ratio": 0.25,
     "global_layer": 3,
     "window": 4,
@@ -142,7 +156,7 @@ OTHER = {
 
 
 def test_the_digest_changes_with_what_takes_effect_and_with_nothing_else():
-    ways = product(("diverse", "attention"), (0.0, 1.0), (0.3, 1.0))
+    ways = product(("diverse", "attention", "calibrated", "coverage"), (0.0, 1.0), (0.3, 1.0))
     for anchors, mass, kappa in ways:
         config = AOTConfig(anchors=anchors, mass=mass, kappa=kappa)
         for name in USED_WITH:
@@ -156,7 +170,7 @@ def test_the_digest_changes_with_what_takes_effect_and_with_nothing_else():
 
 def test_presets_have_digests_of_their_own_that_are_the_same_in_every_process():
     assert len({AOTConfig.preset(name).digest() for name in PRESETS}) == len(PRESETS)
-    assert AOTConfig.paper().digest() == "b29cbc52d0b29a97"
+    assert AOTConfig.paper().digest() == "5cab99c6f3f6a4c3"
 
 
 def test_every_architecture_has_a_default_with_evidence():

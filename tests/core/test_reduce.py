@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from dataclasses import replace
 from itertools import product
@@ -33,7 +34,7 @@ def test_the_reduction_is_that_of_the_oracle(grid, seed, retention, config, comp
     inputs = video(seed, grid)
     reduced = reduce_video(*inputs, grid=grid, retention=retention, config=config, compared=compared)
     survivors = reference.reduce_video(
-        *(tensor.tolist() for tensor in inputs), grid.rows, grid.cols, retention, config.settings(), compared
+        *(tensor.tolist() for tensor in inputs), grid.rows, grid.cols, retention, dataclasses.asdict(config), compared
     )
     assert reduced.frames.tolist() == [frame for _, frame, _ in survivors]
     assert (reduced.rows * grid.cols + reduced.cols).tolist() == [cell for _, _, cell in survivors]
