@@ -72,8 +72,8 @@ def _extend_workers(parallel_config: ParallelConfig) -> None:
     """Give the workers AOT's extension, or warn if they have another extension already."""
     if parallel_config.worker_extension_cls:
         logger.warning(
-            "AOT: --worker-extension-cls is taken by %s, so aot_engine_reductions, aot_engine_reduction_seconds and "
-            "aot_engine_unconverged_solves stay at 0.",
+            "AOT: --worker-extension-cls is taken by %s, so aot_engine_reductions, aot_engine_reduction_seconds, "
+            "aot_engine_tower_seconds and aot_engine_unconverged_solves stay at 0.",
             parallel_config.worker_extension_cls,
         )
     else:

@@ -149,7 +149,7 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
             local_scores, global_scores = map(self._pool, recorded())
         else:
             features = self._tower(pixels)
-        with METER.timing(features.device):
+        with METER.timing("reduction", features.device):
             reduced = reduce_video(
                 features,
                 local_scores,
@@ -159,7 +159,7 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
                 config=method,
                 algorithms=algorithms_for(features.device, kernels=self.kernels),
             )
-        METER.add(reduced)
+        METER.add(reduced, tokens=grid.tokens)
         return torch.cat((reduced.tokens, self.image_newline[None]))
 
     def _tower(self, pixels: Tensor) -> Tensor:
@@ -173,7 +173,8 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
         def tower(block: Tensor) -> Tensor:
             return self._video_pixels_to_features(self.vision_tower, block)
 
-        return in_blocks(tower, pixels.split(at_once), frames=len(pixels))
+        with METER.timing("tower", pixels.device):
+            return in_blocks(tower, pixels.split(at_once), frames=len(pixels))
 
     def _pool(self, scores: Tensor) -> Tensor:
         """Return scores (frames, patches) on the pooled grid, pooled as the model pools its features."""

@@ -99,7 +99,7 @@ class ReducedQwenVL(PositionedQwenVL):
             features, local_scores, global_scores = self._scored_tower(part, grid, self.scores[preset])
         else:
             features = self._tower(part, grid)
-        with METER.timing(features.device):
+        with METER.timing("reduction", features.device):
             reduced = reduce_video(
                 features,
                 local_scores,
@@ -110,7 +110,7 @@ class ReducedQwenVL(PositionedQwenVL):
                 compared=self._main_width,
                 algorithms=algorithms_for(features.device, kernels=self.kernels),
             )
-        METER.add(reduced)
+        METER.add(reduced, tokens=grid.tokens)
         return reduced
 
     def _mutual_scores(self, features: Tensor) -> Tensor:
@@ -152,7 +152,8 @@ class ReducedQwenVL(PositionedQwenVL):
             size = [len(block) // patches_per_frame, grid.rows * merge, grid.cols * merge]
             return self.visual(block, grid_thw=[size]).view(-1, grid.positions, self._width)
 
-        return in_blocks(tower, patches.split(at_once * patches_per_frame), frames=grid.frames)
+        with METER.timing("tower", patches.device):
+            return in_blocks(tower, patches.split(at_once * patches_per_frame), frames=grid.frames)
 
     @cached_property
     def _main_width(self) -> int:

@@ -41,6 +41,8 @@ class PluginSettings:
     """False leaves the rate to vLLM's own pruning. A model without pruning of its own then does not start."""
     allow_untested_vllm: bool = False
     """True starts on a vLLM release that the adapters were not tested with."""
+    measure_prefill: bool = True
+    """False starts without measuring what prefill costs. Gateways then report no time that reductions save."""
     kernels: Kernels = "auto"
     """Who computes the expensive parts of the reduction: `triton`, `torch`, or `auto` for Triton on NVIDIA GPUs. The
     result is the same up to rounding, so this setting is not part of the method and of no cache key of a video."""

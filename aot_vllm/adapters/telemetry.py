@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from prometheus_client import Counter, Gauge
@@ -77,6 +78,7 @@ VIDEOS_REDUCED = Counter("aot_engine_videos_reduced", "Videos of served requests
 REDUCTIONS = Counter(
     "aot_engine_reductions", "Videos reduced in the worker. A video found in a cache is not reduced again."
 )
+TOWER_SECONDS = Counter("aot_engine_tower_seconds", "Time of the vision tower on videos in the worker.")
 REDUCTION_SECONDS = Counter("aot_engine_reduction_seconds", "Time spent choosing and merging tokens in the worker.")
 UNCONVERGED = Counter("aot_engine_unconverged_solves", "Transport problems that ended at the iteration limit.")
 
@@ -102,8 +104,11 @@ def count(savings: VideoSavings) -> None:
         VIDEOS_REDUCED.inc()
 
 
+Stage = Literal["tower", "reduction"]
+
+
 class ReductionMeter:
-    """Counts and times reductions in a worker. The host never waits for the device while requests are served.
+    """Counts and times reductions in a worker, and times towers. The host never waits for the device meanwhile.
 
     On CUDA, the time is taken between two events. Events and the count of unconverged solves are read at a scrape.
     """
@@ -111,50 +116,54 @@ class ReductionMeter:
     def __init__(self) -> None:
         """Start at zero."""
         self._reductions = 0
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._reduced_tokens = 0
+        self._seconds: dict[Stage, float] = {"tower": 0.0, "reduction": 0.0}
+        self._events: list[tuple[Stage, torch.cuda.Event, torch.cuda.Event]] = []
         self._unconverged: Tensor | None = None
 
     @contextmanager
-    def timing(self, device: torch.device) -> Iterator[None]:
-        """Time the reduction of one video on `device`."""
+    def timing(self, stage: Stage, device: torch.device) -> Iterator[None]:
+        """Time a stage of one video on `device`."""
         if device.type == "cuda":
             started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             started.record()
             yield
             ended.record()
-            self._events.append((started, ended))
+            self._events.append((stage, started, ended))
             if len(self._events) >= 1024:
                 self._collect(only_finished=True)
         else:
             start = time.perf_counter()
             yield
-            self._seconds += time.perf_counter() - start
+            self._seconds[stage] += time.perf_counter() - start
 
-    def add(self, reduced: ReducedVideo) -> None:
-        """Count a reduced video and its unconverged solves. A video that kept every token does not count."""
+    def add(self, reduced: ReducedVideo, *, tokens: int) -> None:
+        """Count a reduced video of so many tokens and its unconverged solves, unless it kept every token."""
         if reduced.budget.identity:
             return
         self._reductions += 1
+        self._reduced_tokens += tokens
         solves = reduced.unconverged
         self._unconverged = solves if self._unconverged is None else self._unconverged + solves
 
     def _collect(self, *, only_finished: bool) -> None:
         waiting = []
-        for started, ended in self._events:
+        for stage, started, ended in self._events:
             if only_finished and not ended.query():
-                waiting.append((started, ended))
+                waiting.append((stage, started, ended))
                 continue
             ended.synchronize()
-            self._seconds += started.elapsed_time(ended) / 1000
+            self._seconds[stage] += started.elapsed_time(ended) / 1000
         self._events = waiting
 
     def statistics(self) -> dict[str, float]:
-        """Return the totals since the worker started. Waits for reductions that still run on the device."""
+        """Return the totals since the worker started. Waits for what still runs on the device."""
         self._collect(only_finished=False)
         return {
             "reductions": self._reductions,
-            "reduction_seconds": self._seconds,
+            "reduced_tokens": self._reduced_tokens,
+            "reduction_seconds": self._seconds["reduction"],
+            "tower_seconds": self._seconds["tower"],
             "unconverged_solves": 0 if self._unconverged is None else int(self._unconverged),
         }
 
@@ -178,12 +187,19 @@ class WorkerTotals:
         """Nothing counted yet."""
         self._counted: dict[str, float] = {}
 
+    @property
+    def reduction_seconds_per_token(self) -> float | None:
+        """The time of reductions for each token before them, None before the first."""
+        tokens = self._counted.get("reduced_tokens")
+        return self._counted["reduction_seconds"] / tokens if tokens else None
+
     def count(self, statistics: dict[str, float]) -> None:
         """Add the growth since the last call to the counters."""
         for name, counter in (
             ("reductions", REDUCTIONS),
             ("reduction_seconds", REDUCTION_SECONDS),
+            ("tower_seconds", TOWER_SECONDS),
             ("unconverged_solves", UNCONVERGED),
         ):
             counter.inc(max(0.0, statistics[name] - self._counted.get(name, 0.0)))
-            self._counted[name] = statistics[name]
+        self._counted = dict(statistics)

@@ -65,10 +65,11 @@ class Catalogue:
         Raises UnknownModel, EngineUnavailable if the engines that may serve the model have not reported yet, or
         ModelNotServed if none of them serves the model of the alias.
         """
-        offered = self._offered()
-        if name in offered and (allowed is None or name in allowed):
-            return offered[name]
         aliases = self._find_aliases()
+        alias = Alias(name, name) if aliases is None else aliases.get(name)
+        if alias is not None and self._pool.lists(alias.engine_model) and (allowed is None or name in allowed):
+            return alias
+        offered = self._offered()
         is_alias = name in (aliases or ()) and (allowed is None or name in allowed)
         if aliases is None or is_alias:
             if not self._pool.models or (is_alias and not self._pool.all_seen):

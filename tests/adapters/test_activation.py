@@ -192,7 +192,7 @@ def test_a_worker_extension_of_the_operator_stays_and_a_line_says_what_is_missin
     warning, _ = lines
     assert warning == (
         "AOT: --worker-extension-cls is taken by theirs.Extension, so aot_engine_reductions, "
-        "aot_engine_reduction_seconds and aot_engine_unconverged_solves stay at 0."
+        "aot_engine_reduction_seconds, aot_engine_tower_seconds and aot_engine_unconverged_solves stay at 0."
     )
 
 

@@ -39,13 +39,35 @@ def description(monkeypatch):
     monkeypatch.setattr(endpoint, "active_reduction", lambda vllm_config: REDUCTION)
 
 
+MEASURED = {"tokens": [64, 128], "seconds": [0.1, 0.25]}
+
+
+@pytest.fixture(autouse=True)
+def prefill(monkeypatch):
+    """Let the engines' prefill be measured at once; return the engines."""
+    engines = []
+
+    async def measure(engine):
+        engines.append(engine)
+        return dict(MEASURED)
+
+    monkeypatch.setattr(endpoint, "measure_prefill", measure)
+    return engines
+
+
 class Engine:
     """The part of vLLM's engine client that the endpoint uses, with totals that a worker would report."""
 
-    def __init__(self, *, extension=WORKER_EXTENSION, rank=0):
+    def __init__(self, *, extension=WORKER_EXTENSION, rank=0, additional_config=None):
         parallel = ParallelConfig(worker_extension_cls=extension, _api_process_count=2, _api_process_rank=rank)
-        self.vllm_config = SimpleNamespace(parallel_config=parallel)
-        self.totals = {"reductions": 0, "reduction_seconds": 0.0, "unconverged_solves": 0}
+        self.vllm_config = SimpleNamespace(parallel_config=parallel, additional_config=additional_config)
+        self.totals = {
+            "reductions": 0,
+            "reduced_tokens": 0,
+            "reduction_seconds": 0.0,
+            "tower_seconds": 0.0,
+            "unconverged_solves": 0,
+        }
         self.asked = []
         self.answer = self.report
 
@@ -182,11 +204,12 @@ async def test_a_scrape_adds_the_growth_of_the_workers_totals():
     engine = Engine()
     async with server(engine) as client:
         before = await counters(client)
-        engine.totals = {"reductions": 3, "reduction_seconds": 0.5, "unconverged_solves": 2}
+        engine.totals |= {"reductions": 3, "reduction_seconds": 0.5, "tower_seconds": 4.0, "unconverged_solves": 2}
         after = await counters(client)
         assert growth(before, after) == {
             "reductions_total": 3,
             "reduction_seconds_total": 0.5,
+            "tower_seconds_total": 4.0,
             "unconverged_solves_total": 2,
         }
         assert growth(after, await counters(client)) == {}
@@ -232,10 +255,40 @@ async def test_a_busy_engine_does_not_hold_up_a_scrape_nor_is_it_asked_twice_at_
 
 @pytest.mark.parametrize(("served", "models"), [(None, ["org/model"]), (["a", "b"], ["a", "b"])])
 async def test_an_engine_tells_its_names_and_its_flags(served, models):
-    async with server(Engine(), served) as client:
+    async with server(Engine(extension="theirs.Extension"), served) as client:
         response = await client.get("/v1/aot/engine")
     assert response.status_code == 200
     assert response.json() == {"models": models, "request_kwargs_trusted": True, "prompt_tokens_details": False}
+
+
+async def test_an_engine_tells_what_prefill_and_reductions_cost_it(prefill, monkeypatch):
+    engine = Engine()
+
+    async def told(client):
+        return (await client.get("/v1/aot/engine")).json()["prefill"]
+
+    async with server(engine) as client:
+        assert await told(client) == {**MEASURED, "reduction_seconds_per_token": None}
+        engine.totals |= {"reductions": 1, "reduced_tokens": 400, "reduction_seconds": 0.5}
+        assert (await told(client))["reduction_seconds_per_token"] is None  # the workers have just been asked
+        assert len(engine.asked) == 1
+        monkeypatch.setattr(endpoint, "TOLD_AGAIN_SECONDS", 0.0)
+        assert await told(client) == {**MEASURED, "reduction_seconds_per_token": 0.00125}
+    assert prefill == [engine]
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        Engine(rank=1),
+        Engine(extension="theirs.Extension"),
+        Engine(additional_config={"aot": {"measure_prefill": False}}),
+    ],
+)
+async def test_prefill_is_measured_once_where_videos_are_reduced_and_the_settings_allow_it(engine, prefill):
+    async with server(engine) as client:
+        assert "prefill" not in (await client.get("/v1/aot/engine")).json()
+    assert prefill == []
 
 
 async def test_a_server_without_an_engine_tells_nothing():
