@@ -114,7 +114,7 @@ def scaled(frame, distance):
         return [[value / length if length else 0.0 for value in t] for t, length in zip(frame, lengths, strict=True)]
     some = sorted(length for length in lengths if length)
     median = some[(len(some) - 1) // 2] if some else 1.0
-    factors = [median / length if length > 4 * median else 1.0 for length in lengths]
+    factors = [median / length if length > 8 * median else 1.0 for length in lengths]
     return [[value * factor for value in token] for token, factor in zip(frame, factors, strict=True)]
 
 
