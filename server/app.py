@@ -215,6 +215,7 @@ def _engines(settings: Settings, config: LiveConfiguration, metrics: Metrics) ->
         aliases = config.active.aliases
         return Wanted(
             models=None if aliases is None else frozenset(alias.engine_model for alias in aliases.values()),
+            presets=frozenset((a.engine_model, a.preset) for a in (aliases or {}).values() if a.preset is not None),
             decoded_bytes=settings.media_max_decoded_bytes,
             output_tokens=settings.max_output_tokens or 0,
         )

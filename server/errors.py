@@ -353,7 +353,8 @@ def _translated(status: int, body: bytes) -> GatewayError:
 
 
 _OURS = re.compile(
-    r"^(?:mm_processor|media_io)_kwargs\b|--trust-request-mm-kwargs|--allowed-local-media-path|\blocal files\b",
+    r"^(?:mm_processor|media_io)_kwargs\b|\baot_preset\b|--trust-request-mm-kwargs"
+    r"|--allowed-local-media-path|\blocal files\b",
     re.IGNORECASE,
 )
 """Found in the `param` and message of an engine that refuses what the gateway itself has put into the request."""

@@ -33,7 +33,8 @@ def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
         UnsupportedError: the rate or the `"aot"` settings would be ignored, or this vLLM was not tested.
     """
     settings = PluginSettings.from_additional_config(vllm_config.additional_config)
-    given = isinstance(vllm_config.additional_config, Mapping) and "aot" in vllm_config.additional_config
+    additional = vllm_config.additional_config
+    given = isinstance(additional, Mapping) and additional.get("aot") is not None
     if not video_pruning_rate:
         if given:
             logger.warning("AOT is off: aot settings are given, but --video-pruning-rate is not set or 0.")
@@ -47,16 +48,22 @@ def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
         return
 
     _require_tested_version(settings)
-    reduction = Reduction(retention=round((1 - video_pruning_rate) * PPM) / PPM, method=settings.method)
+    reduction = Reduction.chosen(
+        settings,
+        retention=round((1 - video_pruning_rate) * PPM) / PPM,
+        architecture=supported[0],
+        hf_config=model_config.hf_config,
+    )
     reduction.attach(model_config.hf_config)
     model_config.hf_config.architectures = [reduced_architecture(supported[0])]
     _extend_workers(vllm_config.parallel_config)
     compat.refuse_missing_frames(missing_frames)
     logger.info(
-        "AOT is active on %s: retention %g, settings %s.",
+        "AOT is active on %s: retention %g, preset %s, settings %s.",
         supported[0],
         reduction.retention,
-        json.dumps(settings.method.settings()),
+        reduction.description,
+        json.dumps(reduction.method.in_effect()),
     )
     _warn_without_endpoint()
 

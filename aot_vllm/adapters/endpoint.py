@@ -21,10 +21,10 @@ from vllm.logger import init_logger
 
 from aot_vllm.adapters.activation import WORKER_EXTENSION
 from aot_vllm.adapters.compat import is_first_api_server, observe_rendered_chats
-from aot_vllm.adapters.description import describe_engine
+from aot_vllm.adapters.description import active_reduction, describe_engine
 from aot_vllm.adapters.prefill import measure_prefill
 from aot_vllm.adapters.settings import PluginSettings
-from aot_vllm.adapters.telemetry import LEDGER, VideoSavings, WorkerTotals, count
+from aot_vllm.adapters.telemetry import LEDGER, VideoSavings, WorkerTotals, count, show
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -137,6 +137,8 @@ class AOTEndpoint:
             request_kwargs_trusted=args.trust_request_mm_kwargs,
             prompt_tokens_details=args.enable_prompt_tokens_details,
         )
+        if reduction := active_reduction(engine_client.vllm_config):
+            show(reduction)
         extended = engine_client.vllm_config.parallel_config.worker_extension_cls == WORKER_EXTENSION
         if extended and is_first_api_server(engine_client.vllm_config):
             self._engine = engine_client

@@ -25,8 +25,8 @@ from vllm.multimodal.parse import ModalityDataItems, VideoProcessorItems
 from vllm.utils.tensor_schema import TensorShape
 
 from aot_vllm.adapters.blocks import frames_at_once, in_blocks
-from aot_vllm.adapters.processing import RETENTION, ReducedVideoProcessor, WithoutRetention
-from aot_vllm.adapters.scores import AttentionScores, scoring_modules
+from aot_vllm.adapters.processing import PRESET, RETENTION, ReducedVideoProcessor, WithoutRetention
+from aot_vllm.adapters.scores import scores_of_methods
 from aot_vllm.adapters.settings import PluginSettings, Reduction, from_ppm
 from aot_vllm.adapters.telemetry import METER
 from aot_vllm.core.budget import Budget
@@ -47,9 +47,10 @@ def token_grid(config: Any, *, frames: int) -> VideoGrid:
 
 
 class ReducedVideoPixels(LlavaOnevisionVideoPixelInputs):
-    """Pixels of videos, with the retention of each video in millionths."""
+    """Pixels of videos, with the retention of each video in millionths, and the number of its preset."""
 
     retention: Annotated[Tensor, TensorShape("bn")]
+    preset: Annotated[Tensor, TensorShape("bn")]
 
 
 class AOTLlavaOnevisionProcessingInfo(WithoutRetention, LlavaOnevisionProcessingInfo):
@@ -97,7 +98,7 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
     """LLaVA-OneVision that reduces each video between its vision tower and its language model."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        """Build the model. If anchors are chosen by attention, hook the two scoring layers.
+        """Build the model. If a request may get anchors by attention, hook the two scoring layers.
 
         Raises:
             UnsupportedError: the vision tower is not SigLIP.
@@ -109,11 +110,12 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
                 f"the vision tower must be a SiglipVisionModel, got {type(self.vision_tower).__name__}; "
                 "serve this checkpoint without --video-pruning-rate"
             )
-        self.method = Reduction.of(self.config).method
+        self.methods = Reduction.of(self.config).methods
         self.kernels = PluginSettings.from_additional_config(vllm_config.additional_config).kernels
         layers = self.vision_tower.vision_model.encoder.layers
-        self.scores = AttentionScores(
-            scoring_modules(self.method, [layer.self_attn.attn for layer in layers]),
+        self.scores = scores_of_methods(
+            self.methods,
+            [layer.self_attn.attn for layer in layers],
             total_heads=self.config.vision_config.num_attention_heads,
             sum_over_ranks=tensor_model_parallel_all_reduce,
             kernels=self.kernels,
@@ -127,22 +129,22 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
             type=inputs["type"],
             pixel_values_videos=inputs["pixel_values_videos"],
             retention=kwargs[RETENTION],
+            preset=kwargs[PRESET],
             resolve_bindings=inputs._resolve_bindings,
         )
 
     def _process_video_pixels(self, inputs: ReducedVideoPixels) -> list[Tensor]:
         retentions = [from_ppm(millionths) for millionths in inputs["retention"].tolist()]
-        return [
-            self._embed_video(pixels, retention=retention)
-            for pixels, retention in zip(inputs["pixel_values_videos"], retentions, strict=True)
-        ]
+        videos = zip(inputs["pixel_values_videos"], retentions, inputs["preset"].tolist(), strict=True)
+        return [self._embed_video(pixels, retention=retention, preset=preset) for pixels, retention, preset in videos]
 
-    def _embed_video(self, pixels: Tensor, *, retention: float) -> Tensor:
+    def _embed_video(self, pixels: Tensor, *, retention: float, preset: int) -> Tensor:
         """Return the rows of one video, (kept + 1, hidden), from (frames, 3, height, width)."""
+        method = self.methods[preset]
         grid = token_grid(self.config, frames=len(pixels))
         local_scores = global_scores = None
-        if needs_scores(grid, retention=retention, config=self.method):
-            with self.scores.recording() as recorded:
+        if needs_scores(grid, retention=retention, config=method):
+            with self.scores[preset].recording() as recorded:
                 features = self._tower(pixels)
             local_scores, global_scores = map(self._pool, recorded())
         else:
@@ -154,7 +156,7 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
                 global_scores,
                 grid=grid,
                 retention=retention,
-                config=self.method,
+                config=method,
                 algorithms=algorithms_for(features.device, kernels=self.kernels),
             )
         METER.add(reduced, tokens=grid.tokens)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 from torch import Tensor
 
+from aot_vllm.adapters.settings import Reduction
 from aot_vllm.core.reduce import ReducedVideo
 
 
@@ -80,6 +81,19 @@ REDUCTIONS = Counter(
 TOWER_SECONDS = Counter("aot_engine_tower_seconds", "Time of the vision tower on videos in the worker.")
 REDUCTION_SECONDS = Counter("aot_engine_reduction_seconds", "Time spent choosing and merging tokens in the worker.")
 UNCONVERGED = Counter("aot_engine_unconverged_solves", "Transport problems that ended at the iteration limit.")
+
+INFO = Gauge(
+    "aot_engine_info",
+    "1, with what the engine was started with: its retention, its preset, and the single settings that change it.",
+    ["retention", "preset", "changes"],
+    multiprocess_mode="max",
+)
+
+
+def show(reduction: Reduction) -> None:
+    """Show on `/metrics` what the engine was started with."""
+    changes = ",".join(f"{name}={value}" for name, value in reduction.changes.items())
+    INFO.labels(f"{reduction.retention:g}", reduction.preset, changes).set(1)
 
 
 def count(savings: VideoSavings) -> None:

@@ -14,13 +14,15 @@ MOST_SHOWN = 20  # models, in the error about one that there isn't
 
 
 class RetentionBounds(BaseModel):
-    """The default retention of a model, and the range that a request may choose from."""
+    """The default retention of a model, the range that a request may choose from, and the preset."""
 
     retention: float | None
     min_retention: float
     max_retention: float
     engine_retention: float | None
     """What engines keep if neither the request nor the model says; None if they do not tell, or differ."""
+    preset: str | None
+    """How engines choose and merge tokens; None if they do not tell, or differ."""
 
 
 class ModelCard(BaseModel):
@@ -105,6 +107,7 @@ class Catalogue:
                 min_retention=alias.min_retention,
                 max_retention=alias.max_retention,
                 engine_retention=self._pool.retention(alias.engine_model),
+                preset=alias.preset or self._pool.preset(alias.engine_model),
             ),
             max_model_len=length if isinstance(length, int) else None,
         )

@@ -182,9 +182,16 @@ class EnginePool:
 
     def retention(self, model: str) -> float | None:
         """Return the share of video tokens that the engines of a model keep by default, None if it is not known."""
-        profiles = [engine.profile for engine in self.engines if model in engine.models]
-        told = {None if profile is None else profile.reduction.retention for profile in profiles}
+        told = {None if profile is None else profile.reduction.retention for profile in self._profiles(model)}
         return told.pop() if len(told) == 1 else None
+
+    def preset(self, model: str) -> str | None:
+        """Return the preset that the engines of a model run by default, None if it is not known."""
+        told = {None if profile is None else profile.reduction.preset for profile in self._profiles(model)}
+        return told.pop() if len(told) == 1 else None
+
+    def _profiles(self, model: str) -> list[EngineProfile | None]:
+        return [engine.profile for engine in self.engines if model in engine.models]
 
     def attempt(
         self,

@@ -135,6 +135,8 @@ class Reduction(_Told):
     active: bool = False
     retention: Annotated[float, Field(gt=0, le=1)] = 1.0
     preset: str | None = None
+    presets: tuple[str, ...] = ()
+    """The presets that a request may name."""
     settings: dict[str, Any] | None = None
 
 

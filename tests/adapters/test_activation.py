@@ -1,5 +1,7 @@
 """The decision at start, on configurations as vLLM hands them over. Nothing is started."""
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from aot_vllm.adapters.activation import WORKER_EXTENSION, activate
 from aot_vllm.adapters.registry import ARCHITECTURES, reduced_architecture
 from aot_vllm.adapters.settings import Reduction
 from aot_vllm.errors import SettingError, UnsupportedError
+from aot_vllm.presets import DEFAULTS
 
 LLAVA = "LlavaOnevisionForConditionalGeneration"
 
@@ -67,15 +70,40 @@ def test_an_unknown_setting_is_refused_by_name_with_and_without_a_rate(rate):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_with_a_rate_every_supported_architecture_is_replaced_by_its_reduced_class(lines, architecture):
-    config = configuration(architecture, aot={"clips": 4})
+    config = configuration(architecture)
     activate(config, 0.9)
-    hf_config = config.model_config.hf_config
+    hf_config, preset = config.model_config.hf_config, DEFAULTS[architecture].preset
     assert hf_config.architectures == [reduced_architecture(architecture)]
-    assert Reduction.of(hf_config) == Reduction(retention=0.1, method=AOTConfig(clips=4))
+    assert Reduction.of(hf_config) == Reduction(retention=0.1, method=AOTConfig.preset(preset), preset=preset)
     assert config.parallel_config.worker_extension_cls == WORKER_EXTENSION
     (line,) = lines
-    assert line.startswith(f"AOT is active on {architecture}: retention 0.1, settings {{")
-    assert '"clips": 4' in line
+    shown = json.dumps(AOTConfig.preset(preset).in_effect())
+    assert line == f"AOT is active on {architecture}: retention 0.1, preset {preset}, settings {shown}."
+
+
+def test_the_line_names_the_preset_with_what_changes_it(lines):
+    config = configuration(aot={"preset": "paper", "clips": 4, "allowed_presets": ["diverse"]})
+    activate(config, 0.9)
+    assert Reduction.of(config.model_config.hf_config) == Reduction(
+        retention=0.1, method=replace(AOTConfig.paper(), clips=4), preset="paper", allowed_presets=("diverse",)
+    )
+    (line,) = lines
+    assert line.startswith(f"AOT is active on {LLAVA}: retention 0.1, preset paper with clips 4, settings {{")
+
+
+def test_a_checkpoint_names_its_own_preset(lines):
+    config = configuration()
+    config.model_config.hf_config.aot = {"preset": "diverse", "mass": 0.2}
+    activate(config, 0.9)
+    assert Reduction.of(config.model_config.hf_config).method == AOTConfig(mass=0.2)
+    assert "preset diverse with mass 0.2, settings" in lines[0]
+
+
+def test_a_setting_that_takes_no_effect_does_not_start():
+    config = configuration("Qwen3VLForConditionalGeneration", aot={"clips": 4})
+    with pytest.raises(SettingError, match=r"^clips takes no effect with preset diverse, because it needs a kappa"):
+        activate(config, 0.9)
+    assert_untouched(config, "Qwen3VLForConditionalGeneration")
 
 
 @pytest.mark.parametrize("additional", [{}, {"aot": {}}, {"aot": {"clips": 4}}])

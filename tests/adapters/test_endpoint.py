@@ -14,12 +14,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.datastructures import State
 from vllm.config import ParallelConfig
 
+from aot_vllm import AOTConfig
 from aot_vllm.adapters import endpoint
 from aot_vllm.adapters.activation import WORKER_EXTENSION
 from aot_vllm.adapters.endpoint import AOTEndpoint
-from aot_vllm.adapters.telemetry import LEDGER, VideoSavings
+from aot_vllm.adapters.settings import Reduction
+from aot_vllm.adapters.telemetry import INFO, LEDGER, VideoSavings
 
 CHAT = "/v1/chat/completions"
+REDUCTION = Reduction(retention=0.25, method=AOTConfig(mass=0.2, epsilon=0.2), preset="diverse")
 SAVED = {"a": VideoSavings(289, 73, 0.25), "b": VideoSavings(100, 25, 0.25), "whole": VideoSavings(50, 50, 1.0)}
 
 
@@ -33,6 +36,7 @@ def known_videos():
 def description(monkeypatch):
     """Let the engine tell what it was described with."""
     monkeypatch.setattr(endpoint, "describe_engine", lambda vllm_config, **told: told)
+    monkeypatch.setattr(endpoint, "active_reduction", lambda vllm_config: REDUCTION)
 
 
 MEASURED = {"tokens": [64, 128], "seconds": [0.1, 0.25]}
@@ -295,3 +299,23 @@ async def test_a_server_without_an_engine_tells_nothing():
 def test_the_plugin_loads_where_text_is_generated():
     assert AOTEndpoint.name == "aot"
     assert AOTEndpoint.required_tasks == ("generate",)
+
+
+async def info(client):
+    response = await client.get("/metrics")
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
+    return [(sample.labels, sample.value) for sample in families["aot_engine_info"].samples]
+
+
+async def test_metrics_name_the_preset_with_what_changes_it():
+    INFO.clear()
+    async with server(Engine()) as client:
+        labels = {"retention": "0.25", "preset": "diverse", "changes": "epsilon=0.2,mass=0.2"}
+        assert await info(client) == [(labels, 1.0)]
+
+
+async def test_metrics_name_no_preset_of_an_engine_without_aot(monkeypatch):
+    INFO.clear()
+    monkeypatch.setattr(endpoint, "active_reduction", lambda vllm_config: None)
+    async with server(Engine()) as client:
+        assert await info(client) == []
