@@ -80,6 +80,13 @@ RULES = [
     rule("docs/gateway.md", "python", "", GATEWAY + "test_the_examples_with_the_sdk_run"),
     rule("docs/gateway.md", "yaml", "(tenants|limits|models):", GATEWAY + "test_the_example_configuration_is_one"),
     rule("docs/gateway.md", "json", r'\{"object": "video\.tokens"', COMMANDS + "test_the_answer_about_tokens_is_one"),
+    rule(
+        "docs/gateway.md",
+        "json",
+        r'\{"object": "usage"',
+        GATEWAY + "test_the_example_of_usage_adds_up",
+        GATEWAY + "test_the_examples_with_curl_run",
+    ),
     rule("docs/gateway.md", "promql", "", COMMANDS + "test_a_query_is_one_and_asks_for_metrics_that_there_are"),
     rule(
         "docs/kubernetes.md",
