@@ -51,6 +51,10 @@ def test_transport_moves_as_released_from_anchors_by_diversity_and_emits_each_on
     assert (transport["anchors"], transport["emit"]) == ("diverse", "compact")
 
 
+def test_within_is_transport_without_what_moves_across_frames():
+    assert AOTConfig.preset("within") == dataclasses.replace(AOTConfig.preset("transport"), kappa=1.0)
+
+
 @pytest.mark.parametrize("name", ["released", "", None, 3, ["paper"], "Paper"])
 def test_a_preset_that_there_is_not_is_refused_with_those_that_there_are(name):
     with pytest.raises(SettingError) as error:
@@ -128,6 +132,7 @@ MOVING = {"spatial_weight", "temporal_sigma", "clips", "epsilon", "iterations", 
         ("diverse", set(USED_WITH) - GREEDY),
         ("calibrated", LOCAL | MOVING),
         ("coverage", set(USED_WITH) - GREEDY),
+        ("within", LOCAL | CALIBRATED | {"global_layer", "without_sinks", "temporal_sigma", "clips"}),
         ("transport", LOCAL | CALIBRATED | {"global_layer", "without_sinks"}),
     ],
 )
@@ -181,11 +186,10 @@ def test_every_architecture_has_a_default_with_evidence():
         assert default.evidence
 
 
-def test_transport_runs_within_and_across_frames_on_the_papers_own_model_and_nothing_moves_on_qwens():
+def test_on_the_papers_own_model_transport_runs_within_frames_and_nothing_moves_on_qwens():
     for architecture, default in DEFAULTS.items():
         config = AOTConfig.preset(default.preset)
         if architecture.startswith("Llava"):
-            assert config.mass > 0
-            assert config.kappa < 1
+            assert (config.mass, config.nearest_weight, config.kappa) == (1.0, 0.1, 1.0)
         else:
             assert (config.mass, config.nearest_weight, config.kappa) == (0, 0, 1)

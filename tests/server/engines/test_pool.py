@@ -258,7 +258,7 @@ async def test_a_silent_engine_does_not_delay_what_is_known_of_the_others(engine
 async def test_what_one_api_server_of_an_engine_has_measured_counts_until_the_engine_has_been_down(engine):
     measured = {"tokens": [64, 128], "seconds": [0.5, 1.5]}
     metrics = Metrics(CollectorRegistry())
-    async with EngineSession(connect_seconds=1, read_seconds=5) as session:
+    async with EngineSession(connect_seconds=1) as session:
         pool = EnginePool([engine.url], session=session, metrics=metrics, health_seconds=60)
         found = []
         for told in ({"prefill": measured}, {}, {"prefill": None}, None, {}):
