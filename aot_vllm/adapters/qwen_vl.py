@@ -46,6 +46,7 @@ class ReducedQwenVL(PositionedQwenVL):
         self.kernels = PluginSettings.from_additional_config(vllm_config.additional_config).kernels
         let_cpu_runner_recompute_positions()
         let_proposer_know_reduced_models()
+        self.receive_positions()
         blocks = self.visual.blocks
         self.scores = AttentionScores(
             scoring_modules(self.method, [block.attn.attn for block in blocks], whole_frame=whole_frame),
