@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 
 from aot_vllm.adapters import compat
 from aot_vllm.adapters.decoded import missing_frames
+from aot_vllm.adapters.guards import refuse_unsupported_modes, takes_videos
 from aot_vllm.adapters.registry import ARCHITECTURES, TESTED_VLLM_RELEASES, reduced_architecture
 from aot_vllm.adapters.settings import PPM, PluginSettings, Reduction
 from aot_vllm.errors import UnsupportedError
@@ -30,7 +31,8 @@ def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
 
     Raises:
         SettingError: a setting under `"aot"` is unknown or out of range.
-        UnsupportedError: the rate or the `"aot"` settings would be ignored, or this vLLM was not tested.
+        UnsupportedError: the rate or the `"aot"` settings would be ignored, this vLLM was not tested, or AOT does not
+            work in a mode that the configuration asks for.
     """
     settings = PluginSettings.from_additional_config(vllm_config.additional_config)
     given = isinstance(vllm_config.additional_config, Mapping) and "aot" in vllm_config.additional_config
@@ -47,8 +49,11 @@ def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
         return
 
     _require_tested_version(settings)
-    reduction = Reduction(retention=round((1 - video_pruning_rate) * PPM) / PPM, method=settings.method)
-    reduction.attach(model_config.hf_config)
+    refuse_unsupported_modes(vllm_config, settings.method)
+    retention = round((1 - video_pruning_rate) * PPM) / PPM
+    reduction = Reduction(retention=retention, method=settings.method, kernels=settings.kernels)
+    reduction.attach(model_config.multimodal_config)
+    _take_settings(vllm_config)
     model_config.hf_config.architectures = [reduced_architecture(supported[0])]
     _extend_workers(vllm_config.parallel_config)
     compat.refuse_missing_frames(missing_frames)
@@ -58,7 +63,16 @@ def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
         reduction.retention,
         json.dumps(settings.method.settings()),
     )
+    if not takes_videos(vllm_config):
+        logger.warning("AOT: this engine takes no videos, so there is nothing to reduce; its limit for them is 0.")
     _warn_without_endpoint()
+
+
+def _take_settings(vllm_config: VllmConfig) -> None:
+    """Remove AOT's settings, which travel with the reduction, from what vLLM's hash of compiled code covers."""
+    if isinstance(vllm_config.additional_config, dict):
+        others = {name: value for name, value in vllm_config.additional_config.items() if name != "aot"}
+        vllm_config.additional_config = others
 
 
 def _extend_workers(parallel_config: ParallelConfig) -> None:

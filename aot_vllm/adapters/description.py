@@ -77,7 +77,7 @@ def _reduction(model_config: ModelConfig) -> dict[str, Any]:
     name = _architecture(model_config)
     if original_architecture(name) == name:
         return {"active": False, "retention": 1.0, "settings": None}
-    reduction = Reduction.of(model_config.hf_config)
+    reduction = Reduction.of(model_config.multimodal_config)
     return {"active": True, "retention": reduction.retention, "settings": reduction.method.settings()}
 
 

@@ -40,12 +40,13 @@ class PositionedQwenVL(PositionsThroughPipeline):
     """
 
     config: Any
+    multimodal_config: Any
     visual: Any
 
     @cached_property
     def method(self) -> AOTConfig:
         """The settings of the reduction, as this engine was started with."""
-        return Reduction.of(self.config).method
+        return Reduction.of(self.multimodal_config).method
 
     @cached_property
     def _width(self) -> int:

@@ -13,7 +13,7 @@ from aot_vllm.kernels.dispatch import Kernels, check_kernels
 PPM = 1_000_000
 """A retention travels as whole millionths: an integer survives every cast between the processor and the worker."""
 
-_HF_CONFIG_KEY = "aot_video_reduction"
+_CARRIER = "aot_video_reduction"
 
 
 def _flag(name: str, value: object) -> bool:
@@ -62,28 +62,35 @@ class PluginSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Reduction:
-    """The server-wide retention, in (0, 1], and the settings of the method."""
+    """The server-wide retention, in (0, 1], the settings of the method, and who computes it."""
 
     retention: float
     method: AOTConfig
+    kernels: Kernels = "auto"
 
-    def attach(self, hf_config: Any) -> None:
-        """Write this reduction into the model's configuration, which vLLM passes to every process."""
-        setattr(hf_config, _HF_CONFIG_KEY, {"retention": self.retention, "method": self.method.settings()})
+    def attach(self, multimodal_config: Any) -> None:
+        """Write this reduction into the model's multimodal configuration, which vLLM passes to every process.
+
+        vLLM's hash of compiled code covers the model's own configuration, but not this attribute. A reduction changes
+        nothing that is compiled, so engines with different retentions and settings share what they compile.
+        """
+        carried = {"retention": self.retention, "method": self.method.settings(), "kernels": self.kernels}
+        setattr(multimodal_config, _CARRIER, carried)
 
     @classmethod
-    def of(cls, hf_config: Any) -> Reduction:
+    def of(cls, multimodal_config: Any) -> Reduction:
         """Return the reduction that `attach` wrote.
 
         Raises:
             SettingError: the engine was not activated for AOT.
         """
-        carried = getattr(hf_config, _HF_CONFIG_KEY, None)
+        carried = getattr(multimodal_config, _CARRIER, None)
         if carried is None:
             raise SettingError("this model configuration carries no AOT settings; start vLLM with --video-pruning-rate")
         return cls(
             retention=check_retention(carried["retention"]),
             method=AOTConfig.from_mapping(carried["method"]),
+            kernels=check_kernels(carried["kernels"]),
         )
 
 

@@ -28,10 +28,10 @@ def test_who_computes_is_a_setting_of_the_plugin_and_changes_no_cache_key():
 
 
 def test_an_attached_reduction_is_read_back():
-    hf_config = SimpleNamespace()
-    reduction = Reduction(retention=0.125, method=AOTConfig(emit="compact", local_layer=3))
-    reduction.attach(hf_config)
-    assert Reduction.of(hf_config) == reduction
+    multimodal_config = SimpleNamespace()
+    reduction = Reduction(retention=0.125, method=AOTConfig(emit="compact", local_layer=3), kernels="torch")
+    reduction.attach(multimodal_config)
+    assert Reduction.of(multimodal_config) == reduction
 
 
 def test_a_model_configuration_without_a_reduction_says_how_to_get_one():

@@ -19,7 +19,7 @@ def main():
     engine = Engine(
         checkpoint(name), pipeline_parallel_size=2, worker_extension_cls="tests.e2e.stages.Stage", **settings_of(name)
     )
-    engine.llm.collective_rpc("hold_what_the_stage_before_sends")
+    engine.llm.collective_rpc("get_ready")
     answers = [engine.ask(*step) for step in steps_of(name)]
     print(json.dumps({"answers": [[[a.prompt_tokens, a.tokens, a.logprobs] for a in step] for step in answers]}))
     engine.close()

@@ -1,6 +1,6 @@
 """What a pipeline's stages are asked, and a worker extension for them."""
 
-from tests.e2e.engines import image, request, video
+from tests.e2e.engines import image, interpolate_natively, request, video
 from tests.e2e.qwen import qwen_request
 
 SETTINGS = {"video_pruning_rate": 0.75, "enable_prefix_caching": True, "max_num_seqs": 4}
@@ -46,10 +46,11 @@ def asked_of_llava(*parts, retention=None):
 
 
 class Stage:
-    def hold_what_the_stage_before_sends(self):
-        """Do what Model Runner V1 does for a later stage on a GPU, and does not on a CPU."""
+    def get_ready(self):
+        """Do in this process what `Engine` does in its own, and what Model Runner V1 does for later stages on a GPU."""
         from vllm.distributed import get_pp_group
 
+        interpolate_natively()
         runner = self.model_runner
         if not get_pp_group().is_first_rank and runner.intermediate_tensors is None:
             runner.intermediate_tensors = runner.model.make_empty_intermediate_tensors(
