@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -89,9 +89,10 @@ def count(savings: VideoSavings) -> None:
 
 
 class ReductionMeter:
-    """Counts and times reductions in a worker. The host never waits for the device while requests are served.
+    """Counts and times reductions in a worker. The host never waits for the device, not even at a scrape.
 
-    On CUDA, the time is taken between two events. Events and the count of unconverged solves are read at a scrape.
+    On CUDA, the time is taken between two events, and the count of unconverged solves is copied to the host after each
+    reduction. A scrape reads what is finished. The next one has the rest.
     """
 
     def __init__(self) -> None:
@@ -100,6 +101,7 @@ class ReductionMeter:
         self._seconds = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._unconverged: Tensor | None = None
+        self._unconverged_on_host: Tensor | None = None
 
     @contextmanager
     def timing(self, device: torch.device) -> Iterator[None]:
@@ -111,7 +113,7 @@ class ReductionMeter:
             ended.record()
             self._events.append((started, ended))
             if len(self._events) >= 1024:
-                self._collect(only_finished=True)
+                self._collect()
         else:
             start = time.perf_counter()
             yield
@@ -124,24 +126,27 @@ class ReductionMeter:
         self._reductions += 1
         solves = reduced.unconverged
         self._unconverged = solves if self._unconverged is None else self._unconverged + solves
+        if self._unconverged_on_host is None:
+            self._unconverged_on_host = torch.zeros(solves.shape, dtype=solves.dtype, pin_memory=solves.is_cuda)
+        self._unconverged_on_host.copy_(self._unconverged, non_blocking=True)
 
-    def _collect(self, *, only_finished: bool) -> None:
+    def _collect(self) -> None:
+        """Add the times of finished reductions."""
         waiting = []
         for started, ended in self._events:
-            if only_finished and not ended.query():
+            if ended.query():
+                self._seconds += started.elapsed_time(ended) / 1000
+            else:
                 waiting.append((started, ended))
-                continue
-            ended.synchronize()
-            self._seconds += started.elapsed_time(ended) / 1000
         self._events = waiting
 
     def statistics(self) -> dict[str, float]:
-        """Return the totals since the worker started. Waits for reductions that still run on the device."""
-        self._collect(only_finished=False)
+        """Return the totals since the worker started, without times and solves of reductions that still run."""
+        self._collect()
         return {
             "reductions": self._reductions,
             "reduction_seconds": self._seconds,
-            "unconverged_solves": 0 if self._unconverged is None else int(self._unconverged),
+            "unconverged_solves": 0 if self._unconverged_on_host is None else int(self._unconverged_on_host),
         }
 
 
@@ -158,18 +163,19 @@ class WorkerExtension:
 
 
 class WorkerTotals:
-    """Converts the totals that a worker reports into increments of this process's counters."""
+    """Converts the totals that the workers of each engine report into increments of this process's counters."""
 
     def __init__(self) -> None:
         """Nothing counted yet."""
-        self._counted: dict[str, float] = {}
+        self._counted: dict[tuple[int, str], float] = {}
 
-    def count(self, statistics: dict[str, float]) -> None:
-        """Add the growth since the last call to the counters."""
-        for name, counter in (
-            ("reductions", REDUCTIONS),
-            ("reduction_seconds", REDUCTION_SECONDS),
-            ("unconverged_solves", UNCONVERGED),
-        ):
-            counter.inc(max(0.0, statistics[name] - self._counted.get(name, 0.0)))
-            self._counted[name] = statistics[name]
+    def count(self, statistics: Sequence[Mapping[str, float]]) -> None:
+        """Add the growth since the last call to the counters. `statistics`: one for each data-parallel engine."""
+        for engine, totals in enumerate(statistics):
+            for name, counter in (
+                ("reductions", REDUCTIONS),
+                ("reduction_seconds", REDUCTION_SECONDS),
+                ("unconverged_solves", UNCONVERGED),
+            ):
+                counter.inc(max(0.0, totals[name] - self._counted.get((engine, name), 0.0)))
+                self._counted[engine, name] = totals[name]

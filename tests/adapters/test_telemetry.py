@@ -49,6 +49,26 @@ def test_a_video_that_keeps_every_token_is_no_reduction():
     assert meter.statistics() == {"reductions": 0, "reduction_seconds": 0, "unconverged_solves": 0}
 
 
+def test_reading_the_meter_waits_for_no_event_and_the_next_reading_has_what_was_running():
+    class Event:
+        def __init__(self, *, finished):
+            self.finished = finished
+
+        def query(self):
+            return self.finished
+
+        def elapsed_time(self, ended):
+            assert ended.finished
+            return 500.0
+
+    meter, running = ReductionMeter(), Event(finished=False)
+    meter._events = [(Event(finished=True), Event(finished=True)), (Event(finished=True), running)]
+    assert meter.statistics()["reduction_seconds"] == 0.5
+    running.finished = True
+    assert meter.statistics()["reduction_seconds"] == 1.0
+    assert meter.statistics()["reduction_seconds"] == 1.0
+
+
 def test_a_failed_reduction_is_not_counted():
     meter = ReductionMeter()
     with pytest.raises(RuntimeError, match="solver"), meter.timing(torch.device("cpu")):
@@ -62,6 +82,6 @@ def test_totals_become_increments_of_counters_which_never_go_down():
 
     totals, start = WorkerTotals(), read()
     for reductions, seconds in ((2, 0.5), (2, 0.5), (5, 0.75), (0, 0.0), (1, 0.25)):
-        totals.count({"reductions": reductions, "reduction_seconds": seconds, "unconverged_solves": 0})
+        totals.count([{"reductions": reductions, "reduction_seconds": seconds, "unconverged_solves": 0}])
     grown = [end - begin for end, begin in zip(read(), start, strict=True)]
     assert grown == [6, 1.0]
