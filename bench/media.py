@@ -11,7 +11,12 @@ The model looks at 32 frames of 384 x 384 pixels, in large patches. Clips have 2
 Ten seconds are encoded, longer clips repeat them. The first table has the median time of one request at a time; memory
 is the peak of the gateway's process that reads the clip. The second table has the processor time of the gateway, its
 readers and the engine's API server for the same requests. The model's own is left out: its process looks out for work
-for a second after each request, busily. The third table has videos a second with several requests at a time.
+for a second after each request, busily. The third table has videos a second with several requests at a time. The last
+one says what can be gained at most: how long the same libav takes to decode the whole clip, and to decode only what the
+32 frames are made from. Without an engine, scaling or hand-over; each frame that another refers to has to be decoded.
+
+torchcodec is measured where it is installed: a build for CPUs (0.12.0, say, without its dependencies) beside FFmpeg's
+shared libraries.
 """
 
 from __future__ import annotations
@@ -35,6 +40,8 @@ from threading import Thread
 from typing import Any
 
 import aiohttp
+import av
+from av.codec.context import ThreadType
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -44,10 +51,17 @@ from bench.gateway import family, own_processor_seconds, processor_seconds  # no
 from bench.machine import describe, engine_versions  # noqa: E402
 from bench.servers import free_port, process  # noqa: E402
 from demo.tiny_checkpoints import checkpoint  # noqa: E402
+from server.reader.facts import Limits  # noqa: E402
+from server.reader.reading import scan_video  # noqa: E402
+from server.reader.sampling import Clip, Uniform  # noqa: E402
 
 FILE, INLINE, OPENCV, TORCHCODEC = "frames in a file", "frames inline", "OpenCV", "torchcodec"
 MODEL = "bench"
 MIB = 2**20
+NUM_FRAMES = 32  # what the model samples
+THREADS = 2
+DEMUXERS = {".mp4": "mov,mp4,m4a,3gp,3g2,mj2", ".webm": "matroska,webm"}
+LIMITS = Limits(max_seconds=900, max_pixels=1920 * 1088, max_frames=10**6, sampled_frames=NUM_FRAMES)
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -165,7 +179,7 @@ def engine(model: str, store: Path) -> Iterator[Arm]:
         *("--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--dtype", "float32"),
         *("--max-model-len", "8192", "--max-num-batched-tokens", "8192", "--kv-cache-memory-bytes", str(2**29)),
         *("--limit-mm-per-prompt", '{"image": 0, "video": 1}', "--allowed-local-media-path", str(store)),
-        *("--mm-processor-cache-gb", "1"),
+        *("--mm-processor-cache-gb", "1", "--trust-request-mm-kwargs"),
     ]
     address = f"http://127.0.0.1:{port}"
     with process(command, health=f"{address}/health", environment=ENVIRONMENT) as pid:
@@ -228,6 +242,34 @@ class Results:
     """MiB of a process that reads clips."""
     rates: dict[Kind, dict[int, dict[str, float | None]]] = field(default_factory=dict)
     """Videos a second, by how many requests at a time."""
+    decoding: dict[Kind, tuple[float, float]] = field(default_factory=dict)
+    """Seconds for the whole clip, and for what the sampled frames are made from."""
+
+
+def decoding(kind: Kind, rounds: int) -> tuple[float, float]:
+    """Return the seconds that decoding takes: of the whole clip, and of what the sampled frames are made from."""
+    with clip(kind).open("rb") as file:
+        video = scan_video(file.fileno(), DEMUXERS[clip(kind).suffix], LIMITS)
+        frames = video.timeline.packets
+        sampled = {frames[index] for index in Uniform(NUM_FRAMES).indices(Clip(len(frames), 0, 0))}
+        times: dict[bool, list[float]] = {True: [], False: []}
+        for is_whole in [True, False] * (rounds if kind.seconds < LONG_SECONDS else 1):
+            started = time.perf_counter()
+            if is_whole:
+                _decode_all(clip(kind))
+            else:
+                for _ in video.decoder.frames(sampled, threads=THREADS):
+                    pass
+            times[is_whole].append(time.perf_counter() - started)
+    return statistics.median(times[True]), statistics.median(times[False])
+
+
+def _decode_all(path: Path) -> None:
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        stream.codec_context.thread_count, stream.codec_context.thread_type = THREADS, ThreadType.FRAME
+        for _ in container.decode(stream):
+            pass
 
 
 async def measured(arms: Mapping[str, Arm], clips: Clips, plan: Plan, *, model: str = MODEL) -> Results:
@@ -256,6 +298,7 @@ async def measured(arms: Mapping[str, Arm], clips: Clips, plan: Plan, *, model: 
                     name: number / median if (median := _median(seen, 0)) else None for name, seen in times.items()
                 }
                 print(kind.name, number, "at a time", results.rates[kind][number], flush=True)
+    results.decoding = {kind: decoding(kind, plan.rounds) for kind in plan.kinds}
     return results
 
 
@@ -343,16 +386,19 @@ def table(results: Results, line: str) -> str:
     for kind, spent in results.processor.items():
         cells = [_cell(spent[name], "{:.2f} s") for name in names] + [_ratio(spent[name], spent[FILE]) for name in own]
         rows.append(f"| {kind.name} | {' | '.join(cells)} |")
-    rows += [
-        "",
-        f"| videos a second | at a time | {heads} |",
-        "|---|--:|" + "--:|" * (len(names) + len(own)),
-    ]
+    rows += ["", f"| videos a second | at a time | {heads} |", "|---|--:|" + "--:|" * (len(names) + len(own))]
     for kind, numbers in results.rates.items():
         for number, rates in numbers.items():
             cells = [_cell(rates[name], "{:.2f}") for name in names]
             cells += [_ratio(rates[FILE], rates[name]) for name in own]
             rows.append(f"| {kind.name} | {number} | {' | '.join(cells)} |")
+    if not results.rates:
+        rows = rows[:-3]
+    rows += ["", "| decoding alone | all frames | what the sampled ones need | gain at most |", "|---|--:|--:|--:|"]
+    rows += [
+        f"| {kind.name} | {whole:.2f} s | {needed:.2f} s | {whole / needed:.2f}x |"
+        for kind, (whole, needed) in results.decoding.items()
+    ]
     return "\n".join([*rows, "", line, ""])
 
 
@@ -385,15 +431,15 @@ def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tiny", action="store_true", help="one small clip and a smaller model: whether it all works")
-    parser.add_argument(
-        "--kinds", type=_kinds, help="only these clips, one request at a time: h264/720p/60,vp9/480p/10"
-    )
+    parser.add_argument("--kinds", type=_kinds, help="only these clips: h264/720p/60,vp9/480p/10")
+    parser.add_argument("--several", type=_kinds, help="only these clips with several requests at a time")
     parser.add_argument("--rounds", type=int, default=FULL.rounds, help="requests about each clip, one at a time")
     parser.add_argument("--out", type=Path, help="also write the tables here")
     arguments = parser.parse_args()
     plan = TINY if arguments.tiny else Plan(FULL.kinds, FULL.several, arguments.rounds)
-    if arguments.kinds:
-        plan = Plan(arguments.kinds, {}, arguments.rounds)
+    if arguments.kinds or arguments.several:
+        several = {kind: numbers for kind, numbers in FULL.several.items() if kind in (arguments.several or ())}
+        plan = Plan(arguments.kinds or FULL.kinds, several, arguments.rounds)
     results = asyncio.run(run(plan, "tiny" if arguments.tiny else "coarse-384"))
     missing = "" if importlib.util.find_spec("torchcodec") else "torchcodec is not installed. "
     text = table(results, f"32 frames. {missing}{describe(engine_versions(), _versions())}")

@@ -1,5 +1,6 @@
 """`python -m server`: runs the gateway under uvicorn, with one worker."""
 
+import asyncio
 import importlib.util
 import logging
 import signal
@@ -67,12 +68,13 @@ def main() -> int:
     try:
         settings = Settings.from_environment()
         drain = Drain(settings.drain_seconds)
-        app = create_app(settings, drain=drain, tracing=_tracing())
+        reload = asyncio.Event()
+        app = create_app(settings, drain=drain, reload=reload, tracing=_tracing())
     except ConfigurationError as exc:
         sys.stderr.write(f"The gateway can't start:\n{exc}\n")
         return BAD_SETTINGS
     logs.configure(settings.log_level)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a closing terminal's; readers inherit it
+    signal.signal(signal.SIGHUP, lambda *_: reload.set())  # the loop wakes up at least every `on_tick`
     config = uvicorn.Config(
         app,
         host=settings.host,

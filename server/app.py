@@ -16,8 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
 
-from server import __version__, configuration, openapi
-from server.admission.auth import metrics_keys, tenant_keys
+from server import __version__, openapi
 from server.admission.buffers import Buffers
 from server.admission.drain import Drain
 from server.admission.entrance import Entrance
@@ -35,6 +34,7 @@ from server.engines.exchange import Exchanges
 from server.engines.pool import EnginePool
 from server.engines.session import EngineSession
 from server.errors import ConfigurationError
+from server.live import LiveConfiguration
 from server.media.examine import Examiner
 from server.media.fetch import Fetcher, HostRules, Network
 from server.media.frames import Sampler
@@ -64,20 +64,26 @@ def create_app(
     *,
     registry: CollectorRegistry | None = None,
     drain: Drain | None = None,
+    reload: asyncio.Event | None = None,
     network: Network | None = None,
     tracing: "Tracing | None" = None,
 ) -> FastAPI:
     """Return the gateway as an ASGI application. It opens no connection before its lifespan begins.
 
-    Metrics are registered on `registry`, by default a new one. The caller starts a shutdown through `drain`. Spans are
-    created by `tracing`, by default none are. Media are fetched through `network`, by default the machine's own.
+    Metrics are registered on `registry`, by default a new one. The caller starts a shutdown through `drain`, and has
+    the configuration read again through `reload`. Spans are created by `tracing`, by default none are. Media are
+    fetched through `network`, by default the machine's own.
     Raises ConfigurationError if a file named by the settings is wrong, or if the gateway would accept requests
     without API keys from other machines and the operator has not confirmed it.
     """
-    config = Configuration() if settings.config is None else configuration.load(settings.config)
-    if config.tenants is None:
-        _refuse_open_off_loopback(settings)
     metrics = Metrics(registry or CollectorRegistry())
+    config = LiveConfiguration(
+        settings.config,
+        accept=functools.partial(_accept, settings),
+        warn=functools.partial(_warn, settings),
+        metrics=metrics,
+        asked=reload,
+    )
     drain = drain or Drain(settings.drain_seconds)
     counts = Counts(shared_storage(settings.limits_backend.get_secret_value()), metrics=metrics)
     engines = _engines(settings, config, metrics)
@@ -85,13 +91,14 @@ def create_app(
 
     @contextlib.asynccontextmanager
     async def running(_app: FastAPI) -> AsyncIterator[None]:
-        _warn_of_keys(settings, config)
+        config.warn()
         async with contextlib.AsyncExitStack() as stack:
             if tracing is not None:
                 stack.push_async_callback(tracing.close)
             stack.push_async_callback(counts.close)
             await stack.enter_async_context(media.running())
             await stack.enter_async_context(engines.running())
+            await stack.enter_async_context(_until_the_end(config.watch()))
             yield
 
     app = FastAPI(
@@ -104,19 +111,37 @@ def create_app(
         exception_handlers={HTTPException: raise_in_our_terms, RequestValidationError: raise_in_our_terms},
     )
     _add_routes(app, settings, config, engines=engines, media=media, drain=drain, metrics=metrics)
-    quotas = Quotas(limits_of=config.limits_of, counts=counts, metrics=metrics)
+    _add_middleware(
+        app, settings, config, catalogue=engines.catalogue, counts=counts, drain=drain, metrics=metrics, tracing=tracing
+    )
+    return app
+
+
+def _add_middleware(
+    app: FastAPI,
+    settings: Settings,
+    config: LiveConfiguration,
+    *,
+    catalogue: Catalogue,
+    counts: Counts,
+    drain: Drain,
+    metrics: Metrics,
+    tracing: "Tracing | None",
+) -> None:
+    quotas = Quotas(
+        limits_of=lambda tenant: config.active.configuration.limits_of(tenant), counts=counts, metrics=metrics
+    )
     app.add_middleware(  # the middleware added last is the outermost
         Limited,
         quotas=quotas,
-        models=lambda: engines.catalogue.names,
+        models=lambda: catalogue.names,
         max_body_bytes=settings.max_body_bytes,
     )
-    app.add_middleware(Authenticated, tenants=tenant_keys(config), metrics=metrics_keys(config))
+    app.add_middleware(Authenticated, tenants=lambda: config.active.tenants, metrics=lambda: config.active.metrics)
     app.add_middleware(RefuseWhileDraining, drain=drain)
     app.add_middleware(ErrorsInOpenAIShape)
     app.add_middleware(Observed, metrics=metrics, tracing=tracing)
     allow_origins(app, settings.cors_origins, headers=openapi.ANSWER_HEADERS)
-    return app
 
 
 @dataclass(frozen=True)
@@ -159,20 +184,21 @@ class _Media:
             yield
 
 
-def _engines(settings: Settings, config: Configuration, metrics: Metrics) -> _Engines:
-    aliases = config.aliases
-    for name, alias in (aliases or {}).items():
-        metrics.retention_limit.labels(name).set(alias.max_retention)
+def _engines(settings: Settings, config: LiveConfiguration, metrics: Metrics) -> _Engines:
     session = EngineSession(
         connect_seconds=settings.engine_connect_seconds,
         read_seconds=settings.engine_read_seconds,
         api_key=_engine_key(settings),
     )
-    wanted = Wanted(
-        models=None if aliases is None else frozenset(alias.engine_model for alias in aliases.values()),
-        decoded_bytes=settings.media_max_decoded_bytes,
-        output_tokens=settings.max_output_tokens or 0,
-    )
+
+    def wanted() -> Wanted:
+        aliases = config.active.aliases
+        return Wanted(
+            models=None if aliases is None else frozenset(alias.engine_model for alias in aliases.values()),
+            decoded_bytes=settings.media_max_decoded_bytes,
+            output_tokens=settings.max_output_tokens or 0,
+        )
+
     pool = EnginePool(
         settings.engines,
         session=session,
@@ -183,7 +209,7 @@ def _engines(settings: Settings, config: Configuration, metrics: Metrics) -> _En
     return _Engines(
         session=session,
         pool=pool,
-        catalogue=Catalogue(aliases=aliases, pool=pool),
+        catalogue=Catalogue(aliases=lambda: config.active.aliases, pool=pool),
         exchanges=Exchanges(
             session=session, pool=pool, metrics=metrics, headers_seconds=settings.engine_headers_seconds
         ),
@@ -261,7 +287,7 @@ def _secret(settings: Settings) -> bytes:
 def _add_routes(
     app: FastAPI,
     settings: Settings,
-    config: Configuration,
+    config: LiveConfiguration,
     *,
     engines: _Engines,
     media: _Media,
@@ -299,15 +325,18 @@ def _add_routes(
     )
 
 
-def _document(app: FastAPI, config: Configuration) -> Callable[[], dict[str, Any]]:
-    return functools.cache(
-        lambda: openapi.document(
-            app.routes, keys_needed=config.tenants is not None, metrics_keys_needed=config.metrics_keys is not None
-        )
-    )
+def _document(app: FastAPI, config: LiveConfiguration) -> Callable[[], dict[str, Any]]:
+    made = functools.cache(functools.partial(openapi.document, app.routes))
+
+    def document() -> dict[str, Any]:
+        active = config.active
+        return made(keys_needed=active.tenants is not None, metrics_keys_needed=active.metrics is not None)
+
+    return document
 
 
-def _warn_of_keys(settings: Settings, config: Configuration) -> None:
+def _warn(settings: Settings, config: Configuration) -> None:
+    """Say what is doubtful in a configuration."""
     if config.tenants is None:
         who = "THIS MACHINE" if settings.is_loopback else "EVERYONE WHO CAN REACH IT"
         logger.warning("THE GATEWAY IS OPEN TO %s: no API keys are configured", who)
@@ -315,8 +344,9 @@ def _warn_of_keys(settings: Settings, config: Configuration) -> None:
         logger.warning("a key of the configuration file opens nothing: %s", useless)
 
 
-def _refuse_open_off_loopback(settings: Settings) -> None:
-    if not settings.is_loopback and not settings.allow_open:
+def _accept(settings: Settings, config: Configuration) -> None:
+    """Raise ConfigurationError if a gateway with these settings must not have the configuration."""
+    if config.tenants is None and not settings.is_loopback and not settings.allow_open:
         raise ConfigurationError(
             f"without API keys, everyone who can reach {settings.host} could use the gateway: name tenants with keys "
             f"in the file of {PREFIX}CONFIG, or listen on 127.0.0.1, or set {PREFIX}ALLOW_OPEN=true"

@@ -168,10 +168,21 @@ def load(path: Path) -> Configuration:
 
     Raises ConfigurationError, which names the file and the key, if the file is missing or wrong.
     """
+    return parsed(content_of(path), path)
+
+
+def content_of(path: Path) -> bytes:
+    """Return what is in the file; raise ConfigurationError if it can't be read."""
     try:
-        content: Any = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return path.read_bytes()
     except OSError as exc:
         raise ConfigurationError(f"{path}: can't be read ({exc.strerror})") from exc
+
+
+def parsed(text: bytes, path: Path) -> Configuration:
+    """Return the configuration in `text`; raise ConfigurationError, which names `path` and the key, if it is wrong."""
+    try:
+        content: Any = yaml.safe_load(text.decode())
     except (UnicodeDecodeError, yaml.YAMLError) as exc:
         where = getattr(exc, "problem_mark", None)  # the line number only: the text there may be a secret
         line = "" if where is None else f" (line {where.line + 1})"

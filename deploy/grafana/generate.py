@@ -408,6 +408,19 @@ def traffic() -> Dashboard:
             {"{{instance}}": f"{G}limits_backend_up"},
         ),
         Panel(
+            "Configurations in use",
+            "short",
+            "Gateways by the configuration file that they serve: the first digits of its sha256sum. Differing ones are "
+            "an alert after five minutes, and so is a changed file that is refused.",
+            {"{{sha256}}": f"count by (sha256) ({G}config_info)"},
+        ),
+        Panel(
+            "Age of the configuration in use",
+            "s",
+            "Since the gateway last read its configuration file and accepted it.",
+            {"{{instance}}": f"time() - {G}config_last_reload_success_timestamp_seconds"},
+        ),
+        Panel(
             "Versions", "short", "Gateways running, by version.", {"{{version}}": f"count by (version) ({G}build_info)"}
         ),
     )

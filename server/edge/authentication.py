@@ -1,5 +1,7 @@
 """The middleware that checks API keys, before any other part of a request is read."""
 
+from collections.abc import Callable
+
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -16,8 +18,14 @@ class Authenticated:
     Every path needs a key except OPEN_PATHS, so a new path is protected by default.
     """
 
-    def __init__(self, app: ASGIApp, *, tenants: KeyRing[Caller] | None, metrics: KeyRing[None] | None) -> None:
-        """Wrap `app`. If `tenants` is None, the API needs no key; if `metrics` is None, `/metrics` needs none."""
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        tenants: Callable[[], KeyRing[Caller] | None],
+        metrics: Callable[[], KeyRing[None] | None],
+    ) -> None:
+        """Wrap `app`. Each returns the keys in use, or None while none is needed: for the API, and for `/metrics`."""
         self._app = app
         self._tenants = tenants
         self._metrics = metrics
@@ -31,7 +39,7 @@ class Authenticated:
     def _admit(self, scope: Scope) -> None:
         path: str = scope["path"]
         if path == METRICS_PATH:
-            if self._metrics is not None:
-                self._metrics.holder(Headers(scope=scope))
-        elif self._tenants is not None and path not in OPEN_PATHS:
-            set_caller(scope, self._tenants.holder(Headers(scope=scope)))
+            if (readers := self._metrics()) is not None:
+                readers.holder(Headers(scope=scope))
+        elif path not in OPEN_PATHS and (tenants := self._tenants()) is not None:
+            set_caller(scope, tenants.holder(Headers(scope=scope)))

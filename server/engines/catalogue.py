@@ -1,7 +1,7 @@
 """The models that clients may name: the operator's aliases or, without aliases, the engines' own models."""
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Literal
 
 from pydantic import BaseModel
@@ -45,9 +45,9 @@ class ModelList(BaseModel):
 class Catalogue:
     """Looks models up by name. The models of engines that are down are still known, those that no engine serves not."""
 
-    def __init__(self, *, aliases: Mapping[str, Alias] | None, pool: EnginePool) -> None:
-        """Offer `aliases`, or every model of the pool's engines under its own name."""
-        self._aliases = aliases
+    def __init__(self, *, aliases: Callable[[], Mapping[str, Alias] | None], pool: EnginePool) -> None:
+        """Offer what `aliases` returns or, for None, every model of the pool's engines under its own name."""
+        self._find_aliases = aliases
         self._pool = pool
         self._created = int(time.time())
 
@@ -66,8 +66,9 @@ class Catalogue:
         offered = self._offered()
         if name in offered and (allowed is None or name in allowed):
             return offered[name]
-        is_alias = name in (self._aliases or ()) and (allowed is None or name in allowed)
-        if self._aliases is None or is_alias:
+        aliases = self._find_aliases()
+        is_alias = name in (aliases or ()) and (allowed is None or name in allowed)
+        if aliases is None or is_alias:
             if not self._pool.models or (is_alias and not self._pool.all_seen):
                 raise EngineUnavailable("no engine is available, try again later")
             if is_alias:
@@ -88,10 +89,10 @@ class Catalogue:
 
     def _offered(self) -> Mapping[str, Alias]:
         """Return the aliases that an engine serves or has served last, or the engines' own models without aliases."""
-        served = self._pool.models
-        if self._aliases is None:
+        served, aliases = self._pool.models, self._find_aliases()
+        if aliases is None:
             return pass_through(served)
-        return {name: alias for name, alias in self._aliases.items() if alias.engine_model in served}
+        return {name: alias for name, alias in aliases.items() if alias.engine_model in served}
 
     def _card(self, alias: Alias) -> ModelCard:
         length = self._pool.models.get(alias.engine_model, {}).get("max_model_len")

@@ -3,7 +3,7 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -122,9 +122,12 @@ class EnginePool:
         session: EngineSession,
         metrics: Metrics,
         health_seconds: float,
-        wanted: Wanted = Wanted(),  # noqa: B008 - it is frozen
+        wanted: Callable[[], Wanted] = Wanted,
     ) -> None:
-        """Start with all engines down, until `check` or `watch` finds them up. `wanted` is what they should serve."""
+        """Start with all engines down, until `check` or `watch` finds them up.
+
+        `wanted` returns what they should serve.
+        """
         self.engines = [Engine(f"engine-{i}", url) for i, url in enumerate(urls)]
         self._session = session
         self._metrics = metrics
@@ -295,7 +298,7 @@ class EnginePool:
     def _examine(self, engine: Engine, *, reconnected: bool) -> None:
         """Check whether the engine is set up for the gateway, and say so when it comes up or something has changed."""
         before, profile = engine.checks, engine.profile
-        engine.checks = examine(self._wanted, takes_key=engine.takes_key, models=engine.models, profile=profile)
+        engine.checks = examine(self._wanted(), takes_key=engine.takes_key, models=engine.models, profile=profile)
         for check in before.keys() - engine.checks.keys():
             self._metrics.engine_check.remove(engine.name, check)
         for check, outcome in engine.checks.items():
@@ -310,7 +313,7 @@ class EnginePool:
             logger.warning("engine check failed: %s", REMEDIES[check], extra={"engine": engine.name, "check": check})
 
     def _note_unserved(self) -> None:
-        unserved = (self._wanted.models or frozenset()).difference(self.models)
+        unserved = (self._wanted().models or frozenset()).difference(self.models)
         if unserved - self._unserved and self.all_seen:
             logger.warning(
                 "no engine serves some of the models that aliases name: these aliases are not offered",

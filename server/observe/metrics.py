@@ -31,6 +31,7 @@ class Metrics:
         """Register everything on `registry`."""
         self.registry = registry
         self._declare_requests()
+        self._declare_configuration()
         self._declare_videos()
         self._declare_admission()
         self._declare_engines()
@@ -84,6 +85,17 @@ class Metrics:
         self.rejections = self._counter("rejections_total", "Requests that ended in an error, by reason", "reason")
         build = self._gauge("build_info", "1, labelled with the gateway's version", "version")
         build.labels(__version__).set(1)
+
+    def _declare_configuration(self) -> None:
+        self.config_info = self._gauge(
+            "config_info", "1, labelled with the first digits of the SHA-256 of the configuration file in use", "sha256"
+        )
+        self.config_accepted = self._gauge(
+            "config_last_reload_successful", "0 while the configuration file is wrong and an earlier one is in use"
+        )
+        self.config_loaded_at = self._gauge(
+            "config_last_reload_success_timestamp_seconds", "When the configuration in use was read"
+        )
 
     def _declare_videos(self) -> None:
         self.video_tokens = self._counter(

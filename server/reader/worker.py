@@ -9,6 +9,7 @@ import json
 import math
 import os
 import resource
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -74,6 +75,7 @@ def main(seconds: int, max_bytes: int) -> None:
     import av
     from PIL import Image
 
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # it is the gateway's to take, or a closing terminal's
     av.logging.set_level(None)
     Image.MAX_IMAGE_PIXELS = None  # Pillow would warn; the limit here is the reader's
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))

@@ -11,7 +11,7 @@ from tests.deploy.files import ROOT, composed, environment_of, last_stage
 
 SERVICES = composed(AOT_MODEL="m")["services"]
 KEY, ENGINE_KEY = "sk-aot-client", "sk-engine"
-MOUNTS = {"/run/secrets": "secrets", "/var/lib/aot/media": "media", "/var/lib/aot/files": "files"}
+MOUNTS = {"/etc/aot": "config", "/run/secrets": "secrets", "/var/lib/aot/media": "media", "/var/lib/aot/files": "files"}
 
 
 def prepare(directory: Path) -> None:
@@ -20,7 +20,7 @@ def prepare(directory: Path) -> None:
         (directory / name).mkdir()
     example = yaml.safe_load((ROOT / "docker" / "gateway.example.yaml").read_text())
     example["tenants"]["example"]["keys"] = [{"sha256": digest_of(KEY.encode())}]
-    (directory / "secrets" / "gateway.yaml").write_text(yaml.safe_dump(example))
+    (directory / "config" / "gateway.yaml").write_text(yaml.safe_dump(example))
     (directory / "secrets" / "engine_key").write_text(f"{ENGINE_KEY}\n")
 
 

@@ -65,6 +65,8 @@ UP, DOWN = (
 BREAKER = f'aot_gateway_engine_breaker_open{{{GATEWAY}, engine="engine-0"}}'
 CHECK = f'aot_gateway_engine_check{{{GATEWAY}, engine="engine-0", check="request_kwargs"}}'
 MISCONFIGURED = f'aot_gateway_rejections_total{{{GATEWAY}, reason="misconfigured"}}'
+ACCEPTED = f"aot_gateway_config_last_reload_successful{{{GATEWAY}}}"
+IN_USE = 'aot_gateway_config_info{job="aot-gateway", instance="gateway-%d:8080", sha256="%s"}'
 BACKEND = f"aot_gateway_limits_backend_up{{{GATEWAY}}}"
 KV = f'vllm:kv_cache_usage_perc{{{ENGINE}, model_name="tiny"}}'
 PLUGIN = f"aot_engine_reductions_total{{{ENGINE}}}"
@@ -90,6 +92,17 @@ CASES = {
         labels=JOB_AND_INSTANCE | {"engine": "engine-0", "check": "request_kwargs"},
     ),
     "AOTEngineNotScraped": Case(one(SCRAPED, 0), [one(SCRAPED, 1)], labels=ENGINE_JOB),
+    "AOTConfigurationRefused": Case(
+        one(ACCEPTED, 0), [one(ACCEPTED, 1), {ACCEPTED: "1x29 0 1x30"}], labels=JOB_AND_INSTANCE
+    ),
+    "AOTConfigurationDiffers": Case(
+        one(IN_USE % (0, "aa"), 1) | one(IN_USE % (1, "bb"), 1),
+        [
+            one(IN_USE % (0, "aa"), 1) | one(IN_USE % (1, "aa"), 1),
+            {IN_USE % (0, "aa"): "1x28 stale", IN_USE % (0, "bb"): "_x28 1x30", IN_USE % (1, "bb"): "1x60"},
+        ],
+        labels={"job": "aot-gateway"},
+    ),
     "AOTLimitsBackendDown": Case(one(BACKEND, 0), [one(BACKEND, 1)], labels=JOB_AND_INSTANCE),
     "AOTAvailabilityBurnFast": Case(
         chats(fine=90, broken=10),

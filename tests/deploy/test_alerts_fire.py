@@ -179,6 +179,15 @@ async def lavish(rig, folder):
     return [gateway], []
 
 
+async def outdated(rig, folder):
+    """A gateway whose file has been made wrong since it was read."""
+    engine = await rig.engine()
+    config = configured(folder, "outdated", {"models": {"fast": {"engine_model": "llava"}}})
+    gateway = await rig.gateway(engine.url, config=config)
+    config.write_text("models: {fast: {}}")
+    return [gateway], []
+
+
 async def silent(rig, folder):
     """An engine that does not report what it saved."""
     engine = await rig.engine(headers={})
@@ -213,7 +222,7 @@ async def seen_firing(folder, scenes, *, wanted, seconds):
             return seen
 
 
-TROUBLE = (broken, untrusting, alone, crowded, late, lavish)
+TROUBLE = (broken, untrusting, alone, crowded, late, lavish, outdated)
 ONLY_WITHOUT_COUNTS = {"AOTSavingsNotReported"}
 
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import PurePosixPath
 
 import pytest
 
@@ -77,7 +78,17 @@ def test_the_gateway_writes_to_its_volumes_and_to_memory_only():
     gateway = SERVICES["gateway"]
     assert gateway["read_only"] is True
     assert gateway["tmpfs"] == ["/tmp:size=64m,mode=1777"]
-    assert gateway["volumes"] == [f"media:{STATE}/media", f"files:{STATE}/files"]
+    *given, media, files = gateway["volumes"]
+    assert [media, files] == [f"media:{STATE}/media", f"files:{STATE}/files"]
+    assert all(volume["type"] == "bind" and volume["read_only"] for volume in given)
+
+
+def test_the_configuration_is_mounted_with_its_directory_so_that_a_file_that_replaces_it_is_seen():
+    (given,) = [volume for volume in SERVICES["gateway"]["volumes"] if isinstance(volume, dict)]
+    path = PurePosixPath(SERVICES["gateway"]["environment"]["AOT_GATEWAY_CONFIG"])
+    assert given["target"] == str(path.parent)
+    assert given["source"] == "./config"
+    assert given["bind"] == {"create_host_path": False}  # a directory that is missing is an error, not an empty one
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -132,7 +143,7 @@ def test_keys_come_from_files_that_only_who_needs_them_sees():
         "model": {"hf_token"},
         "engine": {"engine_key"},
         "engine-cpu": {"engine_key"},
-        "gateway": {"engine_key", "gateway.yaml"},
+        "gateway": {"engine_key"},
         "prometheus": {"metrics_key"},
         "grafana": {"grafana_password"},
     }

@@ -99,13 +99,14 @@ def test_the_secrets_are_made_as_the_readme_makes_them(tmp_path):
     key, digest = re.search(r"key: +(\S+)\nsha256: (\S+)", told["python3 -m server.keys"]).groups()
     assert digest == digest_of(key.encode())
     given = {path.name: path for path in (tmp_path / "secrets").iterdir()}
-    assert set(given) == {"gateway.yaml", "engine_key", "grafana_password"}
+    assert set(given) == {"engine_key", "grafana_password"}
     assert {path.stat().st_mode & 0o777 for path in given.values()} == {0o644}
     assert (tmp_path / "secrets").stat().st_mode & 0o777 == 0o700
     assert len(given["engine_key"].read_text()) == 65
-    written = given["gateway.yaml"].read_text()
-    given["gateway.yaml"].write_text(written.replace("0" * 64, digest))
-    assert configuration.load(given["gateway.yaml"]).tenants
+    config = tmp_path / "config" / "gateway.yaml"
+    assert (config.stat().st_mode & 0o777, config.parent.stat().st_mode & 0o777) == (0o644, 0o755)
+    config.write_text(config.read_text().replace("0" * 64, digest))
+    assert configuration.load(config).tenants
     assert (tmp_path / ".env").read_text() == (ROOT / ".env.example").read_text()
 
 

@@ -181,7 +181,7 @@ async def test_with_nothing_to_finish_sigterm_ends_it_at_once(engine):
     assert "OPEN TO EVERYONE" not in output
 
 
-async def test_a_hangup_changes_nothing(engine):
+async def test_a_hangup_ends_nothing(engine):
     async with GatewayProcess(engine.url) as gateway, httpx.AsyncClient(timeout=20) as client:
         assert (await client.post(gateway.url + CHAT, json=ask_about(VIDEO))).status_code == 200
         workers = gateway.children()

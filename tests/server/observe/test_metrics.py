@@ -60,6 +60,9 @@ LABELS = {
     "inflight_requests": set(),
     "buffered_bytes": set(),
     "queue_depth": set(),
+    "config_info": {"sha256"},
+    "config_last_reload_successful": set(),
+    "config_last_reload_success_timestamp_seconds": set(),
     "build_info": {"version"},
 }
 CLOSED = {
@@ -125,6 +128,7 @@ async def watched(engine, tmp_path):
         async with gateway(**settings) as client:
             client.headers["authorization"] = f"Bearer {keys['acme']}"
             client.engines, client.video = (engine, other), f"{host.url}/clip.mp4"
+            client.digest = digest_of(config.read_bytes())[:12]
             yield client
 
 
@@ -134,8 +138,14 @@ async def test_each_metric_has_its_labels_and_moves_with_its_request(watched):
 
     client, (engine, other) = watched, watched.engines
     watch = Watched(client)
+    configuration = {
+        "config_info": {"sha256": client.digest},
+        "config_last_reload_successful": {},
+        "config_last_reload_success_timestamp_seconds": {},
+    }
     assert {key for key, value_ in watch.begin.items() if value_} == {
         told("build_info", version=__version__),
+        *(told(name, **labels) for name, labels in configuration.items()),
         told("video_retention_limit_ratio", model="fast"),
         told("limits_backend_up"),
         told("engine_up", engine="engine-0"),
@@ -193,12 +203,13 @@ async def test_each_metric_has_its_labels_and_moves_with_its_request(watched):
     await until(lambda: value(client, "engine_up", engine="engine-1") == 0)
     names, moved = watch.moved()
     assert {told("engine_up", engine="engine-1"), told("engine_breaker_open", engine="engine-1")} <= moved
-    assert seen | names == set(LABELS) - {"build_info", "video_retention_limit_ratio", "engine_check"}
+    still = {"build_info", "video_retention_limit_ratio", "engine_check", *configuration}
+    assert seen | names == set(LABELS) - still
 
     for name, labels in watch.begin:
         assert {label for label, _ in labels} == LABELS[name]
         for label, text in labels:
-            assert label == "route" or text in CLOSED[label], (name, label, text)
+            assert label == "route" or text in {*CLOSED.get(label, ()), client.digest}, (name, label, text)
 
 
 async def test_nothing_that_clients_make_up_is_a_label(watched):
