@@ -3,15 +3,18 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from numbers import Integral, Real
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from aot_vllm.errors import SettingError
+from aot_vllm.presets import PRESETS, STANDARD
 
-Anchors = Literal["diverse", "attention"]
+Anchors = Literal["diverse", "attention", "calibrated", "coverage"]
 Emit = Literal["both", "compact"]
+Distance = Literal["euclidean", "cosine"]
+Memory = Literal["previous", "carried", "all"]
 
 
 def check_integer(name: str, value: object, *, minimum: int | None = None) -> int:
@@ -43,6 +46,19 @@ def check_real(
     return number
 
 
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise `SettingError` unless `value` is one of the choices."""
+    if not isinstance(value, str) or value not in choices:
+        *most, last = map(repr, choices)
+        raise SettingError(f"{name} must be {', '.join(most)} or {last}, got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise `SettingError` unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise SettingError(f"{name} must be true or false, got {value!r}")
+
+
 def check_retention(value: object) -> float:
     """Return `value`, the fraction of video tokens to keep; raises `SettingError` unless it is in (0, 1]."""
     return check_real("retention", value, high=1.0, low_included=False)
@@ -63,19 +79,38 @@ def quantise_retention(value: object, *, step: float = 0.01) -> float:
 class AOTConfig:
     """Every setting of the method.
 
-    `AOTConfig.paper()` is the released code, setting by setting. The defaults differ from it in seven settings.
-    Accuracy measurements chose `anchors`, `mass`, `nearest_weight`, `emit` and `kappa` (docs/accuracy.md). Time
-    measurements chose `iterations`. `local_layer` follows the depth of the vision tower.
+    `AOTConfig.preset` gives the presets by name, `aot_vllm.presets` says what they are. The defaults below are those of
+    `diverse`, which moves nothing. Some settings take effect only beside others (`USED_WITH`). The others are ignored
+    here, and refused by `from_mapping`, which reads what people write.
     """
 
     anchors: Anchors = "diverse"
     """How a frame chooses its anchors. `diverse` chooses tokens far from each other and from the tokens that the
-    previous frame keeps. `attention`, as released, chooses the tokens that receive most attention in two layers of the
-    vision tower."""
+    previous frame keeps. `calibrated` does too, but the distances of a token count by the attention that it receives
+    and by its relevance. `coverage` chooses tokens such that every token is near one of them, on average. `attention`,
+    as released, chooses the tokens that receive most attention in two layers of the vision tower."""
+
+    distance: Distance = "euclidean"
+    """How distances between tokens are measured: `euclidean`, or `cosine`, the distance of their directions. By either,
+    a token of extreme length is no more than an ordinary one."""
+
+    memory: Memory = "previous"
+    """From which tokens of earlier frames a frame stays away. `previous`: those that the previous frame keeps. `all`:
+    those that any earlier frame keeps. `carried`: the same by an upper bound of the distances, at no more cost than
+    `previous`; what is kept counts as long as its content stays in place."""
+
+    by_attention: bool = True
+    """Whether distances count by the attention that a token receives, in medians of its frame."""
+
+    by_relevance: bool = True
+    """Whether distances count by the similarity of a token to the mean of its segment, a run of similar frames."""
+
+    without_sinks: bool = False
+    """Whether attention that a position receives in all frames is taken out: it counts as ordinary attention."""
 
     global_ratio: float = 0.5
     """Share of a frame's anchors chosen by global score, in [0, 1]. The rest are chosen by local score, window by
-    window. Only `attention` uses this setting, `window` and the two layers."""
+    window."""
 
     window: int = 9
     """Side of a local window in cells. A window of 9 cuts the 27x27 grid of SigLIP-so400m into nine. A side that
@@ -96,11 +131,10 @@ class AOTConfig:
     """Weight of the spatial distance in the cost within a frame. Distances are measured on the unit square. The term is
     in the released code, not in the paper."""
 
-    mass: float = 0.2
+    mass: float = 0.0
     """Total mass that the other tokens of a frame carry to its anchors. Each anchor has a mass of 1 of its own. The
-    released code uses 1, on grids of 729 cells. On smaller grids a frame has few anchors, and a mass of 1 changes each
-    of them too much. With a mass equal to the number of other tokens, each carries all of itself. With a mass of 0 and
-    a `nearest_weight` of 0, nothing is merged within a frame."""
+    released code uses 1. With a mass equal to the number of other tokens, each carries all of itself. With a mass of 0
+    and a `nearest_weight` of 0, nothing is merged within a frame."""
 
     nearest_weight: float = 0.0
     """Share, in [0, 1], of the plain mean of an anchor and its nearest tokens in the merged anchor. The released code
@@ -111,8 +145,7 @@ class AOTConfig:
     1 - exp(-dt^2 / (2 sigma^2)), which is close to 1 beyond a few sigma."""
 
     clips: int = 8
-    """Number of clips that a video is cut into, each with one key frame. A video never has more clips than frames. The
-    setting has an effect only if `kappa` is below 1."""
+    """Number of clips that a video is cut into, each with one key frame. A video never has more clips than frames."""
 
     kappa: float = 1.0
     """Share, in [0, 1], of a later frame's anchors that are kept. The key frame absorbs the others. At 1 the video is
@@ -150,39 +183,113 @@ class AOTConfig:
         }
         for name, value in checked.items():
             object.__setattr__(self, name, value)
-        if self.anchors not in ("diverse", "attention"):
-            raise SettingError(f"anchors must be 'diverse' or 'attention', got {self.anchors!r}")
-        if self.emit not in ("both", "compact"):
-            raise SettingError(f"emit must be 'both' or 'compact', got {self.emit!r}")
+        for name, choices in {"anchors": Anchors, "distance": Distance, "memory": Memory, "emit": Emit}.items():
+            check_choice(name, getattr(self, name), get_args(choices))
+        for name in ("by_attention", "by_relevance", "without_sinks"):
+            check_flag(name, getattr(self, name))
+
+    @classmethod
+    def preset(cls, name: object) -> Self:
+        """Return the settings of a preset; raises `SettingError` for a name that is not in `PRESETS`."""
+        if not isinstance(name, str) or name not in PRESETS:
+            raise SettingError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
+        return cls(**PRESETS[name])
 
     @classmethod
     def paper(cls) -> Self:
-        """Return the settings of the released code."""
-        return cls(
-            anchors="attention",
-            mass=1.0,
-            nearest_weight=0.1,
-            emit="both",
-            kappa=0.3,
-            iterations=100,
-            local_layer=5,
-        )
+        """Return the settings of the released code, the preset `paper`."""
+        return cls.preset("paper")
 
     @classmethod
     def from_mapping(cls, mapping: object) -> Self:
-        """Return the settings in `mapping`, with defaults for all others; raises `SettingError` for an unknown name."""
+        """Return the settings of the preset that `mapping` names, changed by the single settings in `mapping`.
+
+        Without a preset these are changes to `STANDARD`. Raises `SettingError` for an unknown name, and for a setting
+        that takes no effect.
+        """
         if not isinstance(mapping, Mapping):
             raise SettingError(f"AOT settings must be a mapping of names to values, got {mapping!r}")
-        allowed = [field.name for field in fields(cls)]
-        unknown = [str(key) for key in mapping if key not in allowed]
+        preset = mapping.get("preset", STANDARD)
+        single = {name: value for name, value in mapping.items() if name != "preset"}
+        return cls.preset(preset).changed(single, preset=preset)
+
+    def changed(self, single: Mapping[Any, Any], *, preset: str) -> Self:
+        """Return these settings, changed by `single` settings; `preset` is the preset that errors name.
+
+        Raises `SettingError` for an unknown name, and for a setting that takes no effect after the change.
+        """
+        allowed = ["preset", *(field.name for field in fields(self))]
+        unknown = [str(name) for name in single if name not in allowed]
         if unknown:
             raise SettingError(f"unknown AOT settings: {', '.join(unknown)}; allowed are {', '.join(allowed)}")
-        return cls(**mapping)
+        config = replace(self, **single)
+        if idle := [name for name in single if not config.uses(name)]:
+            raise SettingError("; ".join(_no_effect(name, preset) for name in idle))
+        return config
+
+    def uses(self, name: str) -> bool:
+        """Return whether the setting `name` takes effect beside the others."""
+        return name not in USED_WITH or USED_WITH[name].holds(self)
 
     def settings(self) -> dict[str, Any]:
         """Return all settings by name, as values that JSON can represent."""
         return asdict(self)
 
+    def in_effect(self) -> dict[str, Any]:
+        """Return the settings that take effect, by name."""
+        return {name: value for name, value in self.settings().items() if self.uses(name)}
+
     def digest(self) -> str:
-        """Return 16 hexadecimal digits that identify these settings, for use in cache keys."""
-        return hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:16]
+        """Return 16 hexadecimal digits that identify the settings that take effect, for use in cache keys."""
+        return hashlib.sha256(json.dumps(self.in_effect(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What other settings must be for a setting to take effect, in words and as a function."""
+
+    words: str
+    holds: Callable[[AOTConfig], bool]
+
+
+_GREEDY = Condition('anchors "diverse", "calibrated" or "coverage"', lambda config: config.anchors != "attention")
+_CALIBRATED = Condition('anchors "calibrated"', lambda config: config.anchors == "calibrated")
+_SCORED = Condition(
+    'anchors "attention", or "calibrated" by attention',
+    lambda config: config.anchors == "attention" or (config.anchors == "calibrated" and config.by_attention),
+)
+_ATTENTION = Condition('anchors "attention"', lambda config: config.anchors == "attention")
+_LOCAL = Condition(
+    'anchors "attention" and a global_ratio below 1',
+    lambda config: config.anchors == "attention" and config.global_ratio < 1,
+)
+_WITHIN = Condition("a mass above 0", lambda config: config.mass > 0)
+_ACROSS = Condition("a kappa below 1", lambda config: config.kappa < 1)
+_SOLVED = Condition("a mass above 0 or a kappa below 1", lambda config: config.mass > 0 or config.kappa < 1)
+USED_WITH: Mapping[str, Condition] = {
+    "distance": _GREEDY,
+    "memory": _GREEDY,
+    "by_attention": _CALIBRATED,
+    "by_relevance": _CALIBRATED,
+    "without_sinks": _SCORED,
+    "global_ratio": _ATTENTION,
+    "global_layer": _SCORED,
+    "window": _LOCAL,
+    "local_layer": _LOCAL,
+    "spatial_weight": _WITHIN,
+    "temporal_sigma": _ACROSS,
+    "clips": _ACROSS,
+    "epsilon": _SOLVED,
+    "iterations": _SOLVED,
+    "tolerance": _SOLVED,
+}
+"""The condition of each setting that does not always take effect."""
+
+
+def _no_effect(name: str, preset: str) -> str:
+    """Return why the setting `name` takes no effect, and which presets use it."""
+    using = ", ".join(other for other in PRESETS if AOTConfig.preset(other).uses(name))
+    return (
+        f"{name} takes no effect with preset {preset}, because it needs {USED_WITH[name].words}; "
+        f"presets that use it: {using or 'none'}"
+    )

@@ -200,6 +200,7 @@ UNPOOLED: list[Tensor] = []
 
 DEFAULT = AOTConfig().anchors
 RELEASED = {name: value for name, value in AOTConfig.paper().settings().items() if not name.endswith("_layer")}
+TRANSPORT = {name: RELEASED[name] for name in ("mass", "nearest_weight", "kappa")}
 ARMS: dict[str, Reduce] = {
     "AOT": aot(),
     "AOT, as released": aot(**RELEASED),
@@ -224,6 +225,12 @@ ABLATIONS: dict[str, Reduce] = {
     "30% kept of later frames, clips cut at changes": cut_at_changes(kappa=0.3),
     "30% kept of later frames, emitted twice": aot(kappa=0.3, emit="both"),
     "half kept of later frames": aot(kappa=0.5),
+    "transport as released": aot(**TRANSPORT),
+    "transport as released, within frames alone": aot(**(TRANSPORT | {"kappa": 1.0})),
+    "transport as released, across frames alone": aot(kappa=TRANSPORT["kappa"], mass=0.0),
+    "transport as released, half kept of later frames": aot(**(TRANSPORT | {"kappa": 0.5})),
+    "transport as released, 70% kept of later frames": aot(**(TRANSPORT | {"kappa": 0.7})),
+    "transport as released, 70% kept of later frames, 4 clips": aot(**(TRANSPORT | {"kappa": 0.7}), clips=4),
     "a mass of 1": aot(mass=1.0),
     "a mass of 5": aot(mass=5.0),
     "full mass": aot(mass=36.0),

@@ -14,6 +14,7 @@ Each chunk of a stream carries the time at which it left the engine; all process
 Processor time and memory are those of all processes of an arm. `--soak SECONDS` holds 200 streams open through this
 gateway, each ten seconds long and about a different video, and prints memory and the number of open files.
 `--peers` adds vllm-router and LiteLLM's proxy, in a separate environment, with the versions of `bench/peers.txt`.
+`--only` leaves out all arms but those that it names, to compare a few of them in little time.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -226,8 +227,13 @@ async def soak(address: str, pid: int, bodies: Bodies, seconds: float) -> list[t
     return seen
 
 
-def start_arms(stack: ExitStack, *, peers: bool, gap_seconds: float) -> tuple[dict[str, str], dict[str, int]]:
-    """Start the engine and everything in front of it; return addresses and process ids by name."""
+def start_arms(
+    stack: ExitStack, *, peers: bool, gap_seconds: float, only: Sequence[str] | None = None
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Start the engine and everything in front of it; return addresses and process ids by name.
+
+    With `only`, nothing is started but the arms that it names.
+    """
     engine_port = free_port()
     engine = f"http://127.0.0.1:{engine_port}"
     bench = ROOT / "bench"
@@ -240,6 +246,8 @@ def start_arms(stack: ExitStack, *, peers: bool, gap_seconds: float) -> tuple[di
     arms, pids = {"direct": engine}, {}
 
     def add(name: str, command: list[str], port: int, health: str, environment: dict[str, str] | None = None) -> None:
+        if only is not None and name not in only:
+            return
         arms[name] = f"http://127.0.0.1:{port}"
         pids[name] = stack.enter_context(process(command, health=arms[name] + health, environment=environment))
 
@@ -329,6 +337,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=200, help="requests of each size to each arm")
     parser.add_argument("--peers", action="store_true", help="measure vllm-router and LiteLLM's proxy too")
+    parser.add_argument("--only", nargs="+", metavar="ARM", help=f"measure these arms alone, such as {OURS!r}")
     parser.add_argument("--soak", type=float, help="instead hold 200 streams through ours for so many seconds")
     parser.add_argument("--out", type=Path, help="also write the table here")
     arguments = parser.parse_args()
@@ -336,7 +345,9 @@ def main() -> None:
         install_peers()
     with ExitStack() as stack:
         gap_seconds = 0.1 if arguments.soak else 0.01
-        arms, pids = start_arms(stack, peers=arguments.peers, gap_seconds=gap_seconds)
+        arms, pids = start_arms(stack, peers=arguments.peers, gap_seconds=gap_seconds, only=arguments.only)
+        if missing := set(arguments.only or ()) - set(pids):
+            sys.exit(f"there is no arm called {', '.join(sorted(missing))}; there are {', '.join(pids) or 'others'}")
         if arguments.soak:
             seen = asyncio.run(soak(arms[OURS], pids[OURS], Bodies(), arguments.soak))
             lines = ["| after | memory | open files |", "|--:|--:|--:|"]

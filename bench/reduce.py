@@ -26,6 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench.machine import describe
 
+CONFIG = AOTConfig(mass=0.2)
+"""Anchors by diversity, and one transport within each frame."""
+
 
 def make_inputs(grid: VideoGrid, width: int) -> Tensor:
     """A slowly changing scene with noise: features (T, P, D)."""
@@ -44,7 +47,7 @@ def make_inputs(grid: VideoGrid, width: int) -> Tensor:
 
 def reduction(features: Tensor, grid: VideoGrid, retention: float) -> None:
     """The settings of the measurement."""
-    reduce_video(features, None, None, grid=grid, retention=retention)
+    reduce_video(features, None, None, grid=grid, retention=retention, config=CONFIG)
 
 
 def products(features: Tensor, grid: VideoGrid, retention: float) -> None:
@@ -57,7 +60,7 @@ def products(features: Tensor, grid: VideoGrid, retention: float) -> None:
 
 def frame_loop(features: Tensor, grid: VideoGrid, retention: float) -> None:
     """The same method written frame by frame, the stopping rule read back after every iteration."""
-    config, counts = AOTConfig(), budget(grid, retention=retention)
+    counts = budget(grid, retention=retention)
     axis = torch.linspace(0, 1, grid.rows), torch.linspace(0, 1, grid.cols)
     places = torch.cartesian_prod(*axis)
     output, before = [], None
@@ -65,7 +68,7 @@ def frame_loop(features: Tensor, grid: VideoGrid, retention: float) -> None:
         order = _loop_anchors(x, counts.anchors, before)
         before = x[order[:keep]]
         chosen, ranks = order.sort()
-        output.append(_loop_within(x, chosen, places, config)[ranks < keep])
+        output.append(_loop_within(x, chosen, places, CONFIG)[ranks < keep])
     assert len(torch.cat(output)) == counts.total
 
 

@@ -62,6 +62,8 @@ STAGES = (
     Stage("joint", 4000, 8, 16, 6e-4, trains_tower=True, trains_text=True, in_part=0.5),
 )
 SMOKE = tuple(replace(stage, steps=2, batch=2) for stage in STAGES)
+OWN_PRESET = {"preset": "diverse", "mass": 0.2}
+"""What the plugin runs on this model: the attention of its small tower does not find what questions are about."""
 HISTORY_LAYER = 2  # of the text model: the later layers can read what this layer has gathered
 HISTORY_WEIGHT = 1.0
 
@@ -324,6 +326,7 @@ class Trainer:
         shares = evaluate(self.model, self.tokenizer, clips=clips)
         done = {stage.name: stage.steps for stage in self.stages[: self.stage_index]}
         self.model.set_attn_implementation("sdpa")
+        self.model.config.aot = OWN_PRESET
         save(self.model, self.processor, self.tokenizer, directory, dtype=torch.bfloat16)
         self.model.set_attn_implementation(BLOCKS)
         text = card(

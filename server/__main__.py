@@ -59,7 +59,9 @@ def _tracing() -> "Tracing | None":
     try:
         from server.observe import tracing
     except ImportError as exc:
-        raise ConfigurationError("OTEL_EXPORTER_OTLP_ENDPOINT is set, but aot-vllm[otel] is not installed") from exc
+        raise ConfigurationError(
+            "OTEL_EXPORTER_OTLP_ENDPOINT is set, but OpenTelemetry is not installed (extra: otel)"
+        ) from exc
     return tracing.Tracing.over_otlp()
 
 

@@ -38,10 +38,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Target:
-    """What one request is answered by: the engine's name for a model, the retention and the frames that it gets.
+    """What one request is answered by: the engine's name for a model, the retention, the preset and the frames it gets.
 
-    `retention` is in hundredths; None is the engine's own default. `max_tokens`, if it is set, decides the retention
-    once the videos are known, between `min_retention` and `max_retention`.
+    `retention` is in hundredths. A retention or a preset of None is the engine's own. `max_tokens`, if set, decides the
+    retention once the videos are known, between `min_retention` and `max_retention`.
     """
 
     engine_model: str
@@ -50,6 +50,13 @@ class Target:
     min_retention: float = FINEST_RETENTION
     max_retention: float = 1.0
     sampling: Sampling = Sampling()
+    preset: str | None = None
+
+    @property
+    def processor_kwargs(self) -> dict[str, object]:
+        """What tells the engine the retention and the preset, as `mm_processor_kwargs`; empty if it decides both."""
+        kwargs = {"aot_retention": self.retention, "aot_preset": self.preset}
+        return {name: value for name, value in kwargs.items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,8 @@ class Alias:
     min_retention: float = 0.0
     max_retention: float = 1.0
     max_frames: int | None = None
+    preset: str | None = None
+    """How the engine chooses and merges tokens, by the name that it has there."""
 
     def target(self, asked: Asked | None = None) -> Target:
         """Return what answers a request.
@@ -76,6 +85,7 @@ class Alias:
             min_retention=max(FINEST_RETENTION, self.min_retention),
             max_retention=self.max_retention,
             sampling=self._sampling(asked.sampling),
+            preset=self.preset,
         )
 
     def _retention(self, asked: float | None) -> float | None:

@@ -15,17 +15,20 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from prometheus_client import CollectorRegistry
 from starlette.exceptions import HTTPException
+from starlette.middleware.errors import ServerErrorMiddleware
+from starlette.types import ASGIApp
 
 from server import __version__, openapi
 from server.admission.buffers import Buffers
 from server.admission.drain import Drain
 from server.admission.entrance import Entrance
 from server.admission.gate import Gate
-from server.admission.quotas import Counts, Quotas, shared_storage
+from server.admission.quotas import REDIS_SECONDS, Counts, Quotas, shared_storage
 from server.configuration import Configuration
 from server.edge.authentication import Authenticated
 from server.edge.body import BodyLimits
 from server.edge.cors import allow_origins
+from server.edge.direct import Direct
 from server.edge.limits import Limited
 from server.edge.middleware import ErrorsInOpenAIShape, Observed, RefuseWhileDraining, raise_in_our_terms
 from server.engines.catalogue import Catalogue
@@ -43,6 +46,7 @@ from server.media.readers import Reader
 from server.media.store import MediaStore
 from server.media.uploads import FileStore
 from server.observe.metrics import Metrics
+from server.observe.usage import Ledger, shared_usage
 from server.reader.facts import Limits
 from server.requests.parameters import Bounds
 from server.routes.chat import ChatCompletions
@@ -50,6 +54,7 @@ from server.routes.files import Files
 from server.routes.models import models_router
 from server.routes.ops import ops_router
 from server.routes.text import Completions, Responses
+from server.routes.usage import usage_router
 from server.routes.video_tokens import VideoTokens
 from server.settings import PREFIX, Settings
 
@@ -86,6 +91,7 @@ def create_app(
     )
     drain = drain or Drain(settings.drain_seconds)
     counts = Counts(shared_storage(settings.limits_backend.get_secret_value()), metrics=metrics)
+    ledger = _ledger(settings, metrics)
     engines = _engines(settings, config, metrics)
     media = _media(settings, metrics, network, engines.pool)
 
@@ -96,12 +102,13 @@ def create_app(
             if tracing is not None:
                 stack.push_async_callback(tracing.close)
             stack.push_async_callback(counts.close)
+            await stack.enter_async_context(ledger.running())
             await stack.enter_async_context(media.running())
             await stack.enter_async_context(engines.running())
             await stack.enter_async_context(_until_the_end(config.watch()))
             yield
 
-    app = FastAPI(
+    app = _Application(
         title="AOT gateway",
         version=__version__,
         lifespan=running,
@@ -111,9 +118,10 @@ def create_app(
         exception_handlers={HTTPException: raise_in_our_terms, RequestValidationError: raise_in_our_terms},
     )
     _add_routes(app, settings, config, engines=engines, media=media, drain=drain, metrics=metrics)
-    _add_middleware(
-        app, settings, config, catalogue=engines.catalogue, counts=counts, drain=drain, metrics=metrics, tracing=tracing
-    )
+    app.include_router(usage_router(ledger))
+    _add_middleware(app, settings, config, catalogue=engines.catalogue, counts=counts, drain=drain, metrics=metrics)
+    app.add_middleware(Observed, metrics=metrics, ledger=ledger, tracing=tracing)
+    allow_origins(app, settings.cors_origins, headers=openapi.ANSWER_HEADERS)
     return app
 
 
@@ -126,12 +134,13 @@ def _add_middleware(
     counts: Counts,
     drain: Drain,
     metrics: Metrics,
-    tracing: "Tracing | None",
 ) -> None:
     quotas = Quotas(
         limits_of=lambda tenant: config.active.configuration.limits_of(tenant), counts=counts, metrics=metrics
     )
-    app.add_middleware(  # the middleware added last is the outermost
+    direct = [route for route in app.routes if isinstance(route, openapi.RawRoute)]
+    app.add_middleware(Direct, routes=direct)  # the middleware added last is the outermost
+    app.add_middleware(
         Limited,
         quotas=quotas,
         models=lambda: catalogue.names,
@@ -140,8 +149,15 @@ def _add_middleware(
     app.add_middleware(Authenticated, tenants=lambda: config.active.tenants, metrics=lambda: config.active.metrics)
     app.add_middleware(RefuseWhileDraining, drain=drain)
     app.add_middleware(ErrorsInOpenAIShape)
-    app.add_middleware(Observed, metrics=metrics, tracing=tracing)
-    allow_origins(app, settings.cors_origins, headers=openapi.ANSWER_HEADERS)
+
+
+class _Application(FastAPI):
+    """An application without Starlette's outermost layer, which answers failures: ErrorsInOpenAIShape does that."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """Return all other layers."""
+        stack = super().build_middleware_stack()
+        return stack.app if isinstance(stack, ServerErrorMiddleware) else stack
 
 
 @dataclass(frozen=True)
@@ -184,10 +200,14 @@ class _Media:
             yield
 
 
+def _ledger(settings: Settings, metrics: Metrics) -> Ledger:
+    backend, days = settings.limits_backend.get_secret_value(), settings.usage_days
+    return Ledger(shared_usage(backend, seconds=REDIS_SECONDS, days=days), days=days, metrics=metrics)
+
+
 def _engines(settings: Settings, config: LiveConfiguration, metrics: Metrics) -> _Engines:
     session = EngineSession(
         connect_seconds=settings.engine_connect_seconds,
-        read_seconds=settings.engine_read_seconds,
         api_key=_engine_key(settings),
     )
 
@@ -195,6 +215,7 @@ def _engines(settings: Settings, config: LiveConfiguration, metrics: Metrics) ->
         aliases = config.active.aliases
         return Wanted(
             models=None if aliases is None else frozenset(alias.engine_model for alias in aliases.values()),
+            presets=frozenset((a.engine_model, a.preset) for a in (aliases or {}).values() if a.preset is not None),
             decoded_bytes=settings.media_max_decoded_bytes,
             output_tokens=settings.max_output_tokens or 0,
         )
@@ -204,6 +225,7 @@ def _engines(settings: Settings, config: LiveConfiguration, metrics: Metrics) ->
         session=session,
         metrics=metrics,
         health_seconds=settings.engine_health_seconds,
+        read_seconds=settings.engine_read_seconds,
         wanted=wanted,
     )
     return _Engines(

@@ -44,6 +44,7 @@ def _hundredths(value: float) -> float:
 Share = Annotated[StrictFloat | StrictInt, Field(ge=FINEST_RETENTION, le=1), AfterValidator(_hundredths)]
 ModelName = Annotated[str, Field(min_length=1, max_length=200)]
 TenantName = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9._-]{0,62}$")]  # also a directory name and a metric label
+PresetName = Annotated[StrictStr, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 Amount = Annotated[StrictInt, Field(ge=1)]
 
 
@@ -55,6 +56,7 @@ class ModelEntry(Section):
     min_retention: Share | None = None
     max_retention: Share | None = None
     max_frames: Amount | None = None
+    preset: PresetName | None = None
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
@@ -74,6 +76,7 @@ class ModelEntry(Section):
             self.min_retention or 0.0,
             self.max_retention or 1.0,
             self.max_frames,
+            self.preset,
         )
 
 

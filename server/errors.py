@@ -153,6 +153,10 @@ class Draining(GatewayError):
     """The gateway is shutting down."""
 
 
+class UsageUnavailable(GatewayError):
+    """The usage is in a Redis that can't be reached."""
+
+
 class EngineUnavailable(GatewayError):
     """No engine for the request's model could be reached, so no engine has spent computing time on the request."""
 
@@ -235,6 +239,9 @@ VERDICTS: dict[type[GatewayError], Verdict] = {
     RateLimited: Verdict(429, "rate_limit_error", "rate_limited", code="rate_limit_exceeded", retry_after_seconds=1),
     Overloaded: Verdict(429, "rate_limit_error", "queue_full", code="rate_limit_exceeded", retry_after_seconds=1),
     Draining: Verdict(503, "server_error", "draining", code="draining", retry_after_seconds=2),
+    UsageUnavailable: Verdict(
+        503, "server_error", "usage_unavailable", code="usage_unavailable", retry_after_seconds=5
+    ),
     EngineUnavailable: Verdict(503, "server_error", "no_engine", code="engine_unavailable", retry_after_seconds=2),
     ModelNotServed: Verdict(503, "server_error", "misconfigured", code="model_not_served", retry_after_seconds=10),
     EngineMisconfigured: Verdict(
@@ -346,7 +353,8 @@ def _translated(status: int, body: bytes) -> GatewayError:
 
 
 _OURS = re.compile(
-    r"^(?:mm_processor|media_io)_kwargs\b|--trust-request-mm-kwargs|--allowed-local-media-path|\blocal files\b",
+    r"^(?:mm_processor|media_io)_kwargs\b|\baot_preset\b|--trust-request-mm-kwargs"
+    r"|--allowed-local-media-path|\blocal files\b",
     re.IGNORECASE,
 )
 """Found in the `param` and message of an engine that refuses what the gateway itself has put into the request."""

@@ -15,7 +15,7 @@ from server.admission.auth import Caller, KeyRing, metrics_keys, tenant_keys
 from server.aliases import Alias
 from server.configuration import Configuration, content_of, parsed
 from server.errors import ConfigurationError
-from server.observe.metrics import Metrics
+from server.observe.metrics import NO_TENANT, Metrics
 
 logger = logging.getLogger(__name__)
 
@@ -134,6 +134,7 @@ class LiveConfiguration:
         metrics.config_loaded_at.set(time.time())
         metrics.config_info.clear()
         metrics.config_info.labels(found.digest or "none").set(1)
+        metrics.know_tenants(found.configuration.tenants or (NO_TENANT,))
         metrics.retention_limit.clear()
         for name, alias in (found.aliases or {}).items():
             metrics.retention_limit.labels(name).set(alias.max_retention)

@@ -165,7 +165,7 @@ def refusals(*kinds: type[GatewayError], by_engine: bool = False) -> dict[int | 
 def document(routes: Iterable[BaseRoute], *, keys_needed: bool, metrics_keys_needed: bool) -> Schema:
     """Return the OpenAPI document for `routes`.
 
-    `keys_needed` and `metrics_keys_needed` say whether the API and `/metrics` ask for a key.
+    `keys_needed` and `metrics_keys_needed` say whether the API and the paths from `/metrics` on ask for a key.
     """
     found = get_openapi(title=TITLE, version=__version__, description=DESCRIPTION, routes=list(routes))
     components = found["components"]
@@ -176,7 +176,7 @@ def document(routes: Iterable[BaseRoute], *, keys_needed: bool, metrics_keys_nee
     for path, methods in found["paths"].items():
         is_api = path.startswith("/v1/")
         for described in methods.values():
-            needs_key = (keys_needed and is_api) or (metrics_keys_needed and path == "/metrics")
+            needs_key = (keys_needed and is_api) or (metrics_keys_needed and path.startswith("/metrics"))
             _complete(described, is_api=is_api, needs_key=needs_key)
     return found
 

@@ -102,6 +102,7 @@ class Settings(BaseSettings):
 
     cors_origins: Annotated[Names, AfterValidator(_check_origins)] = ()
     limits_backend: Annotated[SecretStr, AfterValidator(_check_limits_backend)] = SecretStr("memory")
+    usage_days: int = Field(default=92, ge=1, le=3660)
     max_body_bytes: int = Field(default=96 * MIB, ge=1024)
     body_seconds: float = Field(default=120, gt=0)
     max_buffered_bytes: int = Field(default=1024 * MIB, ge=1024)

@@ -107,28 +107,120 @@ def select_anchors(local, glob, rows, cols, count, global_ratio, window):
     return sorted(chosen + rest[: count - len(chosen)])
 
 
-def select_diverse_anchors(frame, count, before=(), compared=None):
-    """Return the anchors of one frame in the order of their choice, each far from the others and from `before`."""
+def scaled(frame, distance):
+    """Return tokens by direction, or with those of extreme length as long as the median of the frame."""
+    lengths = [math.hypot(*token) for token in frame]
+    if distance == "cosine":
+        return [[value / length if length else 0.0 for value in t] for t, length in zip(frame, lengths, strict=True)]
+    some = sorted(length for length in lengths if length)
+    median = some[(len(some) - 1) // 2] if some else 1.0
+    factors = [median / length if length > 4 * median else 1.0 for length in lengths]
+    return [[value * factor for value in token] for token, factor in zip(frame, factors, strict=True)]
+
+
+def spread_out(frame, near, count, weights=None):
+    """Return `count` positions, each farthest from the others and from what is remembered; `near` are distances."""
     cells = range(len(frame))
-    apart = [[math.dist(frame[i][:compared], frame[j][:compared]) for j in cells] for i in cells]
-    already = [min((math.dist(x[:compared], y[:compared]) for y in before), default=math.inf) for x in frame]
+    weights = weights or [1.0] * len(frame)
+    apart = [[math.dist(frame[i], frame[j]) for j in cells] for i in cells]
     chosen = []
     while len(chosen) < count:
         rest = [i for i in cells if i not in chosen]
-        if chosen or before:
-            chosen.append(max(rest, key=lambda i: (min([already[i], *(apart[i][j] for j in chosen)]), -i)))
+        if chosen or near:
+            least = {i: min([near[i] if near else math.inf, *(apart[i][j] for j in chosen)]) for i in rest}
+            chosen.append(max(rest, key=lambda i: (weights[i] * least[i] ** 2, -i)))
         else:
-            chosen.append(max(rest, key=lambda i: (sum(d * d for d in apart[i]), -i)))
+            chosen.append(max(rest, key=lambda i: (weights[i] * sum(d * d for d in apart[i]), -i)))
     return chosen
 
 
-def select_diverse_anchors_of_video(frames, count, keep, compared=None):
-    """Return the diverse anchors of each frame. Its `before` is the tokens that the previous frame keeps."""
-    chosen, before = [], []
-    for frame, kept in zip(frames, keep, strict=True):
-        chosen.append(select_diverse_anchors(frame, count, before, compared))
-        before = [frame[i] for i in chosen[-1][:kept]]
+def cover(frame, near, count, candidates=None):
+    """Return `count` positions, each of which leaves the least sum of squared distances to the nearest position.
+
+    The own gap of the chosen token counts a thousandth more.
+    """
+    cells = range(len(frame))
+    near = near or [math.inf] * len(frame)
+    chosen = []
+    while len(chosen) < count:
+        rest = [j for j in candidates or cells if j not in chosen]
+        left = {
+            j: sum(min(near[i], *(math.dist(frame[i], frame[k]) for k in (*chosen, j)), math.inf) ** 2 for i in cells)
+            for j in rest
+        }
+        if chosen or near[0] < math.inf:
+            own = {j: min([near[j], *(math.dist(frame[j], frame[k]) for k in chosen)]) ** 2 for j in rest}
+            left = {j: left[j] - own[j] / 1024 for j in rest}
+        chosen.append(min(rest, key=lambda j: (left[j], j)))
     return chosen
+
+
+def select_of_video(frames, count, keep, choose, distance="euclidean", memory="previous", compared=None):
+    """Return the choice of each frame: `choose(index, frame, near)`, where `near` is the distance to what is kept."""
+    frames = [scaled([token[:compared] for token in frame], distance) for frame in frames]
+    orders, kept, carried = [], [], None
+    for index, (frame, keeps) in enumerate(zip(frames, keep, strict=True)):
+        remembered = kept if memory == "all" else kept[-keep[index - 1] :] if index and keep[index - 1] else []
+        near = [min((math.dist(x, y) for y in remembered), default=math.inf) for x in frame]
+        if memory == "carried" and carried:
+            changed = [math.dist(x, y) for x, y in zip(frame, frames[index - 1], strict=True)]
+            near = [min(one, before + more) for one, before, more in zip(near, carried, changed, strict=True)]
+        if min(near) == math.inf:
+            near = None
+        order = choose(index, frame, near)
+        assert len(order) == count
+        orders.append(order)
+        here = [frame[i] for i in order[:keeps]]
+        kept += here
+        carried = [min([near[i] if near else math.inf, *(math.dist(x, y) for y in here)]) for i, x in enumerate(frame)]
+        if min(carried) == math.inf:
+            carried = None
+    return orders
+
+
+def select_diverse_anchors_of_video(frames, count, keep, compared=None, weights=None, **options):
+    """Return the anchors of each frame, far from each other and from those that are remembered."""
+
+    def choose(index, frame, near):
+        return spread_out(frame, near, count, weights[index] if weights else None)
+
+    return select_of_video(frames, count, keep, choose, compared=compared, **options)
+
+
+def select_covering_anchors_of_video(frames, count, keep, compared=None, candidates=None, **options):
+    """Return the anchors of each frame that cover it."""
+
+    def choose(index, frame, near):
+        return cover(frame, near, count, candidates)
+
+    return select_of_video(frames, count, keep, choose, compared=compared, **options)
+
+
+def attention_weights(scores, without_sinks):
+    """Return how much each token's attention counts: (frames, positions)."""
+    medians = [sorted(frame)[(len(frame) - 1) // 2] for frame in scores]
+    counted = [[value / median for value in frame] for frame, median in zip(scores, medians, strict=True)]
+    weights = []
+    for t, frame in enumerate(counted):
+        others = [counted[u] for u in range(len(counted)) if u != t]
+        persists = [sum(o[i] for o in others) / max(1, len(others)) for i in range(len(frame))]
+        weights.append([a / max(1, sink) if without_sinks else a for a, sink in zip(frame, persists, strict=True)])
+    return [[max(1e-3, value) for value in frame] for frame in weights]
+
+
+def relevance(frames):
+    """Return the cosine of each token and the mean direction of its segment, at least 0.001."""
+    means = [[sum(column) for column in zip(*scaled(frame, "cosine"), strict=True)] for frame in frames]
+    segments = [[0]]
+    for t in range(1, len(frames)):
+        if cosine(means[t], means[t - 1]) < 0.9:
+            segments.append([])
+        segments[-1].append(t)
+    weights = []
+    for segment in segments:
+        mean = [sum(column) for column in zip(*(means[t] for t in segment), strict=True)]
+        weights += [[max(1e-3, cosine(token, mean)) for token in frames[t]] for t in segment]
+    return weights
 
 
 def cosine(x, y):
@@ -255,6 +347,22 @@ def merge_across_frames(tokens, clip_lengths, keep_per_frame, originals_per_clip
     return survivors, taken
 
 
+def _greedy_orders(features, scores, count, kept, settings, compared):
+    options = {"compared": compared, "distance": settings["distance"], "memory": settings["memory"]}
+    if settings["anchors"] == "coverage":
+        return select_covering_anchors_of_video(features, count, kept, **options)
+    weights = [[1.0] * len(frame) for frame in features]
+    if settings["anchors"] == "calibrated":
+        factors = []
+        if settings["by_attention"]:
+            factors.append(attention_weights(scores, settings["without_sinks"]))
+        if settings["by_relevance"]:
+            factors.append(relevance([[token[:compared] for token in frame] for frame in features]))
+        for factor in factors:
+            weights = [[a * b for a, b in zip(*rows, strict=True)] for rows in zip(weights, factor, strict=True)]
+    return select_diverse_anchors_of_video(features, count, kept, weights=weights, **options)
+
+
 def reduce_video(features, local, glob, rows, cols, retention, settings, compared=None):
     """Return the surviving (token, frame, position) in output order. Plans use `tokens[:compared]` alone."""
     counts = budget(len(features), rows * cols, retention, settings)
@@ -262,21 +370,24 @@ def reduce_video(features, local, glob, rows, cols, retention, settings, compare
         return [(token, t, p) for t, frame in enumerate(features) for p, token in enumerate(frame)]
     survivors, first = [], 0
     sizes = counts["anchors_per_clip"]
-    if settings["anchors"] == "diverse":
+    greedy = settings["anchors"] != "attention"
+    if not greedy and settings["without_sinks"]:
+        local, glob = attention_weights(local, True), attention_weights(glob, True)
+    if greedy:
         kept = [
             counts["keep_per_frame"][sum(counts["clip_lengths"][:clip]) + step] if step else size
             for clip, size in enumerate(sizes)
             for step in range(counts["clip_lengths"][clip])
         ]
-        diverse = select_diverse_anchors_of_video(features, max(sizes), kept, compared)
+        chosen_orders = _greedy_orders(features, glob, max(sizes), kept, settings, compared)
     for size in sorted(set(sizes), reverse=True):
         clips = [clip for clip, count in enumerate(sizes) if count == size]
         lengths = [counts["clip_lengths"][clip] for clip in clips]
         frames = range(first, first + sum(lengths))
         keep = [counts["keep_per_frame"][t] for t in frames]
         ranks = None
-        if settings["anchors"] == "diverse":
-            orders = [order[:size] for order in diverse[first : first + len(frames)]]
+        if greedy:
+            orders = [order[:size] for order in chosen_orders[first : first + len(frames)]]
             anchors = [sorted(order) for order in orders]
             ranks = [[order.index(p) for p in sorted(order)] for order in orders]
         else:

@@ -19,7 +19,12 @@ seeds = st.integers(0, 2**31)
 retentions = st.one_of(st.floats(0.001, 1.0), st.sampled_from([0.01, 0.05, 0.1, 0.25, 0.5, 0.9, 0.99, 1.0]))
 configs = st.builds(
     AOTConfig,
-    anchors=st.sampled_from(["diverse", "attention"]),
+    anchors=st.sampled_from(["diverse", "attention", "calibrated", "coverage"]),
+    distance=st.sampled_from(["euclidean", "cosine"]),
+    memory=st.sampled_from(["previous", "carried", "all"]),
+    by_attention=st.booleans(),
+    by_relevance=st.booleans(),
+    without_sinks=st.booleans(),
     mass=st.sampled_from([0.0, 0.2, 1.0, 5.0]),
     nearest_weight=st.sampled_from([0.0, 0.1, 1.0]),
     global_ratio=st.sampled_from([0.0, 0.3, 0.5, 1.0]),

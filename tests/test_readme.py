@@ -23,7 +23,7 @@ def settings_table():
 
 def test_the_settings_table_lists_every_setting_with_its_default():
     actual = {field.name: field.default for field in fields(PluginSettings) if field.name != "method"}
-    actual |= AOTConfig().settings()
+    actual |= AOTConfig().settings() | {"preset": None, "allowed_presets": []}
     assert {name: default for name, (default, _) in settings_table().items()} == actual
 
 
@@ -37,12 +37,16 @@ def test_what_the_settings_table_does_not_allow_is_refused(name):
         "at least 1": (0, 1.5),
         "`true`, `false`": (1, "true"),
         '`"both"`, `"compact"`': ("all", None),
-        '`"diverse"`, `"attention"`': ("random", None),
+        '`"diverse"`, `"attention"`, `"calibrated"`, `"coverage"`': ("random", None),
+        '`"euclidean"`, `"cosine"`': ("manhattan", None),
+        '`"previous"`, `"carried"`, `"all"`': ("none", None),
         '`"auto"`, `"triton"`, `"torch"`': ("cuda", None),
         "a layer of the tower": (1.5, None),
+        "the name of a preset, or `null`": ("newest",),
+        "a list of presets": (["newest"], None),
         "a layer of the tower, or `null`": (1.5, "3"),
     }
-    for value in (*outside[allowed], "text", [], float("nan")):
+    for value in (*outside[allowed], "text", [] if allowed != "a list of presets" else {}, float("nan")):
         with pytest.raises(SettingError, match=name):
             PluginSettings.from_additional_config({"aot": {name: value}})
 
@@ -67,6 +71,7 @@ MARKS = {
     "gateway": "added by",
     "fidelity": "| kept |",
     "ablations": "| kept |",
+    "transport": "| kept |",
 }
 
 

@@ -35,7 +35,8 @@ def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
             work in a mode that the configuration asks for.
     """
     settings = PluginSettings.from_additional_config(vllm_config.additional_config)
-    given = isinstance(vllm_config.additional_config, Mapping) and "aot" in vllm_config.additional_config
+    additional = vllm_config.additional_config
+    given = isinstance(additional, Mapping) and additional.get("aot") is not None
     if not video_pruning_rate:
         if given:
             logger.warning("AOT is off: aot settings are given, but --video-pruning-rate is not set or 0.")
@@ -49,19 +50,21 @@ def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
         return
 
     _require_tested_version(settings)
-    refuse_unsupported_modes(vllm_config, settings.method)
     retention = round((1 - video_pruning_rate) * PPM) / PPM
-    reduction = Reduction(retention=retention, method=settings.method, kernels=settings.kernels)
+    hf_config = model_config.hf_config
+    reduction = Reduction.chosen(settings, retention=retention, architecture=supported[0], hf_config=hf_config)
+    refuse_unsupported_modes(vllm_config, reduction.methods)
     reduction.attach(model_config.multimodal_config)
     _take_settings(vllm_config)
-    model_config.hf_config.architectures = [reduced_architecture(supported[0])]
+    hf_config.architectures = [reduced_architecture(supported[0])]
     _extend_workers(vllm_config.parallel_config)
     compat.refuse_missing_frames(missing_frames)
     logger.info(
-        "AOT is active on %s: retention %g, settings %s.",
+        "AOT is active on %s: retention %g, preset %s, settings %s.",
         supported[0],
         reduction.retention,
-        json.dumps(settings.method.settings()),
+        reduction.description,
+        json.dumps(reduction.method.in_effect()),
     )
     if not takes_videos(vllm_config):
         logger.warning("AOT: this engine takes no videos, so there is nothing to reduce; its limit for them is 0.")
@@ -69,18 +72,21 @@ def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
 
 
 def _take_settings(vllm_config: VllmConfig) -> None:
-    """Remove AOT's settings, which travel with the reduction, from what vLLM's hash of compiled code covers."""
-    if isinstance(vllm_config.additional_config, dict):
-        others = {name: value for name, value in vllm_config.additional_config.items() if name != "aot"}
-        vllm_config.additional_config = others
+    """Remove the settings that travel with the reduction from what vLLM's hash of compiled code covers."""
+    additional = vllm_config.additional_config
+    if not isinstance(additional, dict):
+        return
+    others = {name: value for name, value in additional.items() if name != "aot"}
+    kept = {name: value for name, value in (additional.get("aot") or {}).items() if name == "measure_prefill"}
+    vllm_config.additional_config = {**others, "aot": kept} if kept else others
 
 
 def _extend_workers(parallel_config: ParallelConfig) -> None:
     """Give the workers AOT's extension, or warn if they have another extension already."""
     if parallel_config.worker_extension_cls:
         logger.warning(
-            "AOT: --worker-extension-cls is taken by %s, so aot_engine_reductions, aot_engine_reduction_seconds and "
-            "aot_engine_unconverged_solves stay at 0.",
+            "AOT: --worker-extension-cls is taken by %s, so aot_engine_reductions, aot_engine_reduction_seconds, "
+            "aot_engine_tower_seconds and aot_engine_unconverged_solves stay at 0.",
             parallel_config.worker_extension_cls,
         )
     else:

@@ -47,7 +47,7 @@ def describe_engine(
     server's flags `--trust-request-mm-kwargs` and `--enable-prompt-tokens-details`.
     """
     model_config = vllm_config.model_config
-    reduction = _reduction(model_config)
+    reduction = _reduction(vllm_config)
     rules = _rules(model_config, active=reduction["active"])
     multimodal = model_config.multimodal_config
     return {
@@ -72,13 +72,28 @@ def _architecture(model_config: ModelConfig) -> str:
     return str((model_config.hf_config.architectures or [""])[0])
 
 
-def _reduction(model_config: ModelConfig) -> dict[str, Any]:
-    """Return whether AOT is active, with the retention and the settings of the method; retention 1 if it is not."""
+def active_reduction(vllm_config: VllmConfig) -> Reduction | None:
+    """Return the reduction that an engine of this configuration was started with, None if AOT is not active."""
+    model_config = vllm_config.model_config
     name = _architecture(model_config)
-    if original_architecture(name) == name:
-        return {"active": False, "retention": 1.0, "settings": None}
-    reduction = Reduction.of(model_config.multimodal_config)
-    return {"active": True, "retention": reduction.retention, "settings": reduction.method.settings()}
+    return None if original_architecture(name) == name else Reduction.of(model_config.multimodal_config)
+
+
+def _reduction(vllm_config: VllmConfig) -> dict[str, Any]:
+    """Return whether AOT is active, with the retention, the preset and its settings; retention 1 if it is not.
+
+    `presets` are the names that a request may give as its preset.
+    """
+    reduction = active_reduction(vllm_config)
+    if reduction is None:
+        return {"active": False, "retention": 1.0, "preset": None, "settings": None, "presets": []}
+    return {
+        "active": True,
+        "retention": reduction.retention,
+        "preset": reduction.description,
+        "settings": reduction.method.in_effect(),
+        "presets": list(reduction.presets),
+    }
 
 
 def _rules(model_config: ModelConfig, *, active: bool) -> dict[str, Any]:

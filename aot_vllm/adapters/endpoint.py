@@ -8,6 +8,8 @@ variable. The task inherits the context, and the observer of the renderer fills 
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from argparse import Namespace
 from collections.abc import Sequence
 from contextvars import ContextVar
@@ -19,8 +21,10 @@ from vllm.logger import init_logger
 
 from aot_vllm.adapters.activation import WORKER_EXTENSION
 from aot_vllm.adapters.compat import is_first_api_server, observe_rendered_chats, statistics_of_engines
-from aot_vllm.adapters.description import describe_engine
-from aot_vllm.adapters.telemetry import LEDGER, VideoSavings, WorkerTotals, count
+from aot_vllm.adapters.description import active_reduction, describe_engine
+from aot_vllm.adapters.prefill import measure_prefill
+from aot_vllm.adapters.settings import PluginSettings
+from aot_vllm.adapters.telemetry import LEDGER, VideoSavings, WorkerTotals, count, show
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -35,6 +39,8 @@ RESPONSES_PATH = "/v1/responses"
 METRICS_PATH = "/metrics"
 ENGINE_PATH = "/v1/aot/engine"
 """Under `/v1`, which vLLM's API key guards."""
+TOLD_AGAIN_SECONDS = 30.0
+"""How old the workers' statistics may be in what the engine tells about itself."""
 STATISTICS_TIMEOUT_SECONDS = 2.0
 """A busy engine answers between two steps. After this time a scrape shows the values of the previous scrape."""
 
@@ -107,6 +113,8 @@ class AOTEndpoint:
         """Start without an engine; `init_state` gives it."""
         self._engine: EngineClient | None = None
         self._description: dict[str, Any] | None = None
+        self._prefill: dict[str, Any] | None = None
+        self._refreshed = -math.inf
         self._worker_totals = WorkerTotals()
         self._refreshing = asyncio.Lock()
 
@@ -129,21 +137,34 @@ class AOTEndpoint:
             request_kwargs_trusted=args.trust_request_mm_kwargs,
             prompt_tokens_details=args.enable_prompt_tokens_details,
         )
+        if reduction := active_reduction(engine_client.vllm_config):
+            show(reduction)
         extended = engine_client.vllm_config.parallel_config.worker_extension_cls == WORKER_EXTENSION
         if extended and is_first_api_server(engine_client.vllm_config):
             self._engine = engine_client
+            if PluginSettings.from_additional_config(engine_client.vllm_config.additional_config).measure_prefill:
+                self._prefill = await measure_prefill(engine_client)
 
     async def describe(self) -> dict[str, Any]:
-        """Return what the engine tells about itself, see `describe_engine`; 404 on a server without an engine."""
+        """Return what the engine tells about itself; 404 on a server without an engine.
+
+        See `describe_engine`, and `measure_prefill` for its `prefill`, which only the first API server has.
+        """
         if self._description is None:
             raise HTTPException(404, "this server has no engine")
-        return self._description
+        if self._prefill is None:
+            return self._description
+        if time.monotonic() - self._refreshed > TOLD_AGAIN_SECONDS:
+            await self.refresh_counters()
+        per_token = self._worker_totals.reduction_seconds_per_token
+        return {**self._description, "prefill": {**self._prefill, "reduction_seconds_per_token": per_token}}
 
     async def refresh_counters(self) -> None:
         """Update the counters with the workers' statistics, or leave them if the engine does not answer in time."""
         if self._engine is None or self._refreshing.locked():
             return
         async with self._refreshing:
+            self._refreshed = time.monotonic()
             try:
                 async with asyncio.timeout(STATISTICS_TIMEOUT_SECONDS):
                     statistics = await statistics_of_engines(self._engine)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from vllm import envs
@@ -20,8 +21,10 @@ def takes_videos(vllm_config: VllmConfig) -> bool:
     return multimodal is not None and multimodal.get_limit_per_prompt("video") > 0
 
 
-def refuse_unsupported_modes(vllm_config: VllmConfig, method: AOTConfig) -> None:
+def refuse_unsupported_modes(vllm_config: VllmConfig, methods: Sequence[AOTConfig]) -> None:
     """Raise if `vllm_config` asks for a mode in which AOT would give wrong answers or none.
+
+    `methods`: the settings that requests may get.
 
     Raises:
         UnsupportedError: names the mode, the reason and what to do instead.
@@ -31,7 +34,7 @@ def refuse_unsupported_modes(vllm_config: VllmConfig, method: AOTConfig) -> None
         _other_implementation(vllm_config),
         _stock_method(vllm_config),
         _tower_lora(vllm_config),
-        _hooks_in_compiled_tower(vllm_config, method),
+        _hooks_in_compiled_tower(vllm_config, methods),
     ):
         if reason is not None:
             raise UnsupportedError(reason)
@@ -82,9 +85,10 @@ def _tower_lora(vllm_config: VllmConfig) -> str | None:
     )
 
 
-def _hooks_in_compiled_tower(vllm_config: VllmConfig, method: AOTConfig) -> str | None:
+def _hooks_in_compiled_tower(vllm_config: VllmConfig, methods: Sequence[AOTConfig]) -> str | None:
     """A compiled encoder either lacks the hooks that record attention, or always runs them."""
-    if method.anchors != "attention" or not vllm_config.compilation_config.compile_mm_encoder:
+    by_attention = any(method.anchors == "attention" for method in methods)
+    if not by_attention or not vllm_config.compilation_config.compile_mm_encoder:
         return None
     return (
         'AOT with {"anchors": "attention"} does not work with a compiled encoder, because attention is recorded by '

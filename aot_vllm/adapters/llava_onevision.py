@@ -26,8 +26,8 @@ from vllm.multimodal.parse import ModalityDataItems, VideoProcessorItems
 from vllm.utils.tensor_schema import TensorShape
 
 from aot_vllm.adapters.blocks import frames_at_once, in_blocks
-from aot_vllm.adapters.processing import ReducedVideoProcessor, WithoutRetention, carried_retentions
-from aot_vllm.adapters.scores import AttentionScores, scoring_modules
+from aot_vllm.adapters.processing import PRESET, ReducedVideoProcessor, WithoutRetention, carried_retentions
+from aot_vllm.adapters.scores import scores_of_methods
 from aot_vllm.adapters.settings import Reduction, from_ppm
 from aot_vllm.adapters.telemetry import METER
 from aot_vllm.core.budget import Budget
@@ -48,9 +48,10 @@ def token_grid(config: Any, *, frames: int) -> VideoGrid:
 
 
 class ReducedVideoPixels(LlavaOnevisionVideoPixelInputs):
-    """Pixels of videos, with the retention of each video in millionths."""
+    """Pixels of videos, with the retention of each video in millionths, and the number of its preset."""
 
     retention: Annotated[Tensor, TensorShape("bn")]
+    preset: Annotated[Tensor, TensorShape("bn")]
 
 
 class AOTLlavaOnevisionProcessingInfo(WithoutRetention, LlavaOnevisionProcessingInfo):
@@ -98,7 +99,7 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
     """LLaVA-OneVision that reduces each video between its vision tower and its language model."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        """Build the model. If anchors are chosen by attention, hook the two scoring layers.
+        """Build the model. If a request may get anchors by attention, hook the two scoring layers.
 
         Raises:
             UnsupportedError: the vision tower is not SigLIP.
@@ -114,10 +115,10 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
                 "serve this checkpoint without --video-pruning-rate"
             )
         reduction = Reduction.of(self.multimodal_config)
-        self.method, self.kernels = reduction.method, reduction.kernels
-        layers = tower.vision_model.encoder.layers
-        self.scores = AttentionScores(
-            scoring_modules(self.method, [layer.self_attn.attn for layer in layers]),
+        self.methods, self.kernels = reduction.methods, reduction.kernels
+        self.scores = scores_of_methods(
+            self.methods,
+            [layer.self_attn.attn for layer in tower.vision_model.encoder.layers],
             total_heads=self.config.vision_config.num_attention_heads,
             sum_over_ranks=tensor_model_parallel_all_reduce,
             kernels=self.kernels,
@@ -131,37 +132,37 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
             type=inputs["type"],
             pixel_values_videos=inputs["pixel_values_videos"],
             retention=carried_retentions(kwargs),
+            preset=kwargs[PRESET],
             resolve_bindings=inputs._resolve_bindings,
         )
 
     def _process_video_pixels(self, inputs: ReducedVideoPixels) -> list[Tensor]:
         retentions = [from_ppm(millionths) for millionths in inputs["retention"].tolist()]
-        return [
-            self._embed_video(pixels, retention=retention)
-            for pixels, retention in zip(inputs["pixel_values_videos"], retentions, strict=True)
-        ]
+        videos = zip(inputs["pixel_values_videos"], retentions, inputs["preset"].tolist(), strict=True)
+        return [self._embed_video(pixels, retention=retention, preset=preset) for pixels, retention, preset in videos]
 
-    def _embed_video(self, pixels: Tensor, *, retention: float) -> Tensor:
+    def _embed_video(self, pixels: Tensor, *, retention: float, preset: int) -> Tensor:
         """Return the rows of one video, (kept + 1, hidden), from (frames, 3, height, width)."""
+        method = self.methods[preset]
         grid = token_grid(self.config, frames=len(pixels))
         local_scores = global_scores = None
-        if needs_scores(grid, retention=retention, config=self.method):
-            with self.scores.recording() as recorded:
+        if needs_scores(grid, retention=retention, config=method):
+            with self.scores[preset].recording() as recorded:
                 features = self._tower(pixels)
             local_scores, global_scores = map(self._pool, recorded())
         else:
             features = self._tower(pixels)
-        with METER.timing(features.device):
+        with METER.timing("reduction", features.device):
             reduced = reduce_video(
                 features,
                 local_scores,
                 global_scores,
                 grid=grid,
                 retention=retention,
-                config=self.method,
+                config=method,
                 algorithms=algorithms_for(features.device, kernels=self.kernels),
             )
-        METER.add(reduced)
+        METER.add(reduced, tokens=grid.tokens)
         return torch.cat((reduced.tokens, self.image_newline[None]))
 
     def _tower(self, pixels: Tensor) -> Tensor:
@@ -175,7 +176,8 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
         def tower(block: Tensor) -> Tensor:
             return self._video_pixels_to_features(self.vision_tower, block)
 
-        return in_blocks(tower, pixels.split(at_once), frames=len(pixels))
+        with METER.timing("tower", pixels.device):
+            return in_blocks(tower, pixels.split(at_once), frames=len(pixels))
 
     def _pool(self, scores: Tensor) -> Tensor:
         """Return scores (frames, patches) on the pooled grid, pooled as the model pools its features."""

@@ -1,7 +1,7 @@
 """The half of the reduction that runs in the API server: the length of a video's placeholder, and its hash.
 
-A request may name its retention in `mm_processor_kwargs`. The retention travels to the worker as a field of the video
-item. So the placeholder laid out here and the rows made in the worker follow from the same number.
+A request may name its retention and its preset in `mm_processor_kwargs`. Both travel to the worker as fields of the
+video item. So the placeholder laid out here and the rows made in the worker follow from the same numbers.
 """
 
 from __future__ import annotations
@@ -29,10 +29,15 @@ from aot_vllm.errors import UnsupportedError
 RETENTION = "aot_retention"
 """Name of the retention in a request's `mm_processor_kwargs`, and of the field that carries it to the worker."""
 
+PRESET = "aot_preset"
+"""Name of the preset in a request's `mm_processor_kwargs`, and of the field that carries its number to the worker."""
 
-def without_retention(kwargs: Mapping[str, object]) -> dict[str, object]:
-    """Return processor keyword arguments without the retention, which no Hugging Face processor accepts."""
-    return {name: value for name, value in kwargs.items() if name != RETENTION}
+_OURS = (RETENTION, PRESET)
+
+
+def without_ours(kwargs: Mapping[str, object]) -> dict[str, object]:
+    """Return processor keyword arguments without retention and preset, which no Hugging Face processor accepts."""
+    return {name: value for name, value in kwargs.items() if name not in _OURS}
 
 
 def carried_retention(item: MultiModalKwargsItem) -> float:
@@ -63,12 +68,17 @@ def _carried(fields: Mapping[str, Any]) -> Any:
     return fields[RETENTION]
 
 
+def carried_preset(item: MultiModalKwargsItem) -> int:
+    """Return the number of the preset that travels with a processed video, see `Reduction.methods`."""
+    return int(item[PRESET].data)
+
+
 class WithoutRetention:
-    """A mix-in before a model's processing info: it hides the retention from the Hugging Face processor."""
+    """A mix-in before a model's processing info: it hides retention and preset from the Hugging Face processor."""
 
     def get_hf_processor(self, **kwargs: object) -> Any:
-        """Return the Hugging Face processor for these arguments without the retention."""
-        return super().get_hf_processor(**without_retention(kwargs))  # type: ignore[misc]
+        """Return the Hugging Face processor for these arguments without retention and preset."""
+        return super().get_hf_processor(**without_ours(kwargs))  # type: ignore[misc]
 
 
 class ReducedVideoProcessor(BaseMultiModalProcessor[Any]):
@@ -107,36 +117,46 @@ class ReducedVideoProcessor(BaseMultiModalProcessor[Any]):
             return self.reduction().retention
         return quantise_retention(kwargs[RETENTION])
 
+    def preset_of(self, kwargs: Mapping[str, object]) -> int:
+        """Return the number of the preset that a request names, 0 for the engine's own settings if it names none.
+
+        Raises:
+            SettingError: the engine doesn't allow this preset.
+        """
+        return self.reduction().preset_number(kwargs.get(PRESET))
+
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        data = super()._apply_hf_processor_main(mm_items, without_retention(hf_kwargs))
+        data = super()._apply_hf_processor_main(mm_items, without_ours(hf_kwargs))
         if num_videos := mm_items.get_count("video", strict=False):
-            carried = to_ppm(self.retention_of(hf_kwargs))
-            data[RETENTION] = torch.full((num_videos,), carried, dtype=torch.int64)
+            carried = {RETENTION: to_ppm(self.retention_of(hf_kwargs)), PRESET: self.preset_of(hf_kwargs)}
+            for name, number in carried.items():
+                data[name] = torch.full((num_videos,), number, dtype=torch.int64)
         return data
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: Mapping[str, object]
     ) -> Mapping[str, MultiModalFieldConfig]:
-        fields = super()._get_mm_fields_config(hf_inputs, without_retention(hf_processor_mm_kwargs))
-        return {**fields, RETENTION: MultiModalFieldConfig.batched("video", keep_on_cpu=True)}
+        fields = super()._get_mm_fields_config(hf_inputs, without_ours(hf_processor_mm_kwargs))
+        return {**fields, **{name: MultiModalFieldConfig.batched("video", keep_on_cpu=True) for name in _OURS}}
 
     def _get_cache_missing_processor_kwargs(
         self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]
     ) -> Mapping[str, object]:
         asked = inputs.hf_processor_mm_kwargs
-        plain = replace(inputs, hf_processor_mm_kwargs=without_retention(asked))
-        own = {name: asked[name] for name in (RETENTION,) if name in asked}
+        plain = replace(inputs, hf_processor_mm_kwargs=without_ours(asked))
+        own = {name: asked[name] for name in _OURS if name in asked}
         return {**super()._get_cache_missing_processor_kwargs(plain, mm_is_cached), **own}
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> Mapping[str, list[str]]:
-        plain = replace(inputs, hf_processor_mm_kwargs=without_retention(inputs.hf_processor_mm_kwargs))
+        plain = replace(inputs, hf_processor_mm_kwargs=without_ours(inputs.hf_processor_mm_kwargs))
         hashes = dict(super()._get_mm_hashes(plain))
         if "video" in hashes:
-            reduction, retention = self.reduction(), self.retention_of(inputs.hf_processor_mm_kwargs)
+            asked = inputs.hf_processor_mm_kwargs
+            method, retention = self.reduction().methods[self.preset_of(asked)], self.retention_of(asked)
             algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
             hashes["video"] = [
                 MultiModalHasher.hash_kwargs(
-                    algorithm, video=video_hash, aot=reduction.method.digest(), retention=to_ppm(retention)
+                    algorithm, video=video_hash, aot=method.digest(), retention=to_ppm(retention)
                 )
                 for video_hash in hashes["video"]
             ]
@@ -152,10 +172,11 @@ class ReducedVideoProcessor(BaseMultiModalProcessor[Any]):
             processed = out_mm_kwargs["video"][item_idx]
             grid = self.video_grid(mm_items["video"], item_idx, processed)
             assert grid is not None, "the size of a processed video is known"  # noqa: S101
-            retention = carried_retention(processed)
-            return self.video_placeholder(budget(grid, retention=retention, config=self.reduction().method), processed)
+            method = self.reduction().methods[carried_preset(processed)]
+            counts = budget(grid, retention=carried_retention(processed), config=method)
+            return self.video_placeholder(counts, processed)
 
-        updates = super()._get_prompt_updates(mm_items, without_retention(hf_processor_mm_kwargs), out_mm_kwargs)
+        updates = super()._get_prompt_updates(mm_items, without_ours(hf_processor_mm_kwargs), out_mm_kwargs)
         return [
             PromptReplacement(modality="video", target=update.target, replacement=replacement)
             if update.modality == "video"

@@ -23,7 +23,7 @@ from aot_vllm.adapters.positions import (
     settle,
     with_coordinates,
 )
-from aot_vllm.adapters.processing import carried_retention
+from aot_vllm.adapters.processing import carried_preset, carried_retention
 from aot_vllm.adapters.qwen_processor import token_grid
 from aot_vllm.adapters.settings import Reduction
 from aot_vllm.config import AOTConfig
@@ -44,9 +44,9 @@ class PositionedQwenVL(PositionsThroughPipeline):
     visual: Any
 
     @cached_property
-    def method(self) -> AOTConfig:
-        """The settings of the reduction, as this engine was started with."""
-        return Reduction.of(self.multimodal_config).method
+    def methods(self) -> tuple[AOTConfig, ...]:
+        """The settings of the reduction that requests may get, by the number of their preset."""
+        return Reduction.of(self.multimodal_config).methods
 
     @cached_property
     def _width(self) -> int:
@@ -88,7 +88,8 @@ class PositionedQwenVL(PositionsThroughPipeline):
             if feature.modality == "image":
                 yield VisionRun(feature.mm_position.offset, (0,), grid.rows, grid.cols, (grid.positions,))
             else:
-                counts = budget(grid, retention=carried_retention(data), config=self.method)
+                method = self.methods[carried_preset(data)]
+                counts = budget(grid, retention=carried_retention(data), config=method)
                 yield from self.video_runs(feature, grid, counts.per_frame)
 
     def recompute_mrope_positions(

@@ -19,9 +19,9 @@ from vllm.v1.worker.encoder_cudagraph_defs import EncoderCudaGraphConfig
 
 from aot_vllm.adapters.blocks import frames_at_once, in_blocks
 from aot_vllm.adapters.compat import let_cpu_runner_recompute_positions, let_proposer_know_reduced_models
-from aot_vllm.adapters.processing import carried_retentions
+from aot_vllm.adapters.processing import PRESET, carried_retentions
 from aot_vllm.adapters.qwen_positions import PositionedQwenVL
-from aot_vllm.adapters.scores import AttentionScores, scoring_modules
+from aot_vllm.adapters.scores import AttentionScores, scores_of_methods
 from aot_vllm.adapters.settings import Reduction, from_ppm
 from aot_vllm.adapters.telemetry import METER
 from aot_vllm.core.attention import attention_received
@@ -33,11 +33,12 @@ from aot_vllm.kernels.dispatch import Kernels, algorithms_for
 class ReducedQwenVL(PositionedQwenVL):
     """A mix-in before a Qwen model: it reduces each video between the vision tower and the language model."""
 
-    scores: AttentionScores
+    scores: tuple[AttentionScores, ...]
+    """One recorder for each of `methods`."""
     kernels: Kernels
 
     def set_up_reduction(self, *, whole_frame: Sequence[int] | None = None) -> None:
-        """Prepare the model runner. If anchors are chosen by attention, hook the two scoring layers.
+        """Prepare the model runner. If a request may get anchors by attention, hook the two scoring layers.
 
         `whole_frame`: the layers of the tower that attend to a whole frame, by default all.
 
@@ -49,8 +50,10 @@ class ReducedQwenVL(PositionedQwenVL):
         let_proposer_know_reduced_models()
         self.receive_positions()
         blocks = self.visual.blocks
-        self.scores = AttentionScores(
-            scoring_modules(self.method, [block.attn.attn for block in blocks], whole_frame=whole_frame),
+        self.scores = scores_of_methods(
+            self.methods,
+            [block.attn.attn for block in blocks],
+            whole_frame=whole_frame,
             total_heads=self.config.vision_config.num_heads,
             sum_over_ranks=tensor_model_parallel_all_reduce,
             kernels=self.kernels,
@@ -77,46 +80,49 @@ class ReducedQwenVL(PositionedQwenVL):
             if modality == "image":
                 embeddings.extend(self._process_image_input(inputs))  # type: ignore[attr-defined]
             else:
-                embeddings.extend(self._embed_videos(inputs, carried_retentions(kwargs).tolist()))
+                retentions, presets = carried_retentions(kwargs).tolist(), kwargs[PRESET].tolist()
+                embeddings.extend(self._embed_videos(inputs, retentions, presets))
         return tuple(embeddings)
 
-    def _embed_videos(self, inputs: Any, retentions: Sequence[int]) -> Iterator[Tensor]:
+    def _embed_videos(self, inputs: Any, retentions: Sequence[int], presets: Sequence[int]) -> Iterator[Tensor]:
         """Yield the rows of one video at a time: all together could need more memory than was profiled."""
         merge = self.config.vision_config.spatial_merge_size
         sizes = inputs["video_grid_thw"].tolist()
         embedded = inputs["type"] == "video_embeds"
         parts = inputs[inputs["type"]].split([t * h * w // (merge**2 if embedded else 1) for t, h, w in sizes])
         seconds = inputs.get("second_per_grid_ts")
-        for index, ((t, h, w), part, millionths) in enumerate(zip(sizes, parts, retentions, strict=True)):
+        videos = zip(sizes, parts, retentions, presets, strict=True)
+        for index, ((t, h, w), part, millionths, preset) in enumerate(videos):
             grid = VideoGrid(frames=t, rows=h // merge, cols=w // merge)
-            reduced = self._reduce(part, grid, retention=from_ppm(millionths), embedded=embedded)
+            reduced = self._reduce(part, grid, retention=from_ppm(millionths), preset=preset, embedded=embedded)
             times = self.frame_times(t, 1.0 if seconds is None else seconds[index].item())
             yield self.positioned_rows(reduced, grid, times)
 
-    def _reduce(self, part: Tensor, grid: VideoGrid, *, retention: float, embedded: bool) -> ReducedVideo:
+    def _reduce(self, part: Tensor, grid: VideoGrid, *, retention: float, preset: int, embedded: bool) -> ReducedVideo:
         """Return one reduced video, given as the tower's input, or as its output if `embedded`."""
-        scored = needs_scores(grid, retention=retention, config=self.method)
+        method = self.methods[preset]
+        scored = needs_scores(grid, retention=retention, config=method)
         local_scores = global_scores = None
         if embedded:
             features = part.to(self.visual.dtype).view(grid.frames, grid.positions, -1)
             if scored:
                 local_scores = global_scores = self._mutual_scores(features)
         elif scored:
-            features, local_scores, global_scores = self._scored_tower(part, grid)
+            features, local_scores, global_scores = self._scored_tower(part, grid, self.scores[preset])
         else:
             features = self._tower(part, grid)
-        with METER.timing(features.device):
+        with METER.timing("reduction", features.device):
             reduced = reduce_video(
                 features,
                 local_scores,
                 global_scores,
                 grid=grid,
                 retention=retention,
-                config=self.method,
+                config=method,
                 compared=self._main_width,
                 algorithms=algorithms_for(features.device, kernels=self.kernels),
             )
-        METER.add(reduced)
+        METER.add(reduced, tokens=grid.tokens)
         return reduced
 
     def _mutual_scores(self, features: Tensor) -> Tensor:
@@ -127,16 +133,16 @@ class ReducedQwenVL(PositionedQwenVL):
         main = torch.nn.functional.normalize(features[..., : self._main_width].float(), dim=-1)
         return attention_received(main, main, num_heads=1, scale=1.0)
 
-    def _scored_tower(self, patches: Tensor, grid: VideoGrid) -> tuple[Tensor, Tensor, Tensor]:
+    def _scored_tower(self, patches: Tensor, grid: VideoGrid, scores: AttentionScores) -> tuple[Tensor, Tensor, Tensor]:
         """Return features (frames, tokens, width), and local and global scores (frames, tokens).
 
         The score of a token is the mean over the patches that are merged into it.
         """
         merged = self.config.vision_config.spatial_merge_size**2
-        with self.scores.recording(tokens_per_frame=grid.positions * merged) as recorded:
+        with scores.recording(tokens_per_frame=grid.positions * merged) as recorded:
             features = self._tower(patches, grid)
         local_scores, global_scores = (
-            self.row_major(scores.unflatten(1, (-1, merged)).mean(2), grid) for scores in recorded()
+            self.row_major(received.unflatten(1, (-1, merged)).mean(2), grid) for received in recorded()
         )
         return features, local_scores, global_scores
 
@@ -158,7 +164,8 @@ class ReducedQwenVL(PositionedQwenVL):
             size = [len(block) // patches_per_frame, grid.rows * merge, grid.cols * merge]
             return self.visual(block, grid_thw=[size]).view(-1, grid.positions, self._width)
 
-        return in_blocks(tower, patches.split(at_once * patches_per_frame), frames=grid.frames)
+        with METER.timing("tower", patches.device):
+            return in_blocks(tower, patches.split(at_once * patches_per_frame), frames=grid.frames)
 
     @cached_property
     def _main_width(self) -> int:

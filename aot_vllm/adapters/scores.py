@@ -56,20 +56,22 @@ def _nearest(layers: Sequence[int], layer: int) -> int:
 def scoring_modules(
     config: AOTConfig, modules: Sequence[nn.Module], *, whole_frame: Sequence[int] | None = None
 ) -> tuple[nn.Module, ...]:
-    """Return the modules of the local and the global scoring layer, or none if anchors are not chosen by attention.
+    """Return the modules of the local and the global scoring layer, the global one alone, or none: those that are used.
 
-    Raises `SettingError` like `scoring_layers`, however anchors are chosen.
+    Raises `SettingError` like `scoring_layers`.
     """
-    layers = scoring_layers(config, num_layers=len(modules), whole_frame=whole_frame)
-    return tuple(modules[layer] for layer in layers) if config.anchors == "attention" else ()
+    if not config.uses("global_layer"):
+        return ()
+    local, global_ = scoring_layers(config, num_layers=len(modules), whole_frame=whole_frame)
+    return (modules[local], modules[global_]) if config.uses("local_layer") else (modules[global_],)
 
 
 class AttentionScores:
     """Records the attention received in two layers of a vision tower, one block of frames at a time.
 
-    `modules`: the local and the global attention module, or none if nothing will be recorded. Each has `num_heads` (on
-    this rank) and `scale`. Each is called with query, key and value, shaped (frames, tokens, heads * size), or
-    (1, frames * tokens, heads, size) with all frames in one sequence.
+    `modules`: the local and the global attention module, one for both scores, or none if nothing will be recorded. Each
+    has `num_heads` (on this rank) and `scale`. Each is called with query, key and value, shaped (frames, tokens,
+    heads * size), or (1, frames * tokens, heads, size) with all frames in one sequence.
 
     `total_heads`: heads of a layer on all ranks. If this rank has fewer, `sum_over_ranks` adds those of the other
     ranks, so that every rank has the same scores.
@@ -118,6 +120,30 @@ class AttentionScores:
         blocks: dict[int, list[Tensor]] = {slot: [] for slot in self._slots}
         self._blocks, self._tokens_per_frame = blocks, tokens_per_frame
         try:
-            yield lambda: [torch.cat(recorded) for recorded in blocks.values()]
+            yield lambda: [torch.cat(recorded) for recorded in blocks.values()] * (2 if len(blocks) == 1 else 1)
         finally:
             self._blocks = None
+
+
+def scores_of_methods(
+    methods: Sequence[AOTConfig],
+    modules: Sequence[nn.Module],
+    *,
+    total_heads: int,
+    sum_over_ranks: Callable[[Tensor], Tensor],
+    kernels: Kernels,
+    whole_frame: Sequence[int] | None = None,
+) -> tuple[AttentionScores, ...]:
+    """Return one recorder for each of the settings that requests may get, see `Reduction.methods`.
+
+    `modules` are the attention modules of all layers of the tower. Raises `SettingError` like `scoring_layers`.
+    """
+    return tuple(
+        AttentionScores(
+            scoring_modules(method, modules, whole_frame=whole_frame),
+            total_heads=total_heads,
+            sum_over_ranks=sum_over_ranks,
+            kernels=kernels,
+        )
+        for method in methods
+    )

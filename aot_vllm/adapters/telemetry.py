@@ -12,11 +12,13 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
-from prometheus_client import Counter
+from prometheus_client import Counter, Gauge
 from torch import Tensor
 
+from aot_vllm.adapters.settings import Reduction
 from aot_vllm.core.reduce import ReducedVideo
 
 
@@ -76,8 +78,22 @@ VIDEOS_REDUCED = Counter("aot_engine_videos_reduced", "Videos of served requests
 REDUCTIONS = Counter(
     "aot_engine_reductions", "Videos reduced in the worker. A video found in a cache is not reduced again."
 )
+TOWER_SECONDS = Counter("aot_engine_tower_seconds", "Time of the vision tower on videos in the worker.")
 REDUCTION_SECONDS = Counter("aot_engine_reduction_seconds", "Time spent choosing and merging tokens in the worker.")
 UNCONVERGED = Counter("aot_engine_unconverged_solves", "Transport problems that ended at the iteration limit.")
+
+INFO = Gauge(
+    "aot_engine_info",
+    "1, with what the engine was started with: its retention, its preset, and the single settings that change it.",
+    ["retention", "preset", "changes"],
+    multiprocess_mode="max",
+)
+
+
+def show(reduction: Reduction) -> None:
+    """Show on `/metrics` what the engine was started with."""
+    changes = ",".join(f"{name}={value}" for name, value in reduction.changes.items())
+    INFO.labels(f"{reduction.retention:g}", reduction.preset, changes).set(1)
 
 
 def count(savings: VideoSavings) -> None:
@@ -88,8 +104,11 @@ def count(savings: VideoSavings) -> None:
         VIDEOS_REDUCED.inc()
 
 
+Stage = Literal["tower", "reduction"]
+
+
 class ReductionMeter:
-    """Counts and times reductions in a worker. The host never waits for the device, not even at a scrape.
+    """Counts and times reductions in a worker, and times towers. The host never waits for the device.
 
     On CUDA, the time is taken between two events, and the count of unconverged solves is copied to the host after each
     reduction. A scrape reads what is finished. The next one has the rest.
@@ -98,32 +117,34 @@ class ReductionMeter:
     def __init__(self) -> None:
         """Start at zero."""
         self._reductions = 0
-        self._seconds = 0.0
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._reduced_tokens = 0
+        self._seconds: dict[Stage, float] = {"tower": 0.0, "reduction": 0.0}
+        self._events: list[tuple[Stage, torch.cuda.Event, torch.cuda.Event]] = []
         self._unconverged: Tensor | None = None
         self._unconverged_on_host: Tensor | None = None
 
     @contextmanager
-    def timing(self, device: torch.device) -> Iterator[None]:
-        """Time the reduction of one video on `device`."""
+    def timing(self, stage: Stage, device: torch.device) -> Iterator[None]:
+        """Time a stage of one video on `device`."""
         if device.type == "cuda":
             started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             started.record()
             yield
             ended.record()
-            self._events.append((started, ended))
+            self._events.append((stage, started, ended))
             if len(self._events) >= 1024:
                 self._collect()
         else:
             start = time.perf_counter()
             yield
-            self._seconds += time.perf_counter() - start
+            self._seconds[stage] += time.perf_counter() - start
 
-    def add(self, reduced: ReducedVideo) -> None:
-        """Count a reduced video and its unconverged solves. A video that kept every token does not count."""
+    def add(self, reduced: ReducedVideo, *, tokens: int) -> None:
+        """Count a reduced video of so many tokens and its unconverged solves, unless it kept every token."""
         if reduced.budget.identity:
             return
         self._reductions += 1
+        self._reduced_tokens += tokens
         solves = reduced.unconverged
         self._unconverged = solves if self._unconverged is None else self._unconverged + solves
         if self._unconverged_on_host is None:
@@ -133,19 +154,21 @@ class ReductionMeter:
     def _collect(self) -> None:
         """Add the times of finished reductions."""
         waiting = []
-        for started, ended in self._events:
+        for stage, started, ended in self._events:
             if ended.query():
-                self._seconds += started.elapsed_time(ended) / 1000
+                self._seconds[stage] += started.elapsed_time(ended) / 1000
             else:
-                waiting.append((started, ended))
+                waiting.append((stage, started, ended))
         self._events = waiting
 
     def statistics(self) -> dict[str, float]:
-        """Return the totals since the worker started, without times and solves of reductions that still run."""
+        """Return the totals since the worker started, without times and solves of what still runs on the device."""
         self._collect()
         return {
             "reductions": self._reductions,
-            "reduction_seconds": self._seconds,
+            "reduced_tokens": self._reduced_tokens,
+            "reduction_seconds": self._seconds["reduction"],
+            "tower_seconds": self._seconds["tower"],
             "unconverged_solves": 0 if self._unconverged_on_host is None else int(self._unconverged_on_host),
         }
 
@@ -167,15 +190,23 @@ class WorkerTotals:
 
     def __init__(self) -> None:
         """Nothing counted yet."""
-        self._counted: dict[tuple[int, str], float] = {}
+        self._counted: list[dict[str, float]] = []
+
+    @property
+    def reduction_seconds_per_token(self) -> float | None:
+        """The time of reductions in all engines for each token before them, None before the first."""
+        tokens = sum(totals["reduced_tokens"] for totals in self._counted)
+        return sum(totals["reduction_seconds"] for totals in self._counted) / tokens if tokens else None
 
     def count(self, statistics: Sequence[Mapping[str, float]]) -> None:
         """Add the growth since the last call to the counters. `statistics`: one for each data-parallel engine."""
         for engine, totals in enumerate(statistics):
+            counted = self._counted[engine] if engine < len(self._counted) else {}
             for name, counter in (
                 ("reductions", REDUCTIONS),
                 ("reduction_seconds", REDUCTION_SECONDS),
+                ("tower_seconds", TOWER_SECONDS),
                 ("unconverged_solves", UNCONVERGED),
             ):
-                counter.inc(max(0.0, totals[name] - self._counted.get((engine, name), 0.0)))
-                self._counted[engine, name] = totals[name]
+                counter.inc(max(0.0, totals[name] - counted.get(name, 0.0)))
+        self._counted = [dict(totals) for totals in statistics]

@@ -1,7 +1,7 @@
 """The whole reduction of one video (section 3 of the paper).
 
 1. The budget fixes how many tokens every frame and every clip keeps.
-2. Each frame chooses its anchors: by diversity, or by attention.
+2. Each frame chooses its anchors: far from each other, or such that they cover the frame, or by attention.
 3. Within a frame, the anchors absorb the other tokens (phase I).
 4. Across the frames of a clip, the anchors of the key frame absorb the anchors of the later frames (phase II).
 
@@ -19,6 +19,7 @@ from aot_vllm.config import AOTConfig
 from aot_vllm.core.algorithms import TORCH, Algorithms
 from aot_vllm.core.anchors import select_anchors
 from aot_vllm.core.budget import Budget, budget
+from aot_vllm.core.calibration import attention_weights
 from aot_vllm.core.grid import VideoGrid
 from aot_vllm.core.transport import merge_across_frames
 from aot_vllm.errors import ShapeError
@@ -49,10 +50,10 @@ class ReducedVideo:
 def needs_scores(grid: VideoGrid, *, retention: float, config: AOTConfig) -> bool:
     """Return whether `reduce_video` reads the scores of a video of this size.
 
-    It does not if anchors are chosen by diversity, or if every token survives. Raises `SettingError` for a retention
-    outside its range.
+    It does not if anchors are chosen by distances alone, or if every token survives. Raises `SettingError` for a
+    retention outside its range.
     """
-    return config.anchors == "attention" and not budget(grid, retention=retention, config=config).identity
+    return config.uses("global_layer") and not budget(grid, retention=retention, config=config).identity
 
 
 def reduce_video(
@@ -89,11 +90,12 @@ def reduce_video(
         return _unchanged(features, grid, counts)
 
     parts = list(_parts(counts))
-    if config.anchors == "diverse":
-        order_TA = _diverse_order(features[:, :, :compared], counts, algorithms)
-        anchors = [_diverse_anchors(order_TA, part) for part in parts]
+    if config.anchors == "attention":
+        scores = _attention_scores(local_scores, global_scores, config)
+        anchors = [_attended_anchors(*scores, part, grid=grid, config=config) for part in parts]
     else:
-        anchors = [_attended_anchors(local_scores, global_scores, part, grid=grid, config=config) for part in parts]
+        order_TA = _greedy_order(features[:, :, :compared], global_scores, counts, config, algorithms)
+        anchors = [_ordered_anchors(order_TA, part) for part in parts]
     survivors = [
         _merge_part(
             features,
@@ -144,7 +146,9 @@ def _parts(counts: Budget) -> Iterator[_Part]:
         first_clip = end_clip
 
 
-def _diverse_order(features: Tensor, counts: Budget, algorithms: Algorithms) -> Tensor:
+def _greedy_order(
+    features: Tensor, scores: Tensor | None, counts: Budget, config: AOTConfig, algorithms: Algorithms
+) -> Tensor:
     """Return the anchors of every frame in the order of their choice, (T, A).
 
     A is the number of anchors in the first clip, which is the largest. A clip with fewer anchors takes the first ones.
@@ -153,24 +157,50 @@ def _diverse_order(features: Tensor, counts: Budget, algorithms: Algorithms) -> 
     anchors_per_frame = [num_anchors for num_anchors, length in clips for _ in range(length)]
     # A key frame that is emitted twice has more tokens in the budget than it has distinct positions.
     distinct_per_frame = list(map(min, counts.per_frame, anchors_per_frame))
-    return algorithms.select_diverse_anchors(features, count=anchors_per_frame[0], keep=distinct_per_frame)
+    choice = {
+        "count": anchors_per_frame[0],
+        "keep": distinct_per_frame,
+        "distance": config.distance,
+        "memory": config.memory,
+    }
+    if config.anchors == "coverage":
+        return algorithms.select_covering_anchors(features, **choice)
+    weights = None
+    if config.anchors == "calibrated":
+        weights = algorithms.token_weights(
+            features,
+            scores,
+            by_attention=config.by_attention,
+            without_sinks=config.without_sinks,
+            by_relevance=config.by_relevance,
+        )
+    return algorithms.select_diverse_anchors(features, weights=weights, **choice)
 
 
-def _diverse_anchors(order_TA: Tensor, part: _Part) -> _Anchors:
+def _ordered_anchors(order_TA: Tensor, part: _Part) -> _Anchors:
     """Return the anchors of a part; those chosen first have the lowest ranks."""
     positions_TA, ranks_TA = order_TA[part.frames, : part.num_anchors].sort(dim=1)
     return _Anchors(positions_TA, ranks_TA)
 
 
+def _attention_scores(
+    local_scores: Tensor | None, global_scores: Tensor | None, config: AOTConfig
+) -> tuple[Tensor, Tensor]:
+    """Return both scores, without sinks if that is asked for. Raises `ShapeError` if one is missing."""
+    if local_scores is None or global_scores is None:
+        raise ShapeError("local_scores and global_scores must be tensors if anchors are chosen by attention, got None")
+    if config.without_sinks:
+        return attention_weights(local_scores), attention_weights(global_scores)
+    return local_scores, global_scores
+
+
 def _attended_anchors(
-    local_scores: Tensor | None, global_scores: Tensor | None, part: _Part, *, grid: VideoGrid, config: AOTConfig
+    local_scores: Tensor, global_scores: Tensor, part: _Part, *, grid: VideoGrid, config: AOTConfig
 ) -> _Anchors:
     """Return the anchors of a part; those with the highest global scores have the lowest ranks.
 
     At a kappa below 1 there are no ranks: the transport across frames decides, as in the paper.
     """
-    if local_scores is None or global_scores is None:
-        raise ShapeError("local_scores and global_scores must be tensors if anchors are chosen by attention, got None")
     positions_TA = select_anchors(
         local_scores[part.frames],
         global_scores[part.frames],

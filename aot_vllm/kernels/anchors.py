@@ -1,5 +1,7 @@
 """Greedy k-center of all frames of a video in one launch, see `aot_vllm.core.anchors.select_diverse_anchors`.
 
+Distances are those of scaled tokens. Products are of tokens as they are, and are scaled where they are read.
+
 Each choice depends on all choices before it, in its own frame and in the previous one. So one program walks through the
 video, and one warp or a few hold the distances of a frame in registers. A step is short: two reductions over integers,
 which are single instructions of a warp since compute capability 8.0, and two rows of products, which are in flight
@@ -19,9 +21,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from aot_vllm.core import anchors
+from aot_vllm.config import Distance, Memory
+from aot_vllm.core import anchors, distances
 from aot_vllm.core.layout import counts_on
 from aot_vllm.kernels.launch import launch, power_of_2, product
+from aot_vllm.kernels.lengths import changes, scales_and_squares, totals
 
 BLOCK_BYTES = 256 * 2**20
 """Memory that tables of products may always take: of a frame with itself and with the next frame, for a block of
@@ -30,7 +34,7 @@ frames. It holds 1,164 frames of 14 x 14 tokens, or 372 frames of 300."""
 MOST_BLOCKS = 3
 """A block takes four launches. A longer video takes larger blocks, but no more memory than its features take."""
 
-TOKENS, COLUMNS = 16, 512
+TOKENS, COLUMNS = 16, 256
 """What a program reads at a time of a frame without a table: so many tokens, so many columns of each."""
 
 BEHIND_ALL = -(2**63)
@@ -38,7 +42,7 @@ BEHIND_ALL = -(2**63)
 
 
 @triton.jit
-def _ranks(far, real):
+def ranks(far, real):
     """Return integers in the order of the distances: a NaN is the farthest, padding is behind negative infinity."""
     bits = (far + 0.0).to(tl.int32, bitcast=True)
     rank = tl.where(far != far, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
@@ -46,59 +50,108 @@ def _ranks(far, real):
 
 
 @triton.jit
+def kept_before(keep_ptr, frame):
+    """Return how many anchors the frames before this one keep."""
+    kept = tl.zeros((), tl.int64)
+    for earlier in range(frame):
+        kept += tl.load(keep_ptr + earlier)
+    return kept
+
+
+@triton.jit
 def _spread_out(
     own_ptr,  # (n, P, P) products of the tokens of a frame
     following_ptr,  # (n or n - 1, P, P) products with the tokens of the next frame
-    sums_ptr,  # (n, P) sums of the rows of `own`
+    sums_ptr,  # (n, P) sums of the rows of `own`, each product with the scale of its column
+    scales_ptr,  # (n and more, P) what tokens are multiplied by
+    weights_ptr,  # (n and more, P) what their distances are multiplied by
+    changed_ptr,  # (n and more, P) how far each position is from its token in the frame before
     keep_ptr,  # (T,) how many anchors each frame keeps
     near_ptr,  # (P,) from one block to the next: squared distance to the nearest token before, less the token's square
+    covered_ptr,  # (P,) from one block to the next: squared distance of the tokens before to the nearest one kept
     order_ptr,  # (n, A) out: the anchors
     first_frame,
     block_frames,
     frames,
     positions,
     count,
+    WEIGHTED: tl.constexpr,
+    CARRIED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     at = tl.arange(0, BLOCK)
     real = at < positions
     # A condition on a number is written as a limit on positions: Triton's interpreter takes no others as masks.
-    near = tl.load(near_ptr + at, mask=at < tl.where(first_frame > 0, positions, 0), other=float("inf"))
+    in_block = at < tl.where(first_frame > 0, positions, 0)
+    near = tl.load(near_ptr + at, mask=in_block, other=float("inf"))
+    covered = tl.full((BLOCK,), float("inf"), tl.float32)
+    kept = tl.load(keep_ptr + first_frame - 1, mask=first_frame > 0, other=0)
+    if CARRIED:
+        covered = tl.load(covered_ptr + at, mask=in_block, other=float("inf"))
+        kept = kept_before(keep_ptr, first_frame)
     for index in range(block_frames):
         frame = first_frame + index
-        squares = tl.load(own_ptr + at.to(tl.int64) * (positions + 1), mask=real, other=0.0)
-        kept_before = tl.load(keep_ptr + frame - 1, mask=frame > 0, other=0)
+        scale = tl.load(scales_ptr + at, mask=real, other=0.0)
+        squares = tl.load(own_ptr + at.to(tl.int64) * (positions + 1), mask=real, other=0.0) * scale * scale
         keep = tl.load(keep_ptr + frame)
-        keep = tl.where(frame + 1 < frames, keep, 0)
-        starts_afresh = kept_before == 0
+        next_real = at < tl.where(frame + 1 < frames, positions, 0)
+        next_scale = tl.load(scales_ptr + positions + at, mask=next_real, other=0.0)
+        starts_afresh = kept == 0
         sums = tl.load(sums_ptr + at, mask=at < tl.where(starts_afresh, positions, 0), other=0.0)
-        far = tl.where(starts_afresh, squares * positions - 2.0 * sums, near + squares)
+        far = near + squares
+        if CARRIED:
+            changed = tl.load(changed_ptr + at, mask=at < tl.where(frame > 0, positions, 0), other=0.0)
+            carried = tl.sqrt(tl.maximum(covered, 0.0)) + changed
+            far = tl.minimum(far, carried * carried)
+            covered = far
+            kept += keep
+        else:
+            kept = keep
+        rest = squares * positions - 2.0 * (sums * scale)
+        weight = tl.full((BLOCK,), 1.0, tl.float32)
+        if WEIGHTED:
+            rest += tl.sum(tl.where(real, squares, 0.0), axis=0)
+            weight = tl.load(weights_ptr + at, mask=real, other=1.0)
+        far = tl.where(starts_afresh, rest, far)
         near = tl.full((BLOCK,), float("inf"), tl.float32)
         for choice in range(count):
-            rank = _ranks(far, real)
+            rank = ranks(far * weight if WEIGHTED else far, real)
             farthest = tl.max(rank, axis=0)
             best = tl.min(tl.where(rank == farthest, at, BLOCK), axis=0)  # the lowest position of a tie
             tl.store(order_ptr + choice, best.to(tl.int64))
             row_of_best = best.to(tl.int64) * positions
             own_row = tl.load(own_ptr + row_of_best + at, mask=real, other=0.0)
             next_row = tl.load(
-                following_ptr + row_of_best + at, mask=at < tl.where(choice < keep, positions, 0), other=float("-inf")
+                following_ptr + row_of_best + at,
+                mask=at < tl.where((choice < keep) & (frame + 1 < frames), positions, 0),
+                other=0.0,
             )
-            square = tl.load(own_ptr + row_of_best + best)
-            distance = tl.where(at == best, float("-inf"), (square - 2.0 * own_row) + squares)
+            own_scale = tl.load(scales_ptr + best)
+            square = tl.load(own_ptr + row_of_best + best) * own_scale * own_scale
+            distance = (square - 2.0 * (own_row * own_scale * scale)) + squares
+            if CARRIED:
+                kept_distance = tl.where(choice < keep, tl.where(at == best, 0.0, distance), float("inf"))
+                covered = tl.minimum(covered, kept_distance)
+            distance = tl.where(at == best, float("-inf"), distance)
             far = tl.where(starts_afresh & (choice == 0), distance, tl.minimum(far, distance))  # drops NaN
-            near = tl.minimum(near, square - 2.0 * next_row)
+            next_distance = square - 2.0 * (next_row * own_scale * next_scale)
+            near = tl.where(choice < keep, tl.minimum(near, next_distance), near)
         own_ptr += positions * positions
         following_ptr += positions * positions
         sums_ptr += positions
+        scales_ptr += positions
+        weights_ptr += positions
+        changed_ptr += positions
         order_ptr += count
     tl.store(near_ptr + at, near, mask=real)
+    if CARRIED:
+        tl.store(covered_ptr + at, covered, mask=real)
 
 
 @triton.jit
 def _marks(far, token, real):
     """Return integers in the order of choice: by distance, and a tie goes to the lowest position, in the lower half."""
-    return (_ranks(far, real).to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
+    return (ranks(far, real).to(tl.int64) << 32) | (0x7FFFFFFF - token).to(tl.int64)
 
 
 @triton.jit
@@ -115,7 +168,7 @@ def _products(rows, vector_ptr, real, width, stride_column, stride_vector, COLUM
 
 
 @triton.jit
-def _agreed(mark, best_ptr, arrived_ptr, programs, BEHIND_ALL: tl.constexpr):
+def agreed(mark, best_ptr, arrived_ptr, programs, BEHIND_ALL: tl.constexpr):
     """Return the position of the largest mark of all programs: each waits here for all others.
 
     The programs share nothing else. So there is nothing to order but these two numbers.
@@ -130,13 +183,53 @@ def _agreed(mark, best_ptr, arrived_ptr, programs, BEHIND_ALL: tl.constexpr):
 
 
 @triton.jit
+def _mark(far, weights_ptr, token, real, WEIGHTED: tl.constexpr):
+    """Return the largest mark of some tokens."""
+    if WEIGHTED:
+        far *= tl.load(weights_ptr + token, mask=real, other=1.0)
+    return tl.max(_marks(far, token, real), axis=0)
+
+
+@triton.jit
+def _sum(pointer, number, BLOCK: tl.constexpr):
+    """Return the sum of so many numbers."""
+    total = 0.0
+    for start in range(0, number, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.sum(tl.load(pointer + at, mask=at < number, other=0.0), axis=0)
+    return total
+
+
+@triton.jit
+def _with_carried(far, covered_ptr, changed_ptr, token, real, has_before):
+    """Return squared distances with those that earlier frames leave, and keep them for the next frame."""
+    changed = tl.load(changed_ptr + token, mask=real & has_before, other=0.0)
+    carried = tl.sqrt(tl.maximum(tl.load(covered_ptr + token, mask=real, other=0.0), 0.0)) + changed
+    far = tl.minimum(far, carried * carried)
+    tl.store(covered_ptr + token, far, mask=real)
+    return far
+
+
+@triton.jit
+def _cover(covered_ptr, distance, token, is_kept, positions):
+    """Lower the squared distances to what is kept, if the anchor at this distance is."""
+    mask = token < tl.where(is_kept, positions, 0)
+    covered = tl.load(covered_ptr + token, mask=mask, other=0.0)
+    tl.store(covered_ptr + token, tl.minimum(covered, distance), mask=mask)
+
+
+@triton.jit
 def _spread_out_without_table(
     features_ptr,  # (T, P, D)
-    totals_ptr,  # (T, D) sums of the tokens
-    squares_ptr,  # (T, P) squares of the tokens' lengths
+    totals_ptr,  # (T, D) sums of the scaled tokens
+    scales_ptr,  # (T, P) what tokens are multiplied by
+    squares_ptr,  # (T, P) squares of the scaled tokens' lengths
+    weights_ptr,  # (T, P) what their distances are multiplied by
+    changed_ptr,  # (T, P) how far each position is from its token in the frame before
     keep_ptr,  # (T,) how many anchors each frame keeps
     far_ptr,  # (P,) squared distance to the nearest choice
-    near_ptr,  # (P,) squared distance to the nearest token that the frame before keeps, less the token's square
+    near_ptr,  # (T, P) in: infinity; squared distance to the nearest token that frames before keep, less the square
+    covered_ptr,  # (P,) in: infinity; squared distance to the nearest token kept so far
     best_ptr,  # (T, A) in: `BEHIND_ALL`; out: the marks of the anchors
     arrived_ptr,  # (T, A) in: zeros; out: how many programs have made their mark
     frames,
@@ -146,34 +239,40 @@ def _spread_out_without_table(
     stride_frame,
     stride_token,
     stride_column,
+    WEIGHTED: tl.constexpr,
+    CARRIED: tl.constexpr,
+    ALL: tl.constexpr,
     BEHIND_ALL: tl.constexpr,
     TOKENS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     programs = tl.num_programs(0)
     first, apart = tl.program_id(0) * TOKENS, programs * TOKENS  # a program has every `programs`-th run of tokens
+    kept = tl.zeros((), tl.int64)
     for frame in range(frames):
-        kept_before = tl.load(keep_ptr + frame - 1, mask=frame > 0, other=0)
         keep = tl.load(keep_ptr + frame)
-        keep = tl.where(frame + 1 < frames, keep, 0)
-        starts_afresh = kept_before == 0
+        starts_afresh = kept == 0
+        kept = kept + keep if ALL or CARRIED else keep
         mark = tl.full((), BEHIND_ALL, tl.int64)
         for start in range(first, positions, apart):
             token = start + tl.arange(0, TOKENS)
             real = token < positions
             squares = tl.load(squares_ptr + token, mask=real, other=0.0)
+            far = tl.load(near_ptr + token, mask=real, other=0.0) + squares
+            if CARRIED:
+                far = _with_carried(far, covered_ptr, changed_ptr, token, real, frame > 0)
             if starts_afresh:
                 rows = features_ptr + token.to(tl.int64) * stride_token
-                far = squares * positions - 2.0 * _products(rows, totals_ptr, real, width, stride_column, 1, COLUMNS)
-            else:
-                far = tl.load(near_ptr + token, mask=real, other=0.0) + squares
+                sums = _products(rows, totals_ptr, real, width, stride_column, 1, COLUMNS)
+                sums *= tl.load(scales_ptr + token, mask=real, other=0.0)
+                far = squares * positions - 2.0 * sums + _sum(squares_ptr, positions, TOKENS)
             tl.store(far_ptr + token, far, mask=real)
-            tl.store(near_ptr + token, tl.full((TOKENS,), float("inf"), tl.float32), mask=real)
-            mark = tl.maximum(mark, tl.max(_marks(far, token, real), axis=0))
+            mark = tl.maximum(mark, _mark(far, weights_ptr, token, real, WEIGHTED))
         for choice in range(count):
-            best = _agreed(mark, best_ptr + choice, arrived_ptr + choice, programs, BEHIND_ALL)
+            best = agreed(mark, best_ptr + choice, arrived_ptr + choice, programs, BEHIND_ALL)
             chosen = features_ptr + best * stride_token
             square = tl.load(squares_ptr + best)
+            own_scale = tl.load(scales_ptr + best)
             mark = tl.full((), BEHIND_ALL, tl.int64)
             for start in range(first, positions, apart):
                 token = start + tl.arange(0, TOKENS)
@@ -181,40 +280,70 @@ def _spread_out_without_table(
                 squares = tl.load(squares_ptr + token, mask=real, other=0.0)
                 rows = features_ptr + token.to(tl.int64) * stride_token
                 row = _products(rows, chosen, real, width, stride_column, stride_column, COLUMNS)
-                distance = tl.where(token == best, float("-inf"), (square - 2.0 * row) + squares)
+                row *= own_scale * tl.load(scales_ptr + token, mask=real, other=0.0)
+                distance = (square - 2.0 * row) + squares
+                if CARRIED:
+                    _cover(covered_ptr, tl.where(token == best, 0.0, distance), token, choice < keep, positions)
+                distance = tl.where(token == best, float("-inf"), distance)
                 far = tl.load(far_ptr + token, mask=real, other=0.0)
                 far = tl.where(starts_afresh & (choice == 0), distance, tl.minimum(far, distance))  # drops NaN
                 tl.store(far_ptr + token, far, mask=real)
-                mark = tl.maximum(mark, tl.max(_marks(far, token, real), axis=0))
-                if choice < keep:
-                    row = _products(rows + stride_frame, chosen, real, width, stride_column, stride_column, COLUMNS)
-                    near = tl.load(near_ptr + token, mask=real, other=0.0)
-                    tl.store(near_ptr + token, tl.minimum(near, square - 2.0 * row), mask=real)
+                mark = tl.maximum(mark, _mark(far, weights_ptr, token, real, WEIGHTED))
+                # A frame tells the next one, or all later ones, how far its anchors are.
+                told = tl.minimum(frames - 1 - frame, frames if ALL else 1)
+                for later in range(1, tl.where(choice < keep, told, 0) + 1):
+                    rows += stride_frame
+                    at = later * positions + token
+                    row = _products(rows, chosen, real, width, stride_column, stride_column, COLUMNS)
+                    row *= own_scale * tl.load(scales_ptr + at, mask=real, other=0.0)
+                    near = tl.load(near_ptr + at, mask=real, other=0.0)
+                    tl.store(near_ptr + at, tl.minimum(near, square - 2.0 * row), mask=real)
         features_ptr += stride_frame
         totals_ptr += width
+        scales_ptr += positions
         squares_ptr += positions
+        weights_ptr += positions
+        changed_ptr += positions
+        near_ptr += positions
         best_ptr += count
         arrived_ptr += count
 
 
-def select_diverse_anchors(features: Tensor, *, count: int, keep: int | Sequence[int] | None = None) -> Tensor:
+def select_diverse_anchors(
+    features: Tensor,
+    *,
+    count: int,
+    keep: int | Sequence[int] | None = None,
+    weights: Tensor | None = None,
+    distance: Distance = "euclidean",
+    memory: Memory = "previous",
+) -> Tensor:
     """Return `count` distinct positions of every frame, in the order of their choice: (T, P, D) -> (T, count).
 
     Arguments, result and errors are those of `aot_vllm.core.anchors.select_diverse_anchors`, and so is the limit on
-    tables of positions x positions, `TABLE_BYTES`.
+    tables of positions x positions, `TABLE_BYTES`. With a memory of `all` frames no tables are made: there would be one
+    for each pair of frames.
     """
-    keep_per_frame = anchors.check_diverse(features, count=count, keep=keep)
+    keep_per_frame = anchors.check_choice(features, count=count, keep=keep, weights=weights)
     keep_T = counts_on(keep_per_frame, features.device)
-    at_once = _frames_at_once(features)
+    scales_TP, squares_TP = scales_and_squares(features, distance)
+    carried = memory == "carried"
+    extras = (
+        scales_TP if weights is None else weights.float().contiguous(),
+        changes(features, scales_TP) if carried else scales_TP,
+    )
+    flags = {"WEIGHTED": weights is not None, "CARRIED": carried}
+    at_once = 0 if memory == "all" else _frames_at_once(features)
     if at_once:
-        return _anchors_by_table(features, keep_T, count=count, at_once=at_once)
-    return _anchors_without_table(features, keep_T, count=count)
+        return _anchors_by_table(features, keep_T, (scales_TP, *extras), count=count, at_once=at_once, flags=flags)
+    flags["ALL"] = memory == "all"
+    return _anchors_without_table(features, keep_T, (scales_TP, squares_TP, *extras), count=count, flags=flags)
 
 
 def _frames_at_once(features: Tensor) -> int:
     """Return how many frames may have tables at the same time, or 0 where tables would take too much memory."""
     frames, positions, _ = features.shape
-    if 4 * positions**2 > anchors.TABLE_BYTES:
+    if 4 * positions**2 > distances.TABLE_BYTES:
         return 0
     at_once, wanted = BLOCK_BYTES // (8 * positions**2), triton.cdiv(frames, MOST_BLOCKS)
     if at_once >= wanted:
@@ -222,11 +351,16 @@ def _frames_at_once(features: Tensor) -> int:
     return wanted if wanted * 8 * positions**2 <= features.nbytes else 0
 
 
-def _anchors_by_table(features: Tensor, keep_T: Tensor, *, count: int, at_once: int) -> Tensor:
-    """Return the anchors of frames whose products fit into tables, of so many frames at once."""
+def _anchors_by_table(
+    features: Tensor, keep_T: Tensor, extras: tuple[Tensor, ...], *, count: int, at_once: int, flags: dict[str, bool]
+) -> Tensor:
+    """Return the anchors of frames whose products fit into tables, of so many frames at once.
+
+    `extras` and `flags` are arguments of the kernel: scales, weights, changes; and what of them it reads.
+    """
     frames, positions, _ = features.shape
     order_TA = torch.empty(frames, count, dtype=torch.long, device=features.device)
-    near_P = torch.empty(positions, dtype=torch.float32, device=features.device)
+    near_P, covered_P = (torch.empty(positions, dtype=torch.float32, device=features.device) for _ in range(2))
     block = power_of_2(positions)
     for first in range(0, frames, at_once):
         tokens_nPD = features[first : first + at_once]
@@ -238,9 +372,11 @@ def _anchors_by_table(features: Tensor, keep_T: Tensor, *, count: int, at_once: 
             (1,),
             own_nPP,
             following_nPP,
-            own_nPP.sum(dim=1),
+            torch.bmm(own_nPP, extras[0][first : first + at_once].unsqueeze(2)),
+            *(part[first:] for part in extras),
             keep_T,
             near_P,
+            covered_P,
             order_TA[first:],
             first,
             len(tokens_nPD),
@@ -249,26 +385,33 @@ def _anchors_by_table(features: Tensor, keep_T: Tensor, *, count: int, at_once: 
             count,
             BLOCK=block,
             num_warps=max(1, min(16, block // 512)),
+            **flags,
         )
     return order_TA
 
 
-def _anchors_without_table(features: Tensor, keep_T: Tensor, *, count: int) -> Tensor:
-    """Return the anchors of frames of many positions, in memory that is linear in the positions."""
+def _anchors_without_table(
+    features: Tensor, keep_T: Tensor, extras: tuple[Tensor, ...], *, count: int, flags: dict[str, bool]
+) -> Tensor:
+    """Return the anchors of frames of many positions, in memory that is linear in the positions.
+
+    `extras` and `flags` are arguments of the kernel: scales, squares, weights, changes; and what of them it reads.
+    """
     frames, positions, width = features.shape
     device = features.device
-    squares_TP = torch.linalg.vector_norm(features, dim=2, dtype=torch.float32).square_()
-    far_P, near_P = (torch.empty(positions, dtype=torch.float32, device=device) for _ in range(2))
+    far_P = torch.empty(positions, dtype=torch.float32, device=device)
+    near_TP = torch.full((frames + 1, positions), torch.inf, dtype=torch.float32, device=device)
     best_TA = torch.full((frames, count), BEHIND_ALL, dtype=torch.long, device=device)
     launch(
         _spread_out_without_table,
-        (min(_programs_at_once(device), triton.cdiv(positions, TOKENS)),),
+        (min(programs_at_once(device), triton.cdiv(positions, TOKENS)),),
         features,
-        features.sum(dim=1, dtype=torch.float32),
-        squares_TP,
+        totals(features, extras[0]),
+        *extras,
         keep_T,
         far_P,
-        near_P,
+        near_TP,
+        near_TP[frames],
         best_TA,
         torch.zeros(frames, count, dtype=torch.int32, device=device),
         frames,
@@ -281,10 +424,11 @@ def _anchors_without_table(features: Tensor, keep_T: Tensor, *, count: int) -> T
         COLUMNS=power_of_2(min(width, COLUMNS)),
         num_warps=16,
         launch_cooperative_grid=True,  # programs wait for each other, so all must run at once
+        **flags,
     )
     return best_TA.bitwise_not_().bitwise_and_(0x7FFFFFFF)
 
 
-def _programs_at_once(device: torch.device) -> int:
+def programs_at_once(device: torch.device) -> int:
     """Return how many programs run at the same time for certain: one on each processor. The interpreter runs one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

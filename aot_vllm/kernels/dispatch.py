@@ -51,10 +51,14 @@ def _triton() -> Algorithms:
     """Return the algorithms in Triton. This loads triton."""
     from aot_vllm.kernels.anchors import select_diverse_anchors
     from aot_vllm.kernels.attention import attention_received
+    from aot_vllm.kernels.calibration import token_weights
+    from aot_vllm.kernels.coverage import select_covering_anchors
     from aot_vllm.kernels.transport import absorb_frames
 
     return Algorithms(
         select_diverse_anchors=select_diverse_anchors,
+        select_covering_anchors=select_covering_anchors,
+        token_weights=token_weights,
         absorb_frames=absorb_frames,
         attention_received=attention_received,
     )

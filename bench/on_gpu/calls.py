@@ -83,7 +83,7 @@ class Launches(TorchDispatchMode):
 @contextmanager
 def own_launches() -> Iterator[list[str]]:
     """Yield the list of names of the Triton kernels that are launched meanwhile; `Launches` does not see them."""
-    from aot_vllm.kernels import anchors, attention, transport
+    from aot_vllm.kernels import anchors, attention, calibration, coverage, lengths, transport
     from aot_vllm.kernels.launch import launch
 
     launched: list[str] = []
@@ -93,7 +93,7 @@ def own_launches() -> Iterator[list[str]]:
         launch(kernel, *arguments, **options)
 
     with ExitStack() as patches:
-        for module in (anchors, attention, transport):
+        for module in (anchors, attention, calibration, coverage, lengths, transport):
             patches.enter_context(patch.object(module, "launch", counted))
         yield launched
 

@@ -114,7 +114,7 @@ class Request:
     def reduce(self, retention: float, anchors: str, path: Implementation) -> ReducedVideo:
         """Reduce a scene that changes slowly. The output of a tower of random weights is no video."""
         scores = self.scores if anchors == "attention" else (None, None)
-        config, compared = AOTConfig(anchors=anchors), self.case.tower.out
+        config, compared = AOTConfig(anchors=anchors, mass=0.2), self.case.tower.out
         sizes = {"grid": self.case.grid, "retention": retention, "config": config, "compared": compared}
         return path.reduce_video(self.features, *scores, **sizes)
 

@@ -81,13 +81,17 @@ def flops_table(cases: Sequence[Case]) -> str:
 
 
 def operations_table(cases: Sequence[Case]) -> str:
-    """Return how many operations each path launches for one video; Triton's where it is installed."""
+    """Return how many operations each path launches for one video; Triton's where it is installed.
+
+    PyTorch alone launches some for each choice of an anchor, so its numbers are told of two ways to choose.
+    """
     paths: list[Kernels] = ["torch", "triton"] if find_spec("triton") else ["torch"]
     rows = [
         [case.name, f"{case.grid.frames} x {case.grid.positions}", anchors, path]
         + [f"{operations(case, retention, anchors, path=path):,}" for retention in RETENTIONS[1:]]
         for case in cases
-        for anchors in ("diverse", "attention")
+        for anchors in ("diverse", "calibrated", "coverage", "attention")
         for path in paths
+        if path == "triton" or anchors in ("diverse", "attention")
     ]
     return table(["model", "video", "anchors", "path", *(f"{kept:.0%}" for kept in RETENTIONS[1:])], rows, words=4)

@@ -109,14 +109,15 @@ def saved_over(window: str) -> str:
     return f"({before} - {after})"
 
 
-PREFILL_COST = (
-    "sum(rate(vllm:request_prefill_time_seconds_sum[$__range])) / sum(rate(vllm:prompt_tokens_total[$__range]))"
-)
-PREFILL_SAVED = f"{saved_over('$__range')} * on () ({PREFILL_COST})"
-ESTIMATE = (
-    "An estimate: tokens saved times what a prompt token cost these engines on average. Prefill that ran beside other "
-    "requests counts its whole time, prompts found in a cache count nothing, and attention's growth with the square of "
-    "the length is left out."
+def prefill(stage: str, window: str) -> str:
+    """Return the time of prefill at a stage over a window."""
+    return f"sum(increase({G}prefill_seconds_total{tokens(stage)}[{window}]))"
+
+
+PREFILL_SAVED = f"({prefill('before', '$__range')} - {prefill('after', '$__range')})"
+MEASURED = (
+    "By what each engine measured of its own prefill when it started, one prompt at a time. Reductions are subtracted. "
+    "The vision tower and what the prefix cache had are not counted: they save nothing."
 )
 
 
@@ -126,10 +127,11 @@ def savings() -> Dashboard:
     by_model = [rate(f"{G}video_tokens_total", tokens(stage), by="model") for stage in ("before", "after")]
     price = (
         dashboard.TextBoxVariable("price")
-        .label("Price of a GPU hour")
+        .label("Price of an engine hour")
         .default_value("2.00")
         .current(VariableOption(text="2.00", value="2.00"))
     )
+    of_tenants = f"{G}tenant_usage_total"
     in_range = f"sum(increase({G}video_tokens_total{tokens('before')}[$__range]))"
     return _with(
         per_model("Savings").with_variable(price),
@@ -145,11 +147,11 @@ def savings() -> Dashboard:
             "Video tokens before less those after, as the engines count them.",
             saved_over("$__range"),
         ),
-        number("Prefill time saved", "s", ESTIMATE, PREFILL_SAVED),
+        number("Prefill time saved", "s", "Time that engines did not spend on prefill. " + MEASURED, PREFILL_SAVED),
         number(
-            "Cost saved",
+            "Worth of the prefill saved",
             "currencyUSD",
-            "Prefill time saved at the price of a GPU hour above. " + ESTIMATE,
+            "Prefill time saved at the price of an engine hour above, all its GPUs together. " + MEASURED,
             f"{PREFILL_SAVED} / 3600 * $price",
         ),
         Panel(
@@ -157,6 +159,28 @@ def savings() -> Dashboard:
             "short",
             "Video tokens a second before and after reduction.",
             {"before": before, "after": after},
+        ),
+        Panel(
+            "Prefill of requests with videos",
+            "s",
+            "Time of prefill a second, without and with the reduction. " + MEASURED,
+            {stage: rate(f"{G}prefill_seconds_total", tokens(stage)) for stage in ("before", "after")},
+        ),
+        Panel(
+            "Tokens saved by tenant",
+            "short",
+            "Video tokens saved a second.",
+            {"{{tenant}}": rate(of_tenants, '{unit="video_tokens_saved"}', by="tenant")},
+        ),
+        Panel(
+            "Saved by tenant",
+            "percentunit",
+            "Share of each tenant's video tokens that was saved.",
+            {
+                "{{tenant}}": " / ".join(
+                    rate(of_tenants, f'{{unit="video_tokens_{unit}"}}', by="tenant") for unit in ("saved", "before")
+                )
+            },
         ),
         Panel(
             "Saved by model",
@@ -193,6 +217,12 @@ def savings() -> Dashboard:
             "s",
             "Time the worker spends to choose and merge a video's tokens.",
             {"seconds a video": f"{rate(f'{E}reduction_seconds_total')} / {rate(f'{E}reductions_total')}"},
+        ),
+        Panel(
+            "Vision tower and reductions",
+            "s",
+            "Time a second that workers spend on the tower, for videos whole or reduced, and on reductions.",
+            {stage: rate(f"{E}{stage}_seconds_total") for stage in ("tower", "reduction")},
         ),
     )
 
@@ -277,6 +307,12 @@ def engines() -> Dashboard:
             {"{{engine}} of {{instance}}": f"{G}engine_breaker_open"},
         ),
         Panel(
+            "Set-up",
+            "bool_on_off",
+            "0 if an engine is not set up for what the gateways ask of it; docs/operate.md explains each check.",
+            {"{{engine}}: {{check}}": f"min by (engine, check) ({G}engine_check)"},
+        ),
+        Panel(
             "Affinity",
             "reqps",
             "Requests that went to the engine of their media (hit), to another because that one "
@@ -284,9 +320,9 @@ def engines() -> Dashboard:
             {"{{outcome}}": rate(f"{G}affinity_total", by="outcome")},
         ),
         Panel(
-            "Sent to another engine",
+            "Sent once more",
             "reqps",
-            "Requests tried again, by what the first engine did.",
+            "Requests sent again: to another engine, by what the first one did, or to the same one (cache_miss).",
             {"{{reason}}": rate(f"{G}upstream_retries_total", by="reason")},
         ),
         Panel(
@@ -380,8 +416,8 @@ def traffic() -> Dashboard:
         Panel(
             "Use by tenant",
             "short",
-            "What tenants use a second: requests, tokens, seconds of video.",
-            {"{{tenant}}, {{unit}}": rate(f"{G}tenant_usage_total", by="tenant, unit")},
+            "What tenants use a second: requests, tokens, seconds of video; and requests refused for their limits.",
+            {"{{tenant}}, {{unit}}": rate(f"{G}tenant_usage_total", '{unit!~"video_tokens_.*"}', by="tenant, unit")},
         ),
         Panel(
             "Size of videos",
@@ -406,6 +442,12 @@ def traffic() -> Dashboard:
             "bool_on_off",
             "0 while gateways count limits each by itself because Redis is out of reach.",
             {"{{instance}}": f"{G}limits_backend_up"},
+        ),
+        Panel(
+            "Usage waiting for Redis",
+            "short",
+            "Answered requests whose usage is not saved yet, because Redis is out of reach.",
+            {"{{instance}}": f"{G}usage_unsaved_requests"},
         ),
         Panel(
             "Configurations in use",

@@ -1,7 +1,7 @@
 """A bound on the memory that all requests together hold: their bodies, and the media fetched for them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from typing import Self
 
 from server.errors import Overloaded
 from server.observe.metrics import Metrics
@@ -22,14 +22,9 @@ class Buffers:
         self._taken_bytes = 0
         self._gauge = metrics.buffered_bytes
 
-    @contextmanager
-    def buffer(self) -> Iterator["Buffer"]:
-        """Yield the buffer of one request, empty at first. All it holds is given back when the block ends."""
-        buffer = Buffer(self)
-        try:
-            yield buffer
-        finally:
-            buffer.resize(0)
+    def buffer(self) -> "Buffer":
+        """Return the buffer of one request, empty at first."""
+        return Buffer(self)
 
     def check(self, more_bytes: int) -> None:
         """Raise Overloaded if there is no room for `more_bytes`."""
@@ -38,18 +33,27 @@ class Buffers:
 
     def take(self, more_bytes: int) -> None:
         """Take `more_bytes`, or give them back if the number is negative; raise Overloaded if there is no room."""
-        self.check(more_bytes)
-        self._taken_bytes += more_bytes
-        self._gauge.set(self._taken_bytes)
+        if more_bytes:
+            self.check(more_bytes)
+            self._taken_bytes += more_bytes
+            self._gauge.set(self._taken_bytes)
 
 
-class Buffer:
-    """The count of the bytes that one request holds in memory."""
+class Buffer(AbstractContextManager["Buffer"]):
+    """The count of the bytes that one request holds in memory. All of them are given back when its block ends."""
 
     def __init__(self, buffers: Buffers) -> None:
         """Start with no bytes."""
         self._buffers = buffers
         self._size_bytes = 0
+
+    def __enter__(self) -> Self:
+        """Begin the block."""
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        """Give back what the buffer holds."""
+        self.resize(0)
 
     def expect(self, size_bytes: int) -> None:
         """Raise Overloaded if `size_bytes` would not fit now.

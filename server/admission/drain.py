@@ -1,15 +1,17 @@
 """Graceful shutdown: new requests are refused, and running requests may finish within a time limit."""
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from time import monotonic
 from types import TracebackType
 from typing import Self
 
 from starlette.types import Receive
 
+from server.admission.held import Held
 from server.errors import ClientGone, Draining, GatewayError
+
+WATCH_AFTER_SECONDS = 0.02  # a request that is over by then needs no task that watches its client
 
 
 class Drain:
@@ -41,16 +43,20 @@ class Drain:
             return True
         return self._in_flight == 0
 
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Count a request, so that the shutdown waits for it; raise Draining if the shutdown has begun."""
+    def request(self) -> AbstractContextManager[None]:
+        """Return a context manager that counts a request, so that the shutdown waits for it.
+
+        It raises Draining if the shutdown has begun.
+        """
+        return Held(self._enter, self._leave)
+
+    def _enter(self) -> None:
         if self.has_begun:
             raise Draining("the gateway is shutting down")
         self._in_flight += 1
-        try:
-            yield
-        finally:
-            self._in_flight -= 1
+
+    def _leave(self) -> None:
+        self._in_flight -= 1
 
     def leash(self, receive: Receive) -> "Leash":
         """Return a context manager that interrupts its block if the client disconnects or the drain time is up.
@@ -71,14 +77,15 @@ class Leash:
         self._receive = receive
         self._others = others
         self._reason: GatewayError | None = None
+        self._watcher: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
-        """Start watching."""
+        """Watch the client from WATCH_AFTER_SECONDS on; `cut` works at once."""
         task = asyncio.current_task()
         assert task is not None  # noqa: S101 - a coroutine always runs in a task
         self._task = task
         self._others.add(self)
-        self._watcher = asyncio.create_task(self._watch())
+        self._start = asyncio.get_running_loop().call_later(WATCH_AFTER_SECONDS, self._start_watching)
         return self
 
     async def __aexit__(
@@ -86,7 +93,9 @@ class Leash:
     ) -> None:
         """Stop watching. If `cut` has cancelled the task, raise its reason in place of the CancelledError."""
         self._others.discard(self)
-        self._watcher.cancel()
+        self._start.cancel()
+        if self._watcher is not None:
+            self._watcher.cancel()
         if self._reason is not None and self._task.uncancel() == 0 and exc_type is asyncio.CancelledError:
             raise self._reason from None
 
@@ -95,6 +104,9 @@ class Leash:
         if self._reason is None:
             self._reason = reason
             self._task.cancel()
+
+    def _start_watching(self) -> None:
+        self._watcher = asyncio.create_task(self._watch())
 
     async def _watch(self) -> None:
         while (await self._receive())["type"] != "http.disconnect":

@@ -5,8 +5,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any, Final, Literal, TypeVar
@@ -148,7 +147,7 @@ def shared_storage(backend: str) -> RedisStorage | None:
             retry=Retry(NoBackoff(), 1),  # type: ignore[arg-type] # one retry: an idle connection may be stale
         )
     except (ImportError, MissingPackage) as exc:
-        raise ConfigurationError("limits in Redis need its client: pip install 'aot-vllm[gateway,redis]'") from exc
+        raise ConfigurationError("limits in Redis need its client: pip install redis") from exc
 
 
 class Quotas:
@@ -174,22 +173,25 @@ class Allowance:
         self._quotas = quotas
         self._tenant = tenant
         self._limits = limits
+        self._is_running = False
         self.headers: dict[str, str] = {}
         """The `x-ratelimit-*` headers of the answer, from the latest state of the windows."""
 
-    @asynccontextmanager
-    async def taken(self, *, tokens_used: Callable[[], int]) -> AsyncIterator[None]:
-        """Count the request on entry and its tokens when the block ends; raise RateLimited if a limit is used up."""
+    async def enter(self) -> None:
+        """Count the request; raise RateLimited if a limit is used up. Call `leave` when it is over, in either case."""
         running, most = self._quotas.running, self._limits.concurrent_requests
         if most is not None and running[self._tenant] >= most:
             raise RateLimited(f"rate limit reached: at most {most} requests at a time", retry_after_seconds=1)
         running[self._tenant] += 1
-        try:
-            await self._admit()
-            yield
-        finally:
-            running[self._tenant] -= 1
-            await self._settle(tokens_used())
+        self._is_running = True
+        await self._admit()
+
+    async def leave(self, *, tokens: int) -> None:
+        """Count the tokens that the request has used."""
+        if self._is_running:
+            self._is_running = False
+            self._quotas.running[self._tenant] -= 1
+            await self._settle(tokens)
 
     async def take_video(self, seconds: float) -> None:
         """Count seconds of video, rounded up.
@@ -218,7 +220,8 @@ class Allowance:
             checks.append(self._check("tokens", 1, limits.tokens_per_minute))
         if limits.video_seconds_per_minute is not None:
             checks.append(self._check("video-seconds", 0, limits.video_seconds_per_minute))
-        outcomes = await asyncio.gather(*checks, return_exceptions=True)  # runs all checks: each sets its headers
+        # All checks run, because each sets its headers.
+        outcomes = await asyncio.gather(*checks, return_exceptions=True) if checks else ()
         refusal = next((outcome for outcome in outcomes if outcome is not None), None)
         if limits.requests_per_minute is not None:
             if refusal is None:

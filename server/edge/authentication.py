@@ -1,6 +1,6 @@
 """The middleware that checks API keys, before any other part of a request is read."""
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -9,7 +9,7 @@ from server.admission.auth import Caller, KeyRing
 from server.edge.state import set_caller
 
 OPEN_PATHS = frozenset({"/health/live", "/health/ready", "/openapi.json"})
-METRICS_PATH = "/metrics"
+METRICS_PATHS = frozenset({"/metrics", "/metrics/usage.csv"})
 
 
 class Authenticated:
@@ -25,20 +25,20 @@ class Authenticated:
         tenants: Callable[[], KeyRing[Caller] | None],
         metrics: Callable[[], KeyRing[None] | None],
     ) -> None:
-        """Wrap `app`. Each returns the keys in use, or None while none is needed: for the API, and for `/metrics`."""
+        """Wrap `app`. Each returns the keys in use, None while none is needed: for the API, and for METRICS_PATHS."""
         self._app = app
         self._tenants = tenants
         self._metrics = metrics
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Serve one request."""
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        """Serve one request. This is no coroutine of its own, because every chunk of a stream passes through each."""
         if scope["type"] == "http":
             self._admit(scope)
-        await self._app(scope, receive, send)
+        return self._app(scope, receive, send)
 
     def _admit(self, scope: Scope) -> None:
         path: str = scope["path"]
-        if path == METRICS_PATH:
+        if path in METRICS_PATHS:
             if (readers := self._metrics()) is not None:
                 readers.holder(Headers(scope=scope))
         elif path not in OPEN_PATHS and (tenants := self._tenants()) is not None:

@@ -40,16 +40,20 @@ def declared_length(headers: Headers) -> int | None:
 
 
 async def consume_body(
-    headers: Headers, receive: Receive, consume: Callable[[bytes], Awaitable[None]], *, max_bytes: int, seconds: float
+    receive: Receive,
+    consume: Callable[[bytes], Awaitable[None]],
+    *,
+    announced: int | None,
+    max_bytes: int,
+    seconds: float,
 ) -> None:
-    """Pass the body to `consume`, one piece at a time, and count the bytes.
+    """Pass the body to `consume`, one piece at a time, and count the bytes. `announced` is the `declared_length`.
 
     The count decides whether the body is too large. A wrong `content-length` can't get around it.
-    Raises BodyTooLarge, BodyTimeout or ClientGone, and InvalidRequest if `content-length` is not a number.
+    Raises BodyTooLarge, BodyTimeout or ClientGone.
     """
-    too_large = BodyTooLarge(f"the request body is larger than {max_bytes} bytes")
-    if (declared_length(headers) or 0) > max_bytes:
-        raise too_large
+    if (announced or 0) > max_bytes:
+        raise _too_large(max_bytes)
     size = 0
     try:
         async with asyncio.timeout(seconds):
@@ -60,7 +64,7 @@ async def consume_body(
                 piece = message.get("body", b"")
                 size += len(piece)
                 if size > max_bytes:
-                    raise too_large
+                    raise _too_large(max_bytes)
                 await consume(piece)
                 if not message.get("more_body", False):
                     return
@@ -68,10 +72,14 @@ async def consume_body(
         raise BodyTimeout(f"the request body did not arrive within {seconds:g} seconds") from None
 
 
+def _too_large(max_bytes: int) -> BodyTooLarge:
+    return BodyTooLarge(f"the request body is larger than {max_bytes} bytes")
+
+
 async def read_body(headers: Headers, receive: Receive, buffer: Buffer, limits: BodyLimits) -> bytearray:
     """Return the request's body, whose size is counted in `buffer`.
 
-    Raises Overloaded if the buffer has no room, and the errors of `consume_body`.
+    Raises Overloaded if the buffer has no room, and the errors of `declared_length` and `consume_body`.
     """
     body = bytearray()
     announced = declared_length(headers) or 0
@@ -86,7 +94,7 @@ async def read_body(headers: Headers, receive: Receive, buffer: Buffer, limits: 
             raise
         body.extend(piece)
 
-    await consume_body(headers, receive, keep, max_bytes=limits.max_bytes, seconds=limits.seconds)
+    await consume_body(receive, keep, announced=announced, max_bytes=limits.max_bytes, seconds=limits.seconds)
     return body
 
 

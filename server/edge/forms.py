@@ -10,7 +10,7 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.datastructures import Headers
 from starlette.types import Receive
 
-from server.edge.body import consume_body
+from server.edge.body import consume_body, declared_length
 from server.errors import InvalidRequest
 
 MAX_FIELDS = 16
@@ -41,7 +41,8 @@ async def read_form(
     """Return the form, after passing its file to `write` in pieces.
 
     Raises InvalidRequest if the body is not form data, if it does not have exactly one file, in the field
-    `file_field`, or if it exceeds a limit of this module. Also raises the errors of `consume_body` and of `write`.
+    `file_field`, or if it exceeds a limit of this module. Also raises the errors of `declared_length`,
+    of `consume_body` and of `write`.
     """
     reader = _Reader(_boundary(headers), file_field)
 
@@ -49,7 +50,8 @@ async def read_form(
         for part in reader.feed(piece):
             await write(part)
 
-    await consume_body(headers, receive, consume, max_bytes=max_file_bytes + OVERHEAD_BYTES, seconds=seconds)
+    most, announced = max_file_bytes + OVERHEAD_BYTES, declared_length(headers)
+    await consume_body(receive, consume, announced=announced, max_bytes=most, seconds=seconds)
     return reader.end()
 
 

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from server.edge.joined import JoinedHeads
+
 MAX_HEAD_BYTES = 64 * 1024  # for the request line with the headers, and for trailers and chunk headers
 
 
@@ -22,12 +24,13 @@ class BoundedHTTP(HttpToolsProtocol):
         """Start with no bytes counted."""
         super().__init__(*args, **kwargs)
         self._head_timer: asyncio.TimerHandle | None = None
+        self._in_head = False
         self._head_bytes = 0
         self._unfinished_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the timer for the first request's head."""
-        super().connection_made(transport)
+        super().connection_made(JoinedHeads(transport, self.loop))
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -39,6 +42,8 @@ class BoundedHTTP(HttpToolsProtocol):
         """Parse `data`, and refuse a head that is too large."""
         self._unfinished_bytes += len(data)  # reset as soon as the parser reports a finished element
         super().data_received(data)
+        if self._in_head and self._head_timer is None:
+            self._await_head()
         if max(self._head_bytes, self._unfinished_bytes) > MAX_HEAD_BYTES:
             self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
 
@@ -46,8 +51,7 @@ class BoundedHTTP(HttpToolsProtocol):
         """Start to count a request's head."""
         super().on_message_begin()
         self._head_bytes = 0
-        if self._head_timer is None:
-            self._await_head()
+        self._in_head = True
 
     def on_url(self, url: bytes) -> None:
         """Count the URL as part of the head."""
@@ -60,7 +64,7 @@ class BoundedHTTP(HttpToolsProtocol):
         super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        """Stop the timer: the head is complete."""
+        """Stop the timer, if the head took more than one piece: it is complete."""
         self._head_has_come()
         self._unfinished_bytes = 0
         super().on_headers_complete()
@@ -78,6 +82,7 @@ class BoundedHTTP(HttpToolsProtocol):
         self._head_timer = self.loop.call_later(self.head_seconds, self._refuse, HTTPStatus.REQUEST_TIMEOUT)
 
     def _head_has_come(self) -> None:
+        self._in_head = False
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None

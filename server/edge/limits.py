@@ -35,8 +35,11 @@ class Limited:
         allowance = self._quotas.allowance(caller_of(scope).tenant)
         set_allowance(scope, allowance)
         try:
-            async with allowance.taken(tokens_used=lambda: record.tokens):
+            try:
+                await allowance.enter()
                 await self._app(scope, receive, send)
+            finally:
+                await allowance.leave(tokens=record.tokens)
         except RateLimited:
             allowance.note_refused()
             if record.model == NO_MODEL and scope["method"] == "POST":

@@ -3,12 +3,14 @@
 import asyncio
 import logging
 import re
+import secrets
+from collections.abc import Iterable
+from functools import cache
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 from fastapi.exceptions import RequestValidationError
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
@@ -20,6 +22,7 @@ from server.edge.state import caller_of, limit_headers_of, record_of, set_record
 from server.errors import GatewayError, InvalidRequest, MethodNotAllowed, RouteNotFound, answer_to
 from server.observe.metrics import Metrics
 from server.observe.record import RequestRecord
+from server.observe.usage import Ledger
 
 if TYPE_CHECKING:
     from server.observe.tracing import Tracing  # imports an optional dependency
@@ -27,17 +30,19 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 API = "/v1"
-_SANE_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+_ID_HEADERS = (b"x-request-id", b"x-client-request-id")  # the first that is there counts
+_SANE_ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 _PATH_PARAMETER = re.compile(r"\{[^}]+\}")
 
 
 class Observed:
     """Middleware that gives every request a record and an id, sets headers on its answer, then counts and logs it."""
 
-    def __init__(self, app: ASGIApp, *, metrics: Metrics, tracing: "Tracing | None" = None) -> None:
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, ledger: Ledger, tracing: "Tracing | None" = None) -> None:
         """Wrap `app`."""
         self._app = app
         self._metrics = metrics
+        self._ledger = ledger
         self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,19 +50,21 @@ class Observed:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        headers = Headers(scope=scope)
-        record = RequestRecord(request_id_of(headers))
+        record = RequestRecord(request_id_of(scope["headers"]))
         if self._tracing is not None and scope["path"].startswith("/v1/"):
-            record.trace = self._tracing.begin(headers, scope["method"])
+            record.trace = self._tracing.begin(Headers(scope=scope), scope["method"])
         set_record(scope, record)
 
         async def send_marked(message: Message) -> None:
             if message["type"] == "http.response.start":
-                record.status = message["status"]
-                answered = MutableHeaders(scope=message)
-                answered["x-request-id"] = record.request_id
-                answered["x-aot-gateway-overhead-ms"] = f"{record.overhead_ms():.3f}"
-                answered.update(limit_headers_of(scope))
+                record.status, record.has_answer = message["status"], True
+                added = {
+                    "x-request-id": record.request_id,
+                    "x-aot-gateway-overhead-ms": f"{record.overhead_ms():.3f}",
+                    **limit_headers_of(scope),
+                }
+                answered = ((name.encode(), value.encode("latin-1")) for name, value in added.items())
+                message["headers"] = [*message.get("headers", ()), *answered]
             await send(message)
 
         try:
@@ -67,7 +74,8 @@ class Observed:
             record.route = _route_in(scope, default=record.route)
             tenant = caller_of(scope).tenant
             seconds = perf_counter() - record.received
-            self._metrics.count(record, seconds)
+            self._metrics.count(record, seconds, tenant=tenant)
+            self._ledger.count(record, tenant=tenant)
             _log(record, seconds, tenant=tenant)
             if record.trace is not None:
                 record.trace.end(record, tenant=tenant)
@@ -82,7 +90,12 @@ def _route_in(scope: Scope, *, default: str) -> str:
     if route is None and "app" in scope:
         matches = (it for it in scope["app"].routes if it.matches(scope)[0] is Match.FULL)
         route = next(matches, None)
-    return _PATH_PARAMETER.sub("{id}", route.path_format) if isinstance(route, Route) else default
+    return _template(route.path_format) if isinstance(route, Route) else default
+
+
+@cache
+def _template(path_format: str) -> str:
+    return _PATH_PARAMETER.sub("{id}", path_format)
 
 
 def _log(record: RequestRecord, seconds: float, *, tenant: str) -> None:
@@ -115,7 +128,7 @@ def _log(record: RequestRecord, seconds: float, *, tenant: str) -> None:
 
 
 class ErrorsInOpenAIShape:
-    """Middleware that answers every exception with OpenAI's error object.
+    """Middleware that answers every exception with OpenAI's error object, unless an answer has begun.
 
     An exception that is not a GatewayError is logged, and its answer holds no details.
     """
@@ -126,15 +139,8 @@ class ErrorsInOpenAIShape:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
-        started = False
-
-        async def send_watched(message: Message) -> None:
-            nonlocal started
-            started = True
-            await send(message)
-
         try:
-            await self._app(scope, receive, send_watched)
+            await self._app(scope, receive, send)
         except Exception as exc:
             if scope["type"] != "http":
                 raise
@@ -143,7 +149,7 @@ class ErrorsInOpenAIShape:
                 logger.exception("unexpected failure", extra={"request_id": record.request_id})
             answer = answer_to(exc)
             record.fail(answer)
-            if not started:
+            if not record.has_answer:
                 await Response(answer.body(), answer.status, answer.headers, "application/json")(scope, receive, send)
 
 
@@ -191,10 +197,10 @@ def _near(request: Request) -> str:
     return "/openapi.json lists all paths"
 
 
-def request_id_of(headers: Headers) -> str:
+def request_id_of(headers: Iterable[tuple[bytes, bytes]]) -> str:
     """Return the request id from the client's headers if it is safe to log, otherwise a new one."""
-    for name in ("x-request-id", "x-client-request-id"):
-        given = headers.get(name)
-        if given is not None and _SANE_ID.fullmatch(given):
-            return given
-    return f"req_{uuid4().hex}"
+    given = {name: value for name, value in headers if name in _ID_HEADERS}
+    for name in _ID_HEADERS:
+        if name in given and _SANE_ID.fullmatch(given[name]):
+            return given[name].decode()
+    return f"req_{secrets.token_hex(16)}"

@@ -14,13 +14,15 @@ MOST_SHOWN = 20  # models, in the error about one that there isn't
 
 
 class RetentionBounds(BaseModel):
-    """The default retention of a model, and the range that a request may choose from."""
+    """The default retention of a model, the range that a request may choose from, and the preset."""
 
     retention: float | None
     min_retention: float
     max_retention: float
     engine_retention: float | None
     """What engines keep if neither the request nor the model says; None if they do not tell, or differ."""
+    preset: str | None
+    """How engines choose and merge tokens; None if they do not tell, or differ."""
 
 
 class ModelCard(BaseModel):
@@ -63,10 +65,11 @@ class Catalogue:
         Raises UnknownModel, EngineUnavailable if the engines that may serve the model have not reported yet, or
         ModelNotServed if none of them serves the model of the alias.
         """
-        offered = self._offered()
-        if name in offered and (allowed is None or name in allowed):
-            return offered[name]
         aliases = self._find_aliases()
+        alias = Alias(name, name) if aliases is None else aliases.get(name)
+        if alias is not None and self._pool.lists(alias.engine_model) and (allowed is None or name in allowed):
+            return alias
+        offered = self._offered()
         is_alias = name in (aliases or ()) and (allowed is None or name in allowed)
         if aliases is None or is_alias:
             if not self._pool.models or (is_alias and not self._pool.all_seen):
@@ -104,6 +107,7 @@ class Catalogue:
                 min_retention=alias.min_retention,
                 max_retention=alias.max_retention,
                 engine_retention=self._pool.retention(alias.engine_model),
+                preset=alias.preset or self._pool.preset(alias.engine_model),
             ),
             max_model_len=length if isinstance(length, int) else None,
         )

@@ -6,7 +6,9 @@ from typing import Final, Literal
 
 from server.engines.profile import EngineProfile
 
-Check = Literal["key", "models", "plugin", "frames", "reduction", "request_kwargs", "prompt_details", "limits"]
+Check = Literal[
+    "key", "models", "plugin", "frames", "reduction", "presets", "request_kwargs", "prompt_details", "limits"
+]
 
 REMEDIES: Final[dict[Check, str]] = {
     "key": "the engine refuses the gateway's API key: give the gateway the engine's --api-key (ENGINE_KEY_FILE)",
@@ -15,6 +17,8 @@ REMEDIES: Final[dict[Check, str]] = {
     "install aot-vllm there and set VLLM_PLUGINS=aot",
     "frames": "the engine's plugin speaks another version of the frames format: it is handed videos as they are",
     "reduction": "the engine reduces no videos: start it with --video-pruning-rate",
+    "presets": "the engine refuses the preset of an alias: list it under allowed_presets in the engine's aot settings, "
+    "or take it out of the alias",
     "request_kwargs": "the engine refuses retentions: start it with --trust-request-mm-kwargs",
     "prompt_details": "the engine's usage lacks the tokens by kind: start it with --enable-prompt-tokens-details",
     "limits": "the engine takes less than the gateway lets through: compare MEDIA_MAX_DECODED_BYTES and "
@@ -29,6 +33,8 @@ class Wanted:
 
     models: frozenset[str] | None = None
     """The engines' models that aliases name. None if the gateway offers whatever engines serve."""
+    presets: frozenset[tuple[str, str]] = frozenset()
+    """The presets that aliases name, each behind the engines' model."""
     decoded_bytes: int = 0
     """The largest size of a request's media, decoded."""
     output_tokens: int = 0
@@ -51,11 +57,17 @@ def examine(
     told: dict[Check, bool | None] = {
         "frames": profile.speaks_frames,
         "reduction": profile.reduction.active,
+        "presets": _allows(wanted, models, profile),
         "request_kwargs": profile.request_kwargs_trusted,
         "prompt_details": profile.prompt_tokens_details,
         "limits": _fits(wanted, profile),
     }
     return outcomes | {check: outcome for check, outcome in told.items() if outcome is not None}
+
+
+def _allows(wanted: Wanted, models: Collection[str], profile: EngineProfile) -> bool:
+    asked = {preset for model, preset in wanted.presets if model in models}
+    return not profile.reduction.active or asked.issubset(profile.reduction.presets)
 
 
 def _fits(wanted: Wanted, profile: EngineProfile) -> bool:

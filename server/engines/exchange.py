@@ -3,18 +3,20 @@
 import asyncio
 import json
 import logging
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from time import perf_counter
+from typing import Any
 
 import aiohttp
 
 from server.engines.pool import Attempt, Engine, EnginePool
 from server.engines.profile import VideoRules
 from server.engines.savings import Savings
-from server.engines.session import Connecting, EngineSession
+from server.engines.session import EngineSession, connected_at
 from server.engines.streams import EventStream, is_aborted
 from server.errors import (
     EngineFailed,
@@ -96,7 +98,8 @@ class Exchange:
         self._attempt = attempt
         self._call = call
         self._content = content
-        self._ahead: list[bytes] = []
+        self._ahead: deque[bytes] = deque()
+        self._has_begun = False
         self.savings = Savings.from_headers(response.headers)
         self.is_stream = response.content_type == "text/event-stream"
         self.content_type = response.headers.get("content-type", "application/json")
@@ -107,7 +110,7 @@ class Exchange:
         Raises EngineFailed if it is larger than LONGEST_ANSWER_BYTES, incomplete, or of a request that was aborted.
         """
         pieces, size_bytes = [], 0
-        async for piece in self.pieces():
+        while piece := await self.next_piece():
             pieces.append(piece)
             size_bytes += len(piece)
             if size_bytes > LONGEST_ANSWER_BYTES:
@@ -121,52 +124,61 @@ class Exchange:
     @property
     def _says_its_end(self) -> bool:
         """Whether the body says where it ends. Otherwise it ends where the connection does, wherever that is."""
-        return bool({"content-length", "transfer-encoding"} & {name.lower() for name in self._response.headers})
+        return "content-length" in self._response.headers or "transfer-encoding" in self._response.headers
 
     async def begin(self) -> None:
-        """Read a stream until it holds output, and keep what was read for `pieces`.
+        """Read a stream until it holds output, and keep what was read for `next_piece`.
 
         Raises Refused if the stream holds an error and no output: nothing was generated.
         """
         if self._call.reader is None:
             return
-        stream = self._call.reader(None)
-        async for piece in self._received():
-            self._ahead.append(piece)
+        stream, read = self._call.reader(None), deque[bytes]()
+        while piece := await self.next_piece():
+            read.append(piece)
             stream.feed(piece)
             if stream.failure is not None and not stream.tokens:
                 raise Refused(stream.failure, status=500 if isinstance(stream.failure, EngineFailed) else None)
             if stream.tokens or stream.done or stream.failure is not None:
-                return
+                break
+        self._ahead = read
 
-    async def pieces(self) -> AsyncIterator[bytes]:
-        """Yield the body as it arrives. Whoever reads it says with `complete` or `broke_off` what has come of it."""
-        ahead, self._ahead = self._ahead, []
-        for piece in ahead:
-            yield piece
-        async for piece in self._received():
-            yield piece
+    async def next_piece(self) -> bytes:
+        """Return the next piece of the body as soon as it arrives, empty at the end.
 
-    async def _received(self) -> AsyncIterator[bytes]:
-        content, wait = self._response.content, self._attempt.wait
-        give_up = partial(content.set_exception, aiohttp.ServerDisconnectedError())
-        begun = False
+        Whoever reads it says with `complete` or `broke_off` what has come of it.
+        """
+        if self._ahead:
+            return self._ahead.popleft()
+        wait = self._attempt.wait
+        wait.begin(self._give_up)
         try:
-            while True:
-                wait.begin(give_up)
-                piece = await content.readany()
-                wait.over()
-                if not piece:
-                    return
-                if not begun:
-                    begun = True
-                    self._attempt.answer_begins()
-                yield piece
+            piece = await self._response.content.readany()
         except (aiohttp.ClientError, OSError) as exc:
             self._attempt.failed()
             raise _broken(exc) from exc
         finally:
             wait.over()
+        if piece and not self._has_begun:
+            self._has_begun = True
+            self._attempt.answer_begins()
+        return piece
+
+    def _give_up(self) -> None:
+        gone = self._attempt.wait.in_vain
+        self._response.content.set_exception(
+            aiohttp.ServerDisconnectedError() if gone else aiohttp.SocketTimeoutError()
+        )
+
+    def prefill_seconds(self, usage: Mapping[str, Any]) -> tuple[float, float] | None:
+        """Return the time of the prefill without and with the reduction; `usage` is the engine's.
+
+        None without videos, or if the engine has not measured its prefill or reports no cached tokens.
+        """
+        profile = self._attempt.engine.profile
+        if self.savings is None or profile is None or profile.prefill is None or not profile.prompt_tokens_details:
+            return None
+        return self.savings.prefill_seconds(usage, profile.prefill)
 
     def complete(self) -> None:
         """Note that the answer is complete: the engine works."""
@@ -191,9 +203,10 @@ class Exchanges:
         self._metrics = metrics
         self._headers_seconds = headers_seconds
 
-    @asynccontextmanager
-    async def exchange(self, call: Call, body: Body, record: RequestRecord) -> AsyncIterator[Exchange]:
-        """Post a request to an engine and yield its answer. Leaving the block early makes the engine abort the request.
+    async def exchange(self, call: Call, body: Body, record: RequestRecord, held: ExitStack) -> Exchange:
+        """Post a request to an engine and return its answer.
+
+        Closing `held` ends the exchange. Before the answer is complete, this makes the engine abort the request.
 
         Another engine is tried if the first one can't be connected to, answers 503 or is not set up for the request,
         because it has then spent no computing time on it. There are at most MAX_ATTEMPTS attempts. A request that an
@@ -202,20 +215,9 @@ class Exchanges:
         Raises EngineUnavailable, EngineFailed, EngineTimeout, or the engine's own error.
         """
         content = _identity(call, body)
-        async with AsyncExitStack() as held:
-            exchange = await self._answered(call, body, content, record, held)
-            del body  # frees the memory early: a body may have megabytes, and the answer may take minutes
-            yield exchange
-
-    async def _answered(
-        self, call: Call, body: Body, content: bytes, record: RequestRecord, held: AsyncExitStack
-    ) -> Exchange:
-        """Return the answer of the first engine that accepts the request.
-
-        Whatever must be released after the answer has been read is pushed on the exit stack `held`.
-        """
         tried: list[Engine] = []
-        reason, refusal = "", GatewayError("")
+        reason = ""
+        refusal: GatewayError | None = None
         while len(tried) < MAX_ATTEMPTS:
             try:
                 attempt = held.enter_context(
@@ -243,10 +245,11 @@ class Exchanges:
                     reason = "misconfigured"
                 else:
                     raise refusal from None
-            await held.aclose()
+            held.close()
+        assert refusal is not None  # noqa: S101 - the loop ends without an answer only after a refusal
         raise refusal
 
-    async def _ask(self, asking: "_Asking", attempt: Attempt, held: AsyncExitStack) -> Exchange:
+    async def _ask(self, asking: "_Asking", attempt: Attempt, held: ExitStack) -> Exchange:
         """Return the answer of one engine.
 
         A request with media that the engine answers with 500 is sent to it once more. After a request that vLLM
@@ -269,7 +272,7 @@ class Exchanges:
             self._judge(asking, attempt, refused)
             raise refused.error from None
 
-    async def _once(self, asking: "_Asking", attempt: Attempt, held: AsyncExitStack) -> Exchange:
+    async def _once(self, asking: "_Asking", attempt: Attempt, held: ExitStack) -> Exchange:
         response = await self._send(asking, attempt)
         held.callback(_let_go, response)
         if response.status != 200:
@@ -293,11 +296,10 @@ class Exchanges:
 
     async def _send(self, asking: "_Asking", attempt: Attempt) -> aiohttp.ClientResponse:
         call, body, record = asking.call, asking.body, asking.record
-        connecting = Connecting()
         size_bytes = sum(map(len, body))
         begin = perf_counter()
         # If the answer is not a stream, the engine sends its headers only when it has generated the whole answer.
-        # Then only the session's limit on silence applies.
+        # Then only the pool's limit on silence applies.
         limit = self._headers_seconds if call.is_stream else None
         try:
             async with asyncio.timeout(limit) as deadline:
@@ -313,7 +315,6 @@ class Exchanges:
                         **asking.traced,
                     },
                     allow_redirects=False,
-                    trace_request_ctx=connecting,
                 )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as exc:
             attempt.unreachable()
@@ -323,7 +324,7 @@ class Exchanges:
             raise _broken(exc, gone=attempt.wait.in_vain) from exc
         finally:
             attempt.wait.over()
-        record.engine_answered(begin=begin, connected=connecting.finished or begin, answered=perf_counter())
+        record.engine_answered(begin=begin, connected=connected_at(), answered=perf_counter())
         return response
 
     async def _refusal(self, response: aiohttp.ClientResponse, engine: Engine, request_id: str) -> GatewayError:

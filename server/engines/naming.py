@@ -2,6 +2,7 @@
 
 import json
 import re
+from functools import lru_cache
 from typing import Final
 
 _MODEL = re.compile(rb'"model":\s*("(?:[^"\\]|\\.)*")')  # always a key: inside a JSON string, its quotes are escaped
@@ -50,5 +51,6 @@ def renamed(body: bytes, model: str) -> bytes:
     return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
 
 
+@lru_cache
 def _quoted(model: str) -> bytes:
     return json.dumps(model, ensure_ascii=False).encode(errors="replace")

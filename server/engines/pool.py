@@ -3,11 +3,11 @@
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 
@@ -66,21 +66,26 @@ class Engine:
         return None if self.profile is None else self.profile.video_rules
 
 
-class Attempt:
-    """One request at one engine.
+class Attempt(AbstractContextManager["Attempt"]):
+    """One request at one engine, where it counts as in flight while its block lasts.
 
     The caller reports the outcome. Without a report the outcome is unknown, for example because the client left first,
     and the circuit breaker counts neither a success nor a failure.
     """
 
     def __init__(self, engine: Engine, pool: "EnginePool") -> None:
-        """Count the request as in flight at the engine."""
+        """Prepare a request to `engine`, one of `pool`."""
         self.engine = engine
         self._pool = pool
-        self._on_trial = engine.breaker.begin()
+        self._on_trial = False
         self.wait = silence.Wait()
-        engine.inflight += 1
-        engine.waits.add(self.wait)
+
+    def __enter__(self) -> Self:
+        """Count the request as in flight at the engine."""
+        self._on_trial = self.engine.breaker.begin()
+        self.engine.inflight += 1
+        self.engine.waits.add(self.wait)
+        return self
 
     def answer_begins(self) -> None:
         """Note the first byte of the body. Headers alone do not show that the engine works."""
@@ -105,7 +110,7 @@ class Attempt:
         """Note that the engine could not be connected to. It gets no requests until its next health check passes."""
         self._pool.mark_unreachable(self.engine)
 
-    def end(self) -> None:
+    def __exit__(self, *_exc: object) -> None:
         """Stop counting the request as in flight."""
         self.engine.inflight -= 1
         self.engine.waits.discard(self.wait)
@@ -122,16 +127,19 @@ class EnginePool:
         session: EngineSession,
         metrics: Metrics,
         health_seconds: float,
+        read_seconds: float,
         wanted: Callable[[], Wanted] = Wanted,
     ) -> None:
         """Start with all engines down, until `check` or `watch` finds them up.
 
-        `wanted` returns what they should serve.
+        An engine is asked for its health every `health_seconds`, and may be silent for `read_seconds` while a request
+        waits for it. `wanted` returns what the engines should serve.
         """
         self.engines = [Engine(f"engine-{i}", url) for i, url in enumerate(urls)]
         self._session = session
         self._metrics = metrics
         self._health_seconds = health_seconds
+        self._read_seconds = read_seconds
         self._wanted = wanted
         self._unserved: frozenset[str] = frozenset()
         self._choices = itertools.count(1)
@@ -148,6 +156,10 @@ class EnginePool:
     def models(self) -> dict[str, dict[str, Any]]:
         """The cards of all models by name. An engine that is down counts with the models it served last."""
         return {name: card for engine in reversed(self.engines) for name, card in engine.models.items()}
+
+    def lists(self, model: str) -> bool:
+        """Return whether `model` is one of `models`."""
+        return any(model in engine.models for engine in self.engines)
 
     @property
     def all_seen(self) -> bool:
@@ -170,11 +182,17 @@ class EnginePool:
 
     def retention(self, model: str) -> float | None:
         """Return the share of video tokens that the engines of a model keep by default, None if it is not known."""
-        profiles = [engine.profile for engine in self.engines if model in engine.models]
-        told = {None if profile is None else profile.reduction.retention for profile in profiles}
+        told = {None if profile is None else profile.reduction.retention for profile in self._profiles(model)}
         return told.pop() if len(told) == 1 else None
 
-    @contextmanager
+    def preset(self, model: str) -> str | None:
+        """Return the preset that the engines of a model run by default, None if it is not known."""
+        told = {None if profile is None else profile.reduction.preset for profile in self._profiles(model)}
+        return told.pop() if len(told) == 1 else None
+
+    def _profiles(self, model: str) -> list[EngineProfile | None]:
+        return [engine.profile for engine in self.engines if model in engine.models]
+
     def attempt(
         self,
         model: str,
@@ -182,16 +200,12 @@ class EnginePool:
         key: str | None = None,
         rules: VideoRules | None = None,
         without: Collection[Engine] = (),
-    ) -> Iterator[Attempt]:
-        """Choose an engine for a request and count the request there until the block ends.
+    ) -> Attempt:
+        """Choose an engine for a request. The request counts there while the block of the attempt lasts.
 
         Takes the arguments of `choose` and raises its errors.
         """
-        attempt = Attempt(self.choose(model, key=key, rules=rules, without=without), self)
-        try:
-            yield attempt
-        finally:
-            attempt.end()
+        return Attempt(self.choose(model, key=key, rules=rules, without=without), self)
 
     def choose(
         self,
@@ -265,7 +279,12 @@ class EnginePool:
         await asyncio.gather(
             *(self._watch(engine) for engine in self.engines),
             *(
-                silence.watch(engine.url, engine.waits, gone=partial(self.mark_unreachable, engine))
+                silence.watch(
+                    engine.url,
+                    engine.waits,
+                    longest_seconds=self._read_seconds,
+                    gone=partial(self.mark_unreachable, engine),
+                )
                 for engine in self.engines
             ),
         )
@@ -360,6 +379,9 @@ class EnginePool:
                 profile = read_profile(await answer.json(content_type=None)) if answer.status == 200 else None
             except ValueError:
                 profile = None
+        if profile is not None and profile.prefill is None and engine.healthy and engine.profile is not None:
+            # of an engine's several API servers only the first has measured the prefill
+            profile = profile.model_copy(update={"prefill": engine.profile.prefill})
         before, engine.profile = engine.video_rules, profile
         if engine.video_rules != before or not engine.healthy:
             logger.info(

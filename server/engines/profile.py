@@ -4,9 +4,19 @@ An engine without the plugin, or with another version of the frames format, tell
 handed videos as they are.
 """
 
-from typing import Annotated, Any, Final, Literal
+import math
+from bisect import bisect_left
+from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 
 PATH: Final = "/v1/aot/engine"
 FRAMES_FORMAT: Final = 1
@@ -125,6 +135,8 @@ class Reduction(_Told):
     active: bool = False
     retention: Annotated[float, Field(gt=0, le=1)] = 1.0
     preset: str | None = None
+    presets: tuple[str, ...] = ()
+    """The presets that a request may name."""
     settings: dict[str, Any] | None = None
 
 
@@ -133,6 +145,45 @@ class Versions(_Told):
 
     aot_vllm: str | None = None
     vllm: str | None = None
+
+
+class PrefillCost(_Told):
+    """What the engine measured of its prefill: the time to the first token after prompts of text, by their length."""
+
+    tokens: Annotated[tuple[Count, ...], Field(min_length=1)]
+    seconds: Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+    reduction_seconds_per_token: Annotated[float, Field(ge=0)] | None = None
+    """The time of reductions for each token before them. None if the engine has reduced no video yet."""
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> Self:
+        if len(self.tokens) != len(self.seconds) or list(self.tokens) != sorted(set(self.tokens)):
+            raise ValueError("tokens must grow, with seconds for each")
+        return self
+
+    def seconds_of(self, tokens: float) -> float:
+        """Return the time for a prompt of so many tokens, 0 for none.
+
+        Between two lengths that were measured it grows by a power of the length. Beyond the longest it grows as the
+        length does: prefill grows faster, so this is less than the truth.
+        """
+        if tokens <= 0:
+            return 0.0
+        place = bisect_left(self.tokens, tokens)
+        if place == 0:
+            return self.seconds[0]
+        if place == len(self.tokens):
+            return self.seconds[-1] * tokens / self.tokens[-1]
+        low, high = self.tokens[place - 1 : place + 1]
+        share = math.log(tokens / low) / math.log(high / low)
+        return math.exp(math.log(self.seconds[place - 1]) * (1 - share) + math.log(self.seconds[place]) * share)
+
+
+def _if_valid(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return handler(value)
+    except ValidationError:
+        return None
 
 
 class EngineLimits(_Told):
@@ -157,6 +208,8 @@ class EngineProfile(_Told):
     request_kwargs_trusted: bool | None = None
     prompt_tokens_details: bool | None = None
     limits: EngineLimits = EngineLimits()
+    prefill: Annotated[PrefillCost | None, WrapValidator(_if_valid)] = None
+    """What its prefill costs. None if the engine has not measured it."""
 
     @property
     def speaks_frames(self) -> bool:

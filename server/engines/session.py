@@ -1,11 +1,14 @@
 """The HTTP connections to engines."""
 
 import socket
+from contextvars import ContextVar
 from time import perf_counter
-from types import SimpleNamespace, TracebackType
-from typing import Any, Self
+from types import TracebackType
+from typing import Self
 
 import aiohttp
+from aiohttp.connector import Connection
+from aiohttp.tracing import Trace
 
 # Below the 5 s after which vLLM's uvicorn closes idle connections. A request on a connection that the engine closes at
 # that moment fails, and may not be sent again.
@@ -14,10 +17,30 @@ KEEPALIVE_SECONDS = 3.0
 LOST_AFTER_SECONDS = 4
 
 
-class Connecting:
-    """The `trace_request_ctx` of a request: records the time when its connection was open."""
+_connected: ContextVar[float] = ContextVar("connected")
 
-    finished: float | None = None
+
+def connected_at() -> float:
+    """Return when the connection of this task's latest request was open, in perf_counter seconds.
+
+    Raises LookupError if the task has sent no request.
+    """
+    return _connected.get()
+
+
+class _Connector(aiohttp.TCPConnector):
+    """Notes when a request has got its connection. aiohttp's own tracing would make calls for each of its steps."""
+
+    async def connect(
+        self,
+        req: aiohttp.ClientRequest,
+        traces: list[Trace],
+        timeout: aiohttp.ClientTimeout,  # noqa: ASYNC109 - as in the base class
+    ) -> Connection:
+        """Return a connection for a request: one that is kept, or a new one."""
+        connection = await super().connect(req, traces, timeout)
+        _connected.set(perf_counter())
+        return connection
 
 
 class EngineSession:
@@ -26,12 +49,12 @@ class EngineSession:
     It sets no limit on connections, because the admission queue already limits the requests in flight.
     """
 
-    def __init__(self, *, connect_seconds: float, read_seconds: float, api_key: str | None = None) -> None:
-        """Set the time-outs: for a connection, and for the longest silence while an answer is read.
+    def __init__(self, *, connect_seconds: float, api_key: str | None = None) -> None:
+        """Set the time-out for a connection. Who sends a request limits the rest of its time.
 
         `api_key` is sent to all engines; None sends no key.
         """
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds, sock_read=read_seconds)
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_seconds)
         self._authorization = {} if api_key is None else {"authorization": f"Bearer {api_key}"}
         self._http: aiohttp.ClientSession | None = None
 
@@ -44,15 +67,11 @@ class EngineSession:
 
     async def __aenter__(self) -> Self:
         """Open the session. Connections are opened on demand."""
-        timing = aiohttp.TraceConfig()
-        timing.on_connection_create_end.append(_note_connected)
-        timing.on_connection_reuseconn.append(_note_connected)
         self._http = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, socket_factory=_probed_socket),
+            connector=_Connector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS, socket_factory=_probed_socket),
             timeout=self._timeout,
             cookie_jar=aiohttp.DummyCookieJar(),
             headers={"accept-encoding": "identity", "user-agent": "aot-gateway", **self._authorization},
-            trace_configs=[timing],
         )
         return self
 
@@ -72,8 +91,3 @@ def _probed_socket(found: aiohttp.AddrInfoType) -> socket.socket:
         if hasattr(socket, f"TCP_{name}"):  # some systems lack one of them
             probed.setsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_{name}"), value)
     return probed
-
-
-async def _note_connected(_session: aiohttp.ClientSession, context: SimpleNamespace, _params: Any) -> None:
-    if isinstance(context.trace_request_ctx, Connecting):
-        context.trace_request_ctx.finished = perf_counter()

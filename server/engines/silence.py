@@ -1,4 +1,6 @@
-"""Notices that an engine is gone while requests wait for it on connections that are still open.
+"""Notices that requests wait too long for an engine, or for one that is gone, on connections that are still open.
+
+One look a second at all waits takes the place of a timer that each piece of an answer would set anew.
 
 An engine that is told to stop closes its port before its connections. An engine that stops may then never end its
 streams. One that finishes its streams first goes on sending, or keeps its port open until it has.
@@ -24,10 +26,11 @@ class Wait:
         self.since: float | None = None
         """When the wait began, in monotonic seconds. None while the request does not wait for the engine."""
         self.in_vain = False
+        """Whether the engine is gone."""
         self._end: Callable[[], None] | None = None
 
     def begin(self, end: Callable[[], None]) -> None:
-        """Begin to wait. `end` is called if the engine is gone."""
+        """Begin to wait. `end` is called if the wait is too long, or if the engine is gone."""
         self._end = end
         self.since = monotonic()
 
@@ -35,27 +38,35 @@ class Wait:
         """Stop waiting: the engine has sent something, or the request is over."""
         self.since = None
 
-    def give_up(self) -> None:
-        """End the wait, because the engine is gone."""
-        self.in_vain = True
+    def give_up(self, *, in_vain: bool) -> None:
+        """End the wait: the engine is gone (`in_vain`), or it has been silent for too long."""
+        self.since, self.in_vain = None, in_vain
         if self._end is not None:
             self._end()
 
 
-async def watch(url: str, waits: Collection[Wait], *, gone: Callable[[], None]) -> None:
+async def watch(url: str, waits: Collection[Wait], *, longest_seconds: float, gone: Callable[[], None]) -> None:
     """Look forever after the requests that wait for the engine at `url`; call `gone` when it is.
 
-    While at least one of `waits` is long, the engine is asked for a connection. If it refuses, the long waits end.
+    No wait lasts much longer than `longest_seconds`. While at least one of `waits` is long, the engine is asked for a
+    connection. If it refuses, the long waits end.
     """
     while True:
-        await asyncio.sleep(LOOK_SECONDS)
-        longest = monotonic() - SILENT_SECONDS
-        silent = {wait: wait.since for wait in waits if wait.since is not None and wait.since <= longest}
+        await asyncio.sleep(min(LOOK_SECONDS, longest_seconds / 4))
+        for wait in _since(waits, longest_seconds):
+            wait.give_up(in_vain=False)
+        silent = _since(waits, SILENT_SECONDS)
         if silent and await refuses(url):
             gone()
             for wait, since in silent.items():
                 if wait.since == since:
-                    wait.give_up()
+                    wait.give_up(in_vain=True)
+
+
+def _since(waits: Collection[Wait], seconds: float) -> dict[Wait, float]:
+    """Return the waits that have lasted for so long, and when each began."""
+    latest = monotonic() - seconds
+    return {wait: wait.since for wait in waits if wait.since is not None and wait.since <= latest}
 
 
 async def refuses(url: str) -> bool:

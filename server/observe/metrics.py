@@ -1,6 +1,8 @@
 """All metrics of the gateway, registered on an injected registry."""
 
-from typing import Final
+from collections.abc import Iterable
+from functools import cache
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -10,6 +12,11 @@ from server.observe.record import RequestRecord
 
 PREFIX: Final = "aot_gateway_"
 NO_TENANT: Final = "none"  # the label's value where the gateway needs no keys
+TENANT_UNITS: Final = (
+    *("requests", "tokens", "video_seconds", "rate_limited"),
+    *("video_tokens_before", "video_tokens_after", "video_tokens_saved"),
+)
+_STAGES: Final = ("before", "after")
 
 _FAST = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30)
 _TTFT = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2, 4, 7.5, 10, 15, 20, 30, 45, 60, 90, 120)
@@ -43,8 +50,14 @@ class Metrics:
             for outcome in outcomes:  # every counter starts at 0: without this, rate() would miss its first event
                 counted.labels(outcome)
 
-    def count(self, record: RequestRecord, seconds: float) -> None:
-        """Count a request that has ended after `seconds`."""
+    def know_tenants(self, names: Iterable[str]) -> None:
+        """Let the counters of these tenants start at 0."""
+        for name in names:
+            for unit in TENANT_UNITS:
+                self.tenant_usage.labels(name, unit)
+
+    def count(self, record: RequestRecord, seconds: float, *, tenant: str) -> None:
+        """Count a request of `tenant` that has ended after `seconds`."""
         status_class, stream = f"{record.status // 100}xx", str(record.stream).lower()
         self.requests.labels(record.route, record.model, status_class, stream).inc()
         self.request_duration.labels(record.route, stream).observe(seconds)
@@ -56,9 +69,13 @@ class Metrics:
             self.time_to_first_token.labels(record.model).observe(record.seconds_to_first_token)
         if record.video_tokens is not None:
             before, after = record.video_tokens
-            self.video_tokens.labels(record.model, "before").inc(before)
-            self.video_tokens.labels(record.model, "after").inc(after)
+            for stage, tokens in zip(_STAGES, record.video_tokens, strict=True):
+                self.video_tokens.labels(record.model, stage).inc(tokens)
+                self.tenant_usage.labels(tenant or NO_TENANT, f"video_tokens_{stage}").inc(tokens)
+            self.tenant_usage.labels(tenant or NO_TENANT, "video_tokens_saved").inc(before - after)
             self.video_retention.labels(record.model).observe(record.retention or 0.0)
+        for stage, spent in zip(_STAGES, record.prefill_seconds or (), strict=False):
+            self.prefill_seconds.labels(record.model, stage).inc(spent)
 
     def _declare_requests(self) -> None:
         self.requests = self._counter(
@@ -101,6 +118,11 @@ class Metrics:
         self.video_tokens = self._counter(
             "video_tokens_total", "Video tokens before and after reduction, as engines count them", "model", "stage"
         )
+        self.prefill_seconds = self._counter(
+            "prefill_seconds_total",
+            "Prefill of requests with videos, before and after reduction, by what engines measured of their prefill",
+            *("model", "stage"),
+        )
         self.video_retention = self._histogram(
             "video_retention_ratio", "Share of video tokens kept, by request, as engines count it", _RATIO, "model"
         )
@@ -114,12 +136,15 @@ class Metrics:
     def _declare_admission(self) -> None:
         self.tenant_usage = self._counter(
             "tenant_usage_total",
-            "What tenants used: requests, tokens, video_seconds; and requests rate_limited",
+            "What tenants used and saved, by unit; requests rate_limited are those refused for a limit",
             "tenant",
             "unit",
         )
         self.limits_backend_up = self._gauge(
             "limits_backend_up", "0 while limits are not shared because Redis is out of reach"
+        )
+        self.usage_unsaved_requests = self._gauge(
+            "usage_unsaved_requests", "Answered requests whose usage waits for a Redis that is out of reach"
         )
         self.inflight_requests = self._gauge("inflight_requests", "Generating requests inside the gateway")
         self.buffered_bytes = self._gauge("buffered_bytes", "Bytes that requests hold in memory, beyond 64 KiB each")
@@ -141,10 +166,22 @@ class Metrics:
         )
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
-        return Counter(PREFIX + name, text, labels, registry=self.registry)
+        counter = Counter(PREFIX + name, text, labels, registry=self.registry)
+        _remember_children(counter)
+        return counter
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-        return Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
+        histogram = Histogram(PREFIX + name, text, labels, buckets=buckets, registry=self.registry)
+        _remember_children(histogram)
+        return histogram
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
         return Gauge(PREFIX + name, text, labels, registry=self.registry)
+
+
+def _remember_children(metric: Any) -> None:
+    """Let `labels` return a child that it has returned before without the work that it needs for a new one.
+
+    The children of such a metric are never removed.
+    """
+    metric.labels = cache(metric.labels)

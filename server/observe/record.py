@@ -1,7 +1,6 @@
 """The record of one request: the times and counts from which its headers, metrics, log line and spans are made."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any, Final, Literal, Protocol
@@ -40,6 +39,8 @@ class RequestRecord:
     engine_model: str | None = None
     stream: bool = False
     status: int = 500
+    has_answer: bool = False
+    """Whether the head of the answer has been sent."""
     reason: str | None = None
     """Why the request ended in an error: a label value of `rejections_total`."""
     code: str | None = None
@@ -56,6 +57,10 @@ class RequestRecord:
     phases: dict[Phase, float] = field(default_factory=dict)
     video_tokens: tuple[int, int] | None = None
     """The video tokens before and after the reduction, as the engine counts them."""
+    video_seconds: float = 0.0
+    """The duration of its videos together."""
+    prefill_seconds: tuple[float, float] | None = None
+    """The time of its prefill without and with the reduction, see `Savings.prefill_seconds`."""
     tokens: int = 0
     """The tokens of the prompt and of the answer so far, as the engine counts them.
 
@@ -64,14 +69,9 @@ class RequestRecord:
     usage: dict[str, Any] = field(default_factory=dict)
     """The `usage` object of the engine's answer."""
 
-    @contextmanager
-    def phase(self, name: Phase) -> Iterator[None]:
-        """Add the duration of the block to the phase `name`."""
-        begin = perf_counter()
-        try:
-            yield
-        finally:
-            self.add(name, begin, perf_counter())
+    def phase(self, name: Phase) -> AbstractContextManager[None]:
+        """Return a context manager that adds the duration of its block to the phase `name`."""
+        return _Timed(self, name)
 
     def add(self, name: Phase, begin: float, end: float) -> None:
         """Add the time from `begin` to `end` to the phase `name`."""
@@ -92,8 +92,10 @@ class RequestRecord:
 
     def count_of(self, *names: str) -> int | None:
         """Return the first of these counts in the engine's `usage`, None if it has none of them."""
-        counts = (self.usage.get(name) for name in names)
-        return next((count for count in counts if type(count) is int), None)
+        for name in names:
+            if type(count := self.usage.get(name)) is int:
+                return count
+        return None
 
     @property
     def prompt_tokens(self) -> int | None:
@@ -119,3 +121,17 @@ class RequestRecord:
         begin = self.received if self.body_complete is None else self.body_complete
         end = perf_counter() if self.headers_from_engine is None else self.headers_from_engine
         return max(0.0, end - begin - self.engine_seconds) * 1e3
+
+
+class _Timed(AbstractContextManager[None]):
+    """Adds the duration of its block to a phase of a request."""
+
+    def __init__(self, record: RequestRecord, name: Phase) -> None:
+        self._record = record
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._begin = perf_counter()
+
+    def __exit__(self, *_exc: object) -> None:
+        self._record.add(self._name, self._begin, perf_counter())

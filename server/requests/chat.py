@@ -55,12 +55,12 @@ class ParsedChat:
         return bool(self.media)
 
     def address_to(self, target: Target) -> None:
-        """Rewrite the fields for the engine: its name for the model, the retention, and `include_usage` in streams."""
+        """Rewrite the fields for the engine: the model's name, retention, preset, and `include_usage` in streams."""
         self.fields["model"] = target.engine_model
         for name in ("aot", *OPERATOR_FIELDS):
             self.fields.pop(name, None)
-        if target.retention is not None and self.has_video:
-            self.fields["mm_processor_kwargs"] = {"aot_retention": target.retention}
+        if self.has_video and target.processor_kwargs:
+            self.fields["mm_processor_kwargs"] = target.processor_kwargs
         if self.stream:
             ask_for_usage(self.fields, usage_wanted=self.usage_wanted)
 

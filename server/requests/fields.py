@@ -4,10 +4,13 @@ import json
 import math
 from typing import Any
 
+import msgspec
+
 from server.errors import InvalidRequest
 from server.requests.aot import read_aot
 
 MOST_VALUES = 500_000  # parsing more would block the event loop, and take a hundred times the body's size in memory
+_NOT_JSON = "the request body holds a number or character that JSON can't represent"
 
 
 def read_stream_fields(fields: dict[str, Any]) -> tuple[str, bool, bool]:
@@ -41,9 +44,9 @@ def ask_for_usage(fields: dict[str, Any], *, usage_wanted: bool) -> None:
 def dump_json(fields: dict[str, Any]) -> bytes:
     """Return `fields` as JSON; raise InvalidRequest for a value that JSON can't represent."""
     try:
-        return json.dumps(fields, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    except (ValueError, RecursionError) as exc:  # for example an infinite number, or a lone surrogate
-        raise InvalidRequest("the request body holds a number or character that JSON can't represent") from exc
+        return msgspec.json.encode(fields)
+    except (ValueError, RecursionError) as exc:  # for example a lone surrogate
+        raise InvalidRequest(_NOT_JSON) from exc
 
 
 def parse_json_object(body: bytes | bytearray) -> dict[str, Any]:
@@ -53,19 +56,34 @@ def parse_json_object(body: bytes | bytearray) -> dict[str, Any]:
     """
     if len(body) > MOST_VALUES and sum(map(body.count, (b",", b"[", b"{"))) > MOST_VALUES:
         raise InvalidRequest(f"the request body holds more than {MOST_VALUES} values")
-    constants: list[str] = []
-
-    def note_constant(name: str) -> float:
-        constants.append(name)
-        return math.nan
-
     try:
-        fields = json.loads(body.decode("utf-8"), parse_constant=note_constant)
-    except (ValueError, RecursionError) as exc:
-        raise InvalidRequest("the request body is not valid JSON") from exc
+        fields = msgspec.json.decode(body)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        fields = _parse_slowly(body)
     if not isinstance(fields, dict):
         raise InvalidRequest("the request body must be a JSON object")
-    if constants:
+    return fields
+
+
+def _parse_slowly(body: bytes | bytearray) -> Any:
+    """Return the value in a `body` that the fast parser does not take; raise InvalidRequest with the reason."""
+    complaints: list[str] = []
+
+    def constant(name: str) -> float:
+        complaints.append(f"the request body is not valid JSON: it holds {name}")
+        return math.nan
+
+    def number(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            complaints.append(_NOT_JSON)
+        return value
+
+    try:
+        fields = json.loads(body.decode("utf-8"), parse_constant=constant, parse_float=number)
+    except (ValueError, RecursionError) as exc:
+        raise InvalidRequest("the request body is not valid JSON") from exc
+    if complaints and isinstance(fields, dict):
         read_aot(fields.get("aot"))  # names the place if it is the one that matters
-        raise InvalidRequest(f"the request body is not valid JSON: it holds {constants[0]}")
+        raise InvalidRequest(complaints[0])
     return fields

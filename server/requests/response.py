@@ -34,15 +34,15 @@ class ParsedResponse(ParsedText):
         return bool(self.media)
 
     def address_to(self, target: Target) -> None:
-        """Rewrite the fields for the engine: its name for the model, the retention, and `store` off.
+        """Rewrite the fields for the engine: its name for the model, the retention, the preset, and `store` off.
 
         A response stored at the engine would not be protected by the tenant's key.
         """
         super().address_to(target)
         for name in ("aot", *OPERATOR_FIELDS):
             self.fields.pop(name, None)
-        if target.retention is not None and self.has_video:
-            self.fields["mm_processor_kwargs"] = {"aot_retention": target.retention}
+        if self.has_video and target.processor_kwargs:
+            self.fields["mm_processor_kwargs"] = target.processor_kwargs
         self.fields["store"] = False
 
     def forget_content(self) -> None:

@@ -18,7 +18,9 @@ def settle_retention(target: Target, rules: VideoRules | None, videos: Sequence[
     A target without such a bound is returned as it is. Raises RetentionRefused if even the smallest retention that is
     allowed keeps more tokens, or if the engine doesn't tell how it counts.
     """
-    if target.max_tokens is None or not videos:
+    if target.max_tokens is None:
+        return target
+    if not videos:
         return replace(target, max_tokens=None)
     if rules is None:
         raise RetentionRefused(

@@ -1,13 +1,13 @@
 """Sends the answer to the client, in pieces."""
 
-import json
 from typing import Any
 
+import msgspec
 from starlette.types import Send
 
 from server.engines.exchange import Exchange
 from server.engines.naming import renamed
-from server.engines.savings import Savings
+from server.engines.savings import Savings, with_savings
 from server.engines.streams import EventStream
 from server.errors import EngineFailed
 
@@ -52,20 +52,20 @@ class Answer:
 def as_asked(body: bytes, savings: Savings | None, *, model: str) -> bytes:
     """Return the engine's answer with the model's name that was asked for, and the savings in `usage.video_tokens`.
 
-    Without savings, the rest of the answer is unchanged. Raises EngineFailed if there are savings and the answer is
-    not a JSON object.
+    The rest of the answer is unchanged. Raises EngineFailed if there are savings, and the answer neither has a usage
+    nor is a JSON object.
     """
-    if savings is None:
-        return renamed(body, model)
+    if savings is not None:
+        body = with_savings(body, savings) or _parsed_with_savings(body, savings)
+    return renamed(body, model)
+
+
+def _parsed_with_savings(body: bytes, savings: Savings) -> bytes:
     try:
-        content: Any = json.loads(body)
-    except ValueError as exc:
+        content = msgspec.json.decode(body, type=dict[str, Any])
+    except (msgspec.MsgspecError, ValueError) as exc:
         raise EngineFailed("the engine's answer could not be read") from exc
-    if not isinstance(content, dict):
-        raise EngineFailed("the engine's answer could not be read")
     usage = content.get("usage")
     usage = usage if isinstance(usage, dict) else {}
     content["usage"] = {**usage, "video_tokens": savings.as_usage(usage)}
-    if "model" in content:
-        content["model"] = model
-    return json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
+    return msgspec.json.encode(content)

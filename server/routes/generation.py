@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from contextlib import AbstractAsyncContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from time import perf_counter
 from typing import ClassVar, Generic, TypeVar
@@ -102,7 +102,7 @@ class Generation(ABC, Generic[R]):
 
     async def _admitted(self, scope: Scope, receive: Receive, send: Send) -> None:
         record, allowance = record_of(scope), allowance_of(scope)
-        with self.entrance.admitted() as buffer:
+        with self.entrance.gate.admitted(), self.entrance.buffers.buffer() as buffer:
             body = await read_body(Headers(scope=scope), receive, buffer, self.body_limits)
             record.body_complete = perf_counter()
             request, target = self._read(body, caller_of(scope), record)
@@ -142,6 +142,7 @@ class Generation(ABC, Generic[R]):
         """
         request, record = passage.request, passage.record
         async with self.taken_in(passage) as taken:
+            record.video_seconds = taken.video_seconds
             await passage.allowance.take_video(taken.video_seconds)
             target = settle_retention(passage.target, taken.rules, taken.shapes)
             call = Call(
@@ -168,15 +169,19 @@ class Generation(ABC, Generic[R]):
             queued = perf_counter()
             async with self.entrance.gate.engine_slot():
                 record.add("queue", queued, perf_counter())
-                async with self.exchanges.exchange(call, body, record) as exchange:
-                    del body
+                with ExitStack() as held:
+                    exchange = await self.exchanges.exchange(call, body, record, held)
+                    del body  # frees the memory early: a body may have megabytes, and the answer may take minutes
                     passage.buffer.resize(0)
                     if exchange.savings is not None:
                         record.video_tokens = (exchange.savings.before, exchange.savings.after)
                         record.tokens = exchange.savings.after
                     if request.stream:
-                        return await self._stream(exchange, request.reader(exchange.savings), record, answer)
-                    return await _whole(exchange, record, answer)
+                        last = await self._stream(exchange, request.reader(exchange.savings), record, answer)
+                    else:
+                        last = await _whole(exchange, record, answer)
+                    record.prefill_seconds = exchange.prefill_seconds(record.usage)
+                    return last
 
     async def _stream(self, exchange: Exchange, stream: EventStream, record: RequestRecord, answer: Answer) -> bytes:
         if not exchange.is_stream:
@@ -184,7 +189,7 @@ class Generation(ABC, Generic[R]):
         answer.address(exchange, {"cache-control": "no-cache", "x-accel-buffering": "no"})
         await answer.start(stream)
         tokens, latest, prompt_tokens = 0, record.received, record.tokens
-        async for piece in exchange.pieces():
+        while piece := await exchange.next_piece():
             passed = stream.feed(piece)
             record.usage = stream.usage
             record.tokens = tokens_of(stream.usage) or prompt_tokens + stream.tokens

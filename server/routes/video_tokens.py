@@ -1,6 +1,7 @@
 """`POST /v1/video/tokens`: what the videos of a chat request would cost, without generating anything."""
 
 import json
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -119,7 +120,8 @@ class VideoTokens(ChatCompletions):
         )
         body = text_prompt(passage.request, target)
         passage.buffer.resize(sum(map(len, body)))
-        async with self.exchanges.exchange(call, body, passage.record) as exchange:
+        with ExitStack() as held:
+            exchange = await self.exchanges.exchange(call, body, passage.record, held)
             content = await exchange.read()
             exchange.complete()
         try:

@@ -16,7 +16,7 @@ def unwrapped(monkeypatch):
 
 
 @pytest.fixture
-def lines(monkeypatch):
+def lines():
     """Return the list of lines that the plugin logs during the test."""
     import vllm.logger  # noqa: F401  whose import replaces existing handlers
 
@@ -25,6 +25,8 @@ def lines(monkeypatch):
     handler.emit = lambda record: logged.append(record.getMessage())
     logger = logging.getLogger("vllm.aot")
     logger.addHandler(handler)
-    monkeypatch.setattr(logger, "level", logging.INFO)
+    level = logger.level
+    logger.setLevel(logging.INFO)  # which also forgets what a logger remembers of its level
     yield logged
+    logger.setLevel(level)
     logger.removeHandler(handler)

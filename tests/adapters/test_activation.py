@@ -1,5 +1,7 @@
 """The decision at start, on configurations as vLLM hands them over. Nothing is started."""
 
+import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +14,7 @@ from aot_vllm.adapters.activation import WORKER_EXTENSION, activate
 from aot_vllm.adapters.registry import ARCHITECTURES, reduced_architecture
 from aot_vllm.adapters.settings import Reduction
 from aot_vllm.errors import SettingError, UnsupportedError
+from aot_vllm.presets import DEFAULTS
 
 LLAVA = "LlavaOnevisionForConditionalGeneration"
 
@@ -72,14 +75,41 @@ def test_an_unknown_setting_is_refused_by_name_with_and_without_a_rate(rate):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_with_a_rate_every_supported_architecture_is_replaced_by_its_reduced_class(lines, architecture):
-    config = configuration(architecture, aot={"clips": 4})
+    config = configuration(architecture)
     activate(config, 0.9)
+    preset = DEFAULTS[architecture].preset
     assert config.model_config.hf_config.architectures == [reduced_architecture(architecture)]
-    assert Reduction.of(config.model_config.multimodal_config) == Reduction(retention=0.1, method=AOTConfig(clips=4))
+    reduction = Reduction.of(config.model_config.multimodal_config)
+    assert reduction == Reduction(retention=0.1, method=AOTConfig.preset(preset), preset=preset)
     assert config.parallel_config.worker_extension_cls == WORKER_EXTENSION
     (line,) = lines
-    assert line.startswith(f"AOT is active on {architecture}: retention 0.1, settings {{")
-    assert '"clips": 4' in line
+    shown = json.dumps(AOTConfig.preset(preset).in_effect())
+    assert line == f"AOT is active on {architecture}: retention 0.1, preset {preset}, settings {shown}."
+
+
+def test_the_line_names_the_preset_with_what_changes_it(lines):
+    config = configuration(aot={"preset": "paper", "clips": 4, "allowed_presets": ["diverse"]})
+    activate(config, 0.9)
+    assert Reduction.of(config.model_config.multimodal_config) == Reduction(
+        retention=0.1, method=replace(AOTConfig.paper(), clips=4), preset="paper", allowed_presets=("diverse",)
+    )
+    (line,) = lines
+    assert line.startswith(f"AOT is active on {LLAVA}: retention 0.1, preset paper with clips 4, settings {{")
+
+
+def test_a_checkpoint_names_its_own_preset(lines):
+    config = configuration()
+    config.model_config.hf_config.aot = {"preset": "diverse", "mass": 0.2}
+    activate(config, 0.9)
+    assert Reduction.of(config.model_config.multimodal_config).method == AOTConfig(mass=0.2)
+    assert "preset diverse with mass 0.2, settings" in lines[0]
+
+
+def test_a_setting_that_takes_no_effect_does_not_start():
+    config = configuration("Qwen3VLForConditionalGeneration", aot={"clips": 4})
+    with pytest.raises(SettingError, match=r"^clips takes no effect with preset diverse, because it needs a kappa"):
+        activate(config, 0.9)
+    assert_untouched(config, "Qwen3VLForConditionalGeneration")
 
 
 @pytest.mark.parametrize("additional", [{}, {"aot": {}}, {"aot": {"clips": 4}}])
@@ -168,7 +198,7 @@ def test_a_worker_extension_of_the_operator_stays_and_a_line_says_what_is_missin
     warning, _ = lines
     assert warning == (
         "AOT: --worker-extension-cls is taken by theirs.Extension, so aot_engine_reductions, "
-        "aot_engine_reduction_seconds and aot_engine_unconverged_solves stay at 0."
+        "aot_engine_reduction_seconds, aot_engine_tower_seconds and aot_engine_unconverged_solves stay at 0."
     )
 
 
@@ -190,14 +220,19 @@ def test_the_retention_is_one_minus_the_rate_without_rounding_errors(rate):
 
 
 def test_settings_are_taken_out_of_what_the_compile_hash_covers_and_those_of_others_stay():
-    given = {"aot": {"clips": 4, "kernels": "torch"}, "other": 1}
+    given = {"aot": {"preset": "paper", "kernels": "torch"}, "other": 1}
     config = configuration(**given)
-    before = dict(config.additional_config)
     activate(config, 0.9)
     assert config.additional_config == {"other": 1}
-    assert given == before
+    assert given == {"aot": {"preset": "paper", "kernels": "torch"}, "other": 1}
     reduction = Reduction.of(config.model_config.multimodal_config)
-    assert reduction == Reduction(retention=0.1, method=AOTConfig(clips=4), kernels="torch")
+    assert reduction == Reduction(retention=0.1, method=AOTConfig.paper(), preset="paper", kernels="torch")
+
+
+def test_what_only_the_api_server_reads_stays():
+    config = configuration(aot={"measure_prefill": False, "kernels": "torch"})
+    activate(config, 0.9)
+    assert config.additional_config == {"aot": {"measure_prefill": False}}
 
 
 def with_tower_lora(config):
@@ -217,6 +252,7 @@ def with_model_of_transformers(config):
 
 
 BY_ATTENTION = {"aot": {"anchors": "attention"}}
+ON_REQUEST = {"aot": {"preset": "diverse", "allowed_presets": ["paper"]}}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -225,6 +261,7 @@ BY_ATTENTION = {"aot": {"anchors": "attention"}}
     [
         (with_tower_lora, {}, r"LoRA adapters on the vision tower: .* Drop --enable-tower-connector-lora"),
         (with_compiled_tower, BY_ATTENTION, r'"anchors": "attention".*compiled encoder, .* Drop compile_mm_encoder'),
+        (with_compiled_tower, ON_REQUEST, r'"anchors": "attention".*compiled encoder'),
         (with_stock_method, {}, r"^--video-pruning-method vidcom2 .* ignored while AOT is active\. Drop it"),
         (with_model_of_transformers, {}, r"--model-impl transformers, .* Drop --model-impl"),
     ],

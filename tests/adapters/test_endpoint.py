@@ -14,12 +14,15 @@ from prometheus_client.parser import text_string_to_metric_families
 from starlette.datastructures import State
 from vllm.config import ParallelConfig
 
+from aot_vllm import AOTConfig
 from aot_vllm.adapters import endpoint
 from aot_vllm.adapters.activation import WORKER_EXTENSION
 from aot_vllm.adapters.endpoint import AOTEndpoint
-from aot_vllm.adapters.telemetry import LEDGER, VideoSavings
+from aot_vllm.adapters.settings import Reduction
+from aot_vllm.adapters.telemetry import INFO, LEDGER, VideoSavings
 
 CHAT = "/v1/chat/completions"
+REDUCTION = Reduction(retention=0.25, method=AOTConfig(mass=0.2, epsilon=0.2), preset="diverse")
 SAVED = {"a": VideoSavings(289, 73, 0.25), "b": VideoSavings(100, 25, 0.25), "whole": VideoSavings(50, 50, 1.0)}
 
 
@@ -33,17 +36,40 @@ def known_videos():
 def description(monkeypatch):
     """Let the engine tell what it was described with."""
     monkeypatch.setattr(endpoint, "describe_engine", lambda vllm_config, **told: told)
+    monkeypatch.setattr(endpoint, "active_reduction", lambda vllm_config: REDUCTION)
+
+
+MEASURED = {"tokens": [64, 128], "seconds": [0.1, 0.25]}
+
+
+@pytest.fixture(autouse=True)
+def prefill(monkeypatch):
+    """Let the engines' prefill be measured at once; return the engines."""
+    engines = []
+
+    async def measure(engine):
+        engines.append(engine)
+        return dict(MEASURED)
+
+    monkeypatch.setattr(endpoint, "measure_prefill", measure)
+    return engines
 
 
 class Engine:
     """The part of vLLM's engine client that the endpoint uses, with totals that a worker would report."""
 
-    def __init__(self, *, extension=WORKER_EXTENSION, rank=0):
+    def __init__(self, *, extension=WORKER_EXTENSION, rank=0, additional_config=None):
         parallel = ParallelConfig(worker_extension_cls=extension, _api_process_count=2, _api_process_rank=rank)
-        self.vllm_config = SimpleNamespace(parallel_config=parallel)
+        self.vllm_config = SimpleNamespace(parallel_config=parallel, additional_config=additional_config)
         self.engine_core = self
         self.others = []
-        self.totals = {"reductions": 0, "reduction_seconds": 0.0, "unconverged_solves": 0}
+        self.totals = {
+            "reductions": 0,
+            "reduced_tokens": 0,
+            "reduction_seconds": 0.0,
+            "tower_seconds": 0.0,
+            "unconverged_solves": 0,
+        }
         self.asked = []
         self.answer = self.report
 
@@ -181,11 +207,12 @@ async def test_a_scrape_adds_the_growth_of_the_workers_totals():
     engine = Engine()
     async with server(engine) as client:
         before = await counters(client)
-        engine.totals = {"reductions": 3, "reduction_seconds": 0.5, "unconverged_solves": 2}
+        engine.totals |= {"reductions": 3, "reduction_seconds": 0.5, "tower_seconds": 4.0, "unconverged_solves": 2}
         after = await counters(client)
         assert growth(before, after) == {
             "reductions_total": 3,
             "reduction_seconds_total": 0.5,
+            "tower_seconds_total": 4.0,
             "unconverged_solves_total": 2,
         }
         assert growth(after, await counters(client)) == {}
@@ -242,10 +269,40 @@ async def test_a_busy_engine_does_not_hold_up_a_scrape_nor_is_it_asked_twice_at_
 
 @pytest.mark.parametrize(("served", "models"), [(None, ["org/model"]), (["a", "b"], ["a", "b"])])
 async def test_an_engine_tells_its_names_and_its_flags(served, models):
-    async with server(Engine(), served) as client:
+    async with server(Engine(extension="theirs.Extension"), served) as client:
         response = await client.get("/v1/aot/engine")
     assert response.status_code == 200
     assert response.json() == {"models": models, "request_kwargs_trusted": True, "prompt_tokens_details": False}
+
+
+async def test_an_engine_tells_what_prefill_and_reductions_cost_it(prefill, monkeypatch):
+    engine = Engine()
+
+    async def told(client):
+        return (await client.get("/v1/aot/engine")).json()["prefill"]
+
+    async with server(engine) as client:
+        assert await told(client) == {**MEASURED, "reduction_seconds_per_token": None}
+        engine.totals |= {"reductions": 1, "reduced_tokens": 400, "reduction_seconds": 0.5}
+        assert (await told(client))["reduction_seconds_per_token"] is None  # the workers have just been asked
+        assert len(engine.asked) == 1
+        monkeypatch.setattr(endpoint, "TOLD_AGAIN_SECONDS", 0.0)
+        assert await told(client) == {**MEASURED, "reduction_seconds_per_token": 0.00125}
+    assert prefill == [engine]
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        Engine(rank=1),
+        Engine(extension="theirs.Extension"),
+        Engine(additional_config={"aot": {"measure_prefill": False}}),
+    ],
+)
+async def test_prefill_is_measured_once_where_videos_are_reduced_and_the_settings_allow_it(engine, prefill):
+    async with server(engine) as client:
+        assert "prefill" not in (await client.get("/v1/aot/engine")).json()
+    assert prefill == []
 
 
 async def test_a_server_without_an_engine_tells_nothing():
@@ -256,3 +313,23 @@ async def test_a_server_without_an_engine_tells_nothing():
 def test_the_plugin_loads_where_text_is_generated():
     assert AOTEndpoint.name == "aot"
     assert AOTEndpoint.required_tasks == ("generate",)
+
+
+async def info(client):
+    response = await client.get("/metrics")
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
+    return [(sample.labels, sample.value) for sample in families["aot_engine_info"].samples]
+
+
+async def test_metrics_name_the_preset_with_what_changes_it():
+    INFO.clear()
+    async with server(Engine()) as client:
+        labels = {"retention": "0.25", "preset": "diverse", "changes": "epsilon=0.2,mass=0.2"}
+        assert await info(client) == [(labels, 1.0)]
+
+
+async def test_metrics_name_no_preset_of_an_engine_without_aot(monkeypatch):
+    INFO.clear()
+    monkeypatch.setattr(endpoint, "active_reduction", lambda vllm_config: None)
+    async with server(Engine()) as client:
+        assert await info(client) == []

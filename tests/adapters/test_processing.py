@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from aot_vllm import AOTConfig, VideoGrid, budget
-from aot_vllm.adapters.processing import RETENTION, without_retention
+from aot_vllm.adapters.processing import PRESET, RETENTION, without_ours
 from aot_vllm.adapters.settings import Reduction
 from aot_vllm.adapters.telemetry import LEDGER, VideoSavings
 from aot_vllm.errors import SettingError
@@ -28,14 +28,14 @@ def processor(model_config):
     return make_processor(model_config, AOTConfig())
 
 
-def make_processor(model_config, method):
+def make_processor(model_config, method, **rest):
     """Return the processor of an engine that was started with a retention of 0.25 and these settings."""
     from vllm.multimodal.processing import InputProcessingContext
     from vllm.tokenizers import cached_tokenizer_from_config
 
     from aot_vllm.adapters import llava_onevision as adapter
 
-    Reduction(retention=ENGINE_RETENTION, method=method).attach(model_config.multimodal_config)
+    Reduction(retention=ENGINE_RETENTION, method=method, **rest).attach(model_config.multimodal_config)
     context = InputProcessingContext(model_config, cached_tokenizer_from_config(model_config))
     info = adapter.AOTLlavaOnevisionProcessingInfo(context)
     return adapter.AOTLlavaOnevisionProcessor(info, adapter.LlavaOnevisionDummyInputsBuilder(info))
@@ -118,6 +118,63 @@ def test_the_hash_of_a_video_changes_with_the_settings_of_the_method(model_confi
     assert len({*first, *mass, *paper}) == 3
 
 
+@pytest.fixture
+def with_presets(model_config):
+    return make_processor(model_config, AOTConfig(), allowed_presets=("paper", "transport"))
+
+
+def numbers(rendered):
+    return [int(item[PRESET].data) for item in rendered["mm_kwargs"]["video"]]
+
+
+def test_the_preset_of_a_request_travels_to_the_worker_by_its_number(with_presets):
+    asked = [{}, {"aot_preset": None}, *({"aot_preset": name} for name in ("diverse", "paper", "transport"))]
+    rendered = [render(with_presets, clip(0), clip(1), **one) for one in asked]
+    assert [numbers(one) for one in rendered] == [[0, 0], [0, 0], [0, 0], [1, 1], [2, 2]]
+
+
+def test_the_hash_of_a_video_changes_with_the_preset_and_that_of_an_image_does_not(with_presets, model_config):
+    (image,) = clip(9, frames=1)
+    asked = ({}, {"aot_preset": "diverse"}, {"aot_preset": "paper"}, {"aot_preset": "transport"})
+    rendered = [render(with_presets, clip(), images=[image], **one) for one in asked]
+    own, named, paper, transport = map(hashes, rendered)
+    assert own == named
+    assert len({*own, *paper, *transport}) == 3
+    assert len({hash_ for one in rendered for hash_ in hashes(one, "image")}) == 1
+    for preset, expected in (("diverse", own), ("paper", paper), ("transport", transport)):
+        alone = make_processor(model_config, AOTConfig.preset(preset), preset=preset)
+        assert hashes(render(alone, clip())) == expected
+
+
+@pytest.mark.parametrize("preset", ["diverse", "paper", "transport"])
+@pytest.mark.parametrize("retention", [0.12, 0.5, 1])
+def test_the_placeholder_of_a_preset_is_as_long_as_that_of_any_other(with_presets, preset, retention):
+    rendered = render(with_presets, clip(), aot_preset=preset, aot_retention=retention)
+    assert placeholder_lengths(rendered) == [kept(retention)]
+    assert LEDGER.read(*hashes(rendered)) == VideoSavings(FRAMES * SIDE**2 + 1, kept(retention), retention)
+
+
+def test_a_video_out_of_the_cache_keeps_to_its_preset(with_presets, model_config):
+    from vllm.multimodal.cache import MultiModalProcessorOnlyCache
+
+    cache, presets = MultiModalProcessorOnlyCache(model_config), ("diverse", "paper", "transport", "paper", "diverse")
+    rendered = [render(with_presets, clip(), cache=cache, aot_preset=preset) for preset in presets]
+    assert [numbers(one) for one in rendered] == [[0], [1], [2], [1], [0]]
+    assert hashes(rendered[1]) == hashes(rendered[3])
+
+
+@pytest.mark.parametrize("bad", ["coverage of all", "", 3, True, ["paper"]])
+def test_a_preset_that_the_engine_does_not_allow_is_refused_by_name(with_presets, bad):
+    with pytest.raises(SettingError, match=r"^aot_preset must be one of .* diverse, paper, transport, got "):
+        render(with_presets, clip(), aot_preset=bad)
+
+
+def test_without_allowed_presets_only_the_engines_own_is_taken(processor):
+    assert numbers(render(processor, clip(), aot_preset="diverse")) == [0]
+    with pytest.raises(SettingError, match=r"^aot_preset must be one of .* allows, diverse, got 'paper'; "):
+        render(processor, clip(), aot_preset="paper")
+
+
 def test_different_videos_have_different_hashes(processor):
     first, second, third = hashes(render(processor, clip(0), clip(1), clip(0)))
     assert first == third != second
@@ -166,9 +223,10 @@ def test_memory_is_profiled_with_unreduced_videos(processor):
     assert most["video"] == 16 * SIDE**2 + 1
 
 
-def test_the_hugging_face_processor_never_sees_a_retention(processor):
-    assert without_retention({RETENTION: 0.5, "do_resize": False}) == {"do_resize": False}
-    assert processor.info.get_hf_processor(aot_retention=0.5) is processor.info.get_hf_processor()
+def test_the_hugging_face_processor_never_sees_a_retention_or_a_preset(processor):
+    assert without_ours({RETENTION: 0.5, PRESET: "paper", "do_resize": False}) == {"do_resize": False}
+    own = processor.info.get_hf_processor()
+    assert processor.info.get_hf_processor(aot_retention=0.5, aot_preset="paper") is own
 
 
 def test_a_video_given_as_embeddings_is_refused(processor):

@@ -9,6 +9,7 @@ from aot_vllm.adapters.telemetry import ReductionMeter, SavingsLedger, VideoSavi
 from tests.strategies import noise
 
 GRID = VideoGrid(6, 3, 4)
+NOTHING = dict.fromkeys(("reductions", "reduced_tokens", "reduction_seconds", "tower_seconds", "unconverged_solves"), 0)
 
 
 def reduced(*, retention=0.5, iterations=20):
@@ -33,20 +34,32 @@ def test_a_full_ledger_drops_the_video_that_was_written_longest_ago():
 def test_the_meter_counts_reductions_seconds_and_unconverged_solves():
     meter = ReductionMeter()
     for iterations in (1000, 1, 1):
-        with meter.timing(torch.device("cpu")):
+        with meter.timing("reduction", torch.device("cpu")):
             video = reduced(iterations=iterations)
-        meter.add(video)
+        meter.add(video, tokens=GRID.tokens)
     statistics = meter.statistics()
     assert statistics["reductions"] == 3
+    assert statistics["reduced_tokens"] == 3 * GRID.tokens == 3 * 72
     assert statistics["unconverged_solves"] == 2
+    assert statistics["tower_seconds"] == 0
     assert 0 < statistics["reduction_seconds"] < 60
     assert meter.statistics() == statistics
 
 
 def test_a_video_that_keeps_every_token_is_no_reduction():
     meter = ReductionMeter()
-    meter.add(reduced(retention=1))
-    assert meter.statistics() == {"reductions": 0, "reduction_seconds": 0, "unconverged_solves": 0}
+    meter.add(reduced(retention=1), tokens=GRID.tokens)
+    assert meter.statistics() == NOTHING
+
+
+def test_a_stage_is_timed_by_itself(monkeypatch):
+    times = iter((1.0, 3.0, 10.0, 10.5))
+    monkeypatch.setattr(telemetry.time, "perf_counter", lambda: next(times))
+    meter = ReductionMeter()
+    for stage in ("tower", "reduction"):
+        with meter.timing(stage, torch.device("cpu")):
+            pass
+    assert meter.statistics() == {**NOTHING, "tower_seconds": 2.0, "reduction_seconds": 0.5}
 
 
 def test_reading_the_meter_waits_for_no_event_and_the_next_reading_has_what_was_running():
@@ -62,7 +75,7 @@ def test_reading_the_meter_waits_for_no_event_and_the_next_reading_has_what_was_
             return 500.0
 
     meter, running = ReductionMeter(), Event(finished=False)
-    meter._events = [(Event(finished=True), Event(finished=True)), (Event(finished=True), running)]
+    meter._events = [("reduction", Event(finished=True), end) for end in (Event(finished=True), running)]
     assert meter.statistics()["reduction_seconds"] == 0.5
     running.finished = True
     assert meter.statistics()["reduction_seconds"] == 1.0
@@ -71,17 +84,30 @@ def test_reading_the_meter_waits_for_no_event_and_the_next_reading_has_what_was_
 
 def test_a_failed_reduction_is_not_counted():
     meter = ReductionMeter()
-    with pytest.raises(RuntimeError, match="solver"), meter.timing(torch.device("cpu")):
+    with pytest.raises(RuntimeError, match="solver"), meter.timing("reduction", torch.device("cpu")):
         raise RuntimeError("solver")
     assert meter.statistics()["reductions"] == 0
 
 
 def test_totals_become_increments_of_counters_which_never_go_down():
+    counters = (telemetry.REDUCTIONS, telemetry.REDUCTION_SECONDS, telemetry.TOWER_SECONDS)
+
     def read():
-        return telemetry.REDUCTIONS._value.get(), telemetry.REDUCTION_SECONDS._value.get()
+        return [counter._value.get() for counter in counters]
 
     totals, start = WorkerTotals(), read()
     for reductions, seconds in ((2, 0.5), (2, 0.5), (5, 0.75), (0, 0.0), (1, 0.25)):
-        totals.count([{"reductions": reductions, "reduction_seconds": seconds, "unconverged_solves": 0}])
+        reported = {"reductions": reductions, "reduction_seconds": seconds, "tower_seconds": 4 * seconds}
+        totals.count([{**NOTHING, **reported}])
     grown = [end - begin for end, begin in zip(read(), start, strict=True)]
-    assert grown == [6, 1.0]
+    assert grown == [6, 1.0, 4.0]
+
+
+def test_the_time_of_reductions_for_a_token_is_that_of_all_of_them():
+    totals = WorkerTotals()
+    assert totals.reduction_seconds_per_token is None
+    totals.count([NOTHING, NOTHING])
+    assert totals.reduction_seconds_per_token is None
+    engines = ((2, 300, 0.125), (1, 100, 0.375))
+    totals.count([{**NOTHING, "reductions": n, "reduced_tokens": t, "reduction_seconds": s} for n, t, s in engines])
+    assert totals.reduction_seconds_per_token == 0.00125

@@ -188,8 +188,8 @@ def test_the_launches_that_the_docs_state_are_counted():
     """The least of the torch path, as counting takes long: `make ci` compares the whole table."""
     pytest.importorskip("triton")
     rows = [cells(line) for line in documented("python bench/gpu.py --launches").splitlines()[2:]]
-    assert len(rows) == 4 * len(gpu.CASES)
-    for row in rows[:4]:
+    assert len(rows) == 6 * len(gpu.CASES)
+    for row in rows[:6]:
         assert f"{operations(gpu.CASES[0], 0.05, row[2], path=row[3]):,}" == row[-1]
 
 

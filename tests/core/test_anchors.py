@@ -3,6 +3,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from aot_vllm.core import distances
 from aot_vllm.core.anchors import select_anchors, select_diverse_anchors
 from aot_vllm.errors import SettingError, ShapeError
 from tests import reference
@@ -102,15 +103,95 @@ def test_a_window_that_does_not_divide_the_grid_cuts_it_evenly():
     assert quarters.tolist() == [5, 5, 5, 5]
 
 
+DISTANCES = st.sampled_from(["euclidean", "cosine"])
+MEMORIES = st.sampled_from(["previous", "carried", "all"])
+
+
 @many
-@given(frames=st.integers(1, 6), positions=st.integers(1, 25), seed=seeds, data=st.data())
-def test_diverse_anchors_are_those_of_the_oracle(frames, positions, seed, data):
+@given(
+    frames=st.integers(1, 6),
+    positions=st.integers(1, 25),
+    seed=seeds,
+    distance=DISTANCES,
+    memory=MEMORIES,
+    weighted=st.booleans(),
+    data=st.data(),
+)
+def test_diverse_anchors_are_those_of_the_oracle(frames, positions, seed, distance, memory, weighted, data):
     assume(positions != 2)  # of two tokens, neither is farther from the other
     features = noise(seed, frames, positions, 8)
+    features[:, ::7] *= 30
     count = data.draw(st.integers(1, positions))
     keep = data.draw(st.lists(st.integers(0, count), min_size=frames, max_size=frames))
-    chosen = select_diverse_anchors(features, count=count, keep=keep)
-    assert chosen.tolist() == reference.select_diverse_anchors_of_video(features.tolist(), count, keep)
+    weights = noise(seed + 1, frames, positions).exp() if weighted else None
+    options = {"distance": distance, "memory": memory}
+    chosen = select_diverse_anchors(features, count=count, keep=keep, weights=weights, **options)
+    expected = reference.select_diverse_anchors_of_video(
+        features.tolist(), count, keep, weights=weights.tolist() if weighted else None, **options
+    )
+    assert chosen.tolist() == expected
+
+
+@pytest.mark.parametrize("memory", ["previous", "carried", "all"])
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_without_a_table_the_choice_is_the_same(distance, memory, monkeypatch):
+    features, weights = noise(7, 5, 30, 8), noise(8, 5, 30).exp()
+    features[:, 3] *= 30
+    arguments = {"count": 6, "keep": [6, 0, 2, 5, 6], "weights": weights, "distance": distance, "memory": memory}
+    with_table = select_diverse_anchors(features, **arguments)
+    monkeypatch.setattr(distances, "TABLE_BYTES", 1)
+    assert torch.equal(select_diverse_anchors(features, **arguments), with_table)
+
+
+def test_an_equal_weight_changes_nothing():
+    features = noise(4, 3, 20, 8)
+    weights = torch.full((3, 20), 2.0)  # a power of 2 changes no digit
+    assert torch.equal(
+        select_diverse_anchors(features, count=7, weights=weights), select_diverse_anchors(features, count=7)
+    )
+
+
+def test_a_heavy_token_is_chosen_first_and_a_light_one_last():
+    features, weights = noise(5, 2, 20, 8), torch.ones(2, 20)
+    weights[:, 3], weights[:, 8] = 1e3, 1e-3
+    chosen = select_diverse_anchors(features, count=20, keep=0, weights=weights)
+    assert chosen[:, 0].tolist() == [3, 3]
+    assert chosen[:, -1].tolist() == [8, 8]
+
+
+@pytest.mark.parametrize("memory", ["carried", "all"])
+def test_content_that_an_early_frame_keeps_is_not_kept_again(memory):
+    """Six things stand still for three frames, and two are kept of each. The frame before alone knows four of them."""
+    frames = torch.stack([torch.eye(6)] * 3)
+    kept = select_diverse_anchors(frames, count=2, memory=memory)
+    assert sorted(kept.flatten().tolist()) == list(range(6))
+
+
+def test_carried_content_fades_where_it_changes():
+    """After a cut, nothing that was kept before counts as near."""
+    frames = noise(6, 4, 12, 8)
+    frames[2:] = noise(7, 1, 12, 8) * 2
+    carried = select_diverse_anchors(frames, count=3, memory="carried")
+    assert set(carried[2].tolist()).isdisjoint(carried[3].tolist())
+
+
+def test_with_cosine_a_token_may_be_of_any_length():
+    features, lengths = noise(9, 4, 30, 8), noise(10, 4, 30, 1).exp()
+    chosen = select_diverse_anchors(features, count=9, distance="cosine")
+    assert torch.equal(select_diverse_anchors(features * lengths, count=9, distance="cosine"), chosen)
+
+
+def test_by_plain_distance_tokens_of_ordinary_length_stay_as_they_are():
+    features = noise(9, 3, 30, 64)  # lengths of 5.6 to 9.3
+    plain = [frame.unsqueeze(0) for frame in features]
+    for frame in plain:
+        chosen = select_diverse_anchors(frame, count=5)[0].tolist()
+        assert chosen == reference.spread_out(frame[0].tolist(), None, 5)
+
+
+def test_weights_that_do_not_fit_the_features_are_refused():
+    with pytest.raises(ShapeError, match=r"weights must have shape \(3, 9\), got \(3, 8\)"):
+        select_diverse_anchors(noise(1, 3, 9, 2), count=1, weights=torch.ones(3, 8))
 
 
 def test_repeated_content_is_chosen_once_and_rare_content_is_chosen():

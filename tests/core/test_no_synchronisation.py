@@ -36,7 +36,7 @@ GEOMETRIES = [
     (VideoGrid(100, 2, 3), 0.5),
     (VideoGrid(5, 4, 4), 1.0),
 ]
-CONFIGS = (AOTConfig(), AOTConfig.paper(), AOTConfig(emit="both"))
+CONFIGS = (AOTConfig(), AOTConfig.paper(), AOTConfig.preset("transport"), AOTConfig(mass=0.2, emit="both"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

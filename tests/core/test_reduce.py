@@ -1,4 +1,6 @@
+import dataclasses
 import math
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -32,11 +34,35 @@ def test_the_reduction_is_that_of_the_oracle(grid, seed, retention, config, comp
     inputs = video(seed, grid)
     reduced = reduce_video(*inputs, grid=grid, retention=retention, config=config, compared=compared)
     survivors = reference.reduce_video(
-        *(tensor.tolist() for tensor in inputs), grid.rows, grid.cols, retention, config.settings(), compared
+        *(tensor.tolist() for tensor in inputs), grid.rows, grid.cols, retention, dataclasses.asdict(config), compared
     )
     assert reduced.frames.tolist() == [frame for _, frame, _ in survivors]
     assert (reduced.rows * grid.cols + reduced.cols).tolist() == [cell for _, _, cell in survivors]
     torch.testing.assert_close(reduced.tokens, torch.tensor([token for token, _, _ in survivors]), rtol=1e-4, atol=1e-5)
+
+
+@few
+@given(grid=grids(frames=9, side=5), seed=seeds, retention=retentions, config=configs)
+def test_a_setting_that_takes_no_effect_changes_neither_tokens_nor_counts(grid, seed, retention, config):
+    """The layers are read where scores are made, not here."""
+    other = {
+        "global_ratio": 0.9,
+        "window": 2,
+        "epsilon": 0.7,
+        "iterations": 1,
+        "tolerance": 1.0,
+        "spatial_weight": 9.0,
+        "temporal_sigma": 9.0,
+        "clips": 3,
+    }
+    idle = {name: value for name, value in other.items() if not config.uses(name)}
+    inputs, changed = video(seed, grid), replace(config, **idle)
+    one, another = (
+        reduce_video(*inputs, grid=grid, retention=retention, config=either) for either in (config, changed)
+    )
+    assert same_bits(one, another)
+    assert one.budget == another.budget
+    assert config.digest() == changed.digest()
 
 
 @many
@@ -193,7 +219,8 @@ def test_memory_layout_and_the_default_type_do_not_matter():
 def test_solves_that_ran_out_of_iterations_are_counted():
     grid = VideoGrid(16, 4, 5)
     inputs = video(6, grid)
-    hasty = reduce_video(*inputs, grid=grid, retention=0.3, config=AOTConfig(kappa=0.3, iterations=1, tolerance=0))
+    config = AOTConfig(mass=0.2, kappa=0.3, iterations=1, tolerance=0)
+    hasty = reduce_video(*inputs, grid=grid, retention=0.3, config=config)
     assert hasty.unconverged == len(hasty.converged) == len(hasty.iterations) >= 9
     assert reduce_video(*inputs, grid=grid, retention=0.3, config=AOTConfig.paper()).unconverged == 0
 
@@ -222,6 +249,7 @@ def test_a_retention_outside_its_range_is_refused(retention):
     ("config", "retention", "needed"),
     [
         (AOTConfig(), 0.3, False),
+        (AOTConfig.preset("transport"), 0.3, False),
         (AOTConfig.paper(), 0.3, True),
         (AOTConfig.paper(), 0.999, False),  # rounds to all tokens
         (AOTConfig.paper(), 1, False),

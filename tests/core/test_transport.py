@@ -187,7 +187,7 @@ def test_a_mass_of_0_costs_no_solve(nearest_weight, monkeypatch):
 
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-3, 1e3])
 def test_extreme_epsilons_give_finite_tokens(epsilon):
-    config = AOTConfig(epsilon=epsilon)
+    config = AOTConfig(epsilon=epsilon, mass=0.2, kappa=0.5)
     features = noise(5, 4, 30, 8)
     merged = merge_within_frames(features, torch.arange(9).expand(4, 9), rows=5, cols=6, config=config)
     assert merged.isfinite().all()

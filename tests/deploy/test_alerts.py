@@ -68,6 +68,7 @@ MISCONFIGURED = f'aot_gateway_rejections_total{{{GATEWAY}, reason="misconfigured
 ACCEPTED = f"aot_gateway_config_last_reload_successful{{{GATEWAY}}}"
 IN_USE = 'aot_gateway_config_info{job="aot-gateway", instance="gateway-%d:8080", sha256="%s"}'
 BACKEND = f"aot_gateway_limits_backend_up{{{GATEWAY}}}"
+UNSAVED = f"aot_gateway_usage_unsaved_requests{{{GATEWAY}}}"
 KV = f'vllm:kv_cache_usage_perc{{{ENGINE}, model_name="tiny"}}'
 PLUGIN = f"aot_engine_reductions_total{{{ENGINE}}}"
 SCRAPED = f"up{{{ENGINE}}}"
@@ -104,6 +105,7 @@ CASES = {
         labels={"job": "aot-gateway"},
     ),
     "AOTLimitsBackendDown": Case(one(BACKEND, 0), [one(BACKEND, 1)], labels=JOB_AND_INSTANCE),
+    "AOTUsageNotSaved": Case(one(UNSAVED, 3), [one(UNSAVED, 0), {UNSAVED: "0x24 7x4 0x20"}], labels=JOB_AND_INSTANCE),
     "AOTAvailabilityBurnFast": Case(
         chats(fine=90, broken=10),
         [

@@ -169,11 +169,13 @@ async def late(rig, folder):
 
 
 async def lavish(rig, folder):
-    """An engine that keeps all of a video, and clients whose other videos are on hosts that do not deliver."""
+    """An engine that keeps all of a video, a Redis that is not there, and videos on hosts that do not deliver."""
     engine = await rig.engine(headers=dict(WHOLE))
     config = configured(folder, "lavish", {"models": {"fast": {"engine_model": "llava", "max_retention": 0.5}}})
     host = f"127.0.0.1:{free_port()}"
-    gateway = await rig.gateway(engine.url, config=config, media_allow_hosts=(host,), media_allow_http=True)
+    settings = {"media_allow_hosts": (host,), "media_allow_http": True}
+    backend = f"redis://127.0.0.1:{free_port()}/0"
+    gateway = await rig.gateway(engine.url, config=config, limits_backend=backend, **settings)
     rig.keep_asking(gateway, ask_about(VIDEO, model="fast"))
     rig.keep_asking(gateway, ask_about(f"http://{host}/clip.mp4", model="fast"))
     return [gateway], []

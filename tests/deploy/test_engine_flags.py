@@ -9,6 +9,7 @@ import sys
 import pytest
 import yaml
 
+from aot_vllm.adapters.settings import PluginSettings
 from tests.deploy.files import ROOT, composed
 
 KUBERNETES = ROOT / "deploy" / "kubernetes"
@@ -22,7 +23,8 @@ names = sys.argv[2].split()
 parsed = [vars(parser.parse_args(command)) for command in json.loads(sys.argv[1])]
 print("told", json.dumps([{name: args[name] for name in names} for args in parsed]))
 """
-NAMES = "model_tag served_model_name video_pruning_rate trust_request_mm_kwargs enable_prompt_tokens_details headless"
+NAMES = "model_tag served_model_name video_pruning_rate additional_config trust_request_mm_kwargs "
+NAMES += "enable_prompt_tokens_details headless"
 
 
 def documents(path: str) -> list[dict]:
@@ -46,11 +48,12 @@ def commands() -> dict[str, list[str]]:
         "leader": group["leaderTemplate"],
         "worker": group["workerTemplate"],
     }
-    [serve] = re.findall(r"vllm serve ((?:.*\\\n)*.*)", (ROOT / "README.md").read_text())
+    serve, serve_on_a_cpu = re.findall(r"vllm serve ((?:.*\\\n)*.*)", (ROOT / "README.md").read_text())
     return {
         "compose": services["engine"]["command"],
         "compose, cpu": services["engine-cpu"]["command"],
         "README": shlex.split(serve.replace("\\\n", " ")),
+        "README, cpu": shlex.split(serve_on_a_cpu.replace("\\\n", " ")),
         **{name: substituted(pod["spec"]["containers"][0]["args"]) for name, pod in pods.items()},
     }
 
@@ -70,8 +73,23 @@ def test_vllm_takes_them_and_each_switches_the_reduction_on(told):
     assert {name for name, args in told.items() if args["headless"]} == {"worker"}
 
 
+def test_the_plugins_settings_are_left_to_it_unless_the_operator_says_otherwise(told):
+    named = {name: args["additional_config"] for name, args in told.items()}
+    assert {name for name, config in named.items() if config} == {"compose", "compose, cpu", "kubernetes"}
+    assert all(config in ({}, {"aot": None}) for config in named.values())
+    assert PluginSettings.from_additional_config({"aot": None}) == PluginSettings()
+    settings = '{"preset": "paper", "allowed_presets": ["diverse"]}'
+    [argument] = [
+        part
+        for part in composed(AOT_MODEL="a/model", AOT_SETTINGS=settings)["services"]["engine"]["command"]
+        if part.startswith("--additional-config=")
+    ]
+    read = PluginSettings.from_additional_config(json.loads(argument.partition("=")[2]))
+    assert (read.method, read.allowed_presets) == ({"preset": "paper"}, ("diverse",))
+
+
 def test_engines_that_answer_count_tokens_and_take_a_requests_retention(told):
     answering = {name: args for name, args in told.items() if not args["headless"]}
     for name, args in answering.items():
         assert args["trust_request_mm_kwargs"] is args["enable_prompt_tokens_details"] is True, name
-        assert args["served_model_name"] == (None if name == "README" else ["video"]), name
+        assert args["served_model_name"] == (None if name.startswith("README") else ["video"]), name

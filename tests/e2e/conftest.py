@@ -82,7 +82,8 @@ class EngineHolder:
         key = json.dumps([name, arguments], sort_keys=True)
         if key != self.key:
             self.close()
-            self.engine, self.key = Engine(checkpoint(name), **arguments), key
+            model = name if Path(name).is_absolute() else checkpoint(name)
+            self.engine, self.key = Engine(model, **arguments), key
         return self.engine
 
     def close(self):

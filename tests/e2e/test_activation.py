@@ -56,11 +56,12 @@ def test_settings_without_a_rate_are_checked_and_said_to_do_nothing(lines):
 
 
 def test_with_a_rate_one_line_says_what_is_active(lines):
-    config = configure(video_pruning_rate=0.9, additional_config={"aot": {"clips": 4, "emit": "compact"}})
+    config = configure(video_pruning_rate=0.9, additional_config={"aot": {"preset": "transport", "clips": 4}})
     reduction = Reduction.of(config.model_config.multimodal_config)
-    assert reduction == Reduction(retention=0.1, method=AOTConfig(clips=4, emit="compact"))
+    method = AOTConfig.from_mapping({"preset": "transport", "clips": 4})
+    assert reduction == Reduction(retention=0.1, method=method, preset="transport")
     (line,) = lines
-    for said in ("LlavaOnevisionForConditionalGeneration", "retention 0.1", '"clips": 4', '"local_layer": null'):
+    for said in ("LlavaOnevisionForConditionalGeneration", "retention 0.1", "transport with clips 4", '"clips": 4'):
         assert said in line
 
 
@@ -130,8 +131,9 @@ def test_bad_settings_do_not_start_and_name_setting_value_and_range(settings, me
 
 
 def test_a_scoring_layer_the_tower_lacks_does_not_start(start_engine):
+    settings = {"anchors": "attention", "global_layer": 7}
     with pytest.raises(SettingError, match=r"global_layer must be in \[-2, 1\].* executes 2 layers, got 7"):
-        start_engine("tiny", video_pruning_rate=0.9, additional_config={"aot": {"global_layer": 7}})
+        start_engine("tiny", video_pruning_rate=0.9, additional_config={"aot": settings})
 
 
 STOCK_ONLY = {"hf_overrides": {"architectures": ["OpenCUAForConditionalGeneration"]}}

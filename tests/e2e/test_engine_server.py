@@ -155,7 +155,19 @@ def test_counters_grow_by_what_was_served(server, clips):
     assert grown["aot_engine_videos_reduced_total"] == 4
     assert grown["aot_engine_reductions_total"] == 1  # 0.77 was new, the others lay in the caches
     assert grown["aot_engine_reduction_seconds_total"] > 0
+    assert grown["aot_engine_tower_seconds_total"] > 0
     assert "aot_engine_unconverged_solves_total" in grown
+
+
+@pytest.mark.any_runner
+def test_it_tells_what_prefill_and_reductions_cost(server, clips):
+    ask(server, clips[0])
+    server.get("/metrics")  # which asks the workers
+    told = server.get("/v1/aot/engine").json()["prefill"]
+    assert told["tokens"] == [64, 128, 256, 512, 1024, 2048, 4096, 8191][: len(told["tokens"])]
+    assert len(told["tokens"]) == len(told["seconds"]) >= 2
+    assert all(seconds > 0 for seconds in told["seconds"])
+    assert told["reduction_seconds_per_token"] > 0
 
 
 @pytest.fixture(scope="module")

@@ -247,7 +247,7 @@ def test_the_tower_sees_a_long_video_in_blocks_of_frames_and_makes_the_same_of_i
         with torch.inference_mode():
             for tokens in (10**6, 75):  # 75 are 3.1 frames, less what the features take that wait
                 model._tower_tokens = tokens
-                with model.scores.recording(tokens_per_frame=96) as recorded:
+                with model.scores[0].recording(tokens_per_frame=96) as recorded:
                     features.append((model._tower(patches, grid), *recorded()))
         hook.remove()
         del model._tower_tokens

@@ -238,7 +238,7 @@ def test_the_tower_attends_as_fast_as_before_and_returns_the_same_features(start
         pixels = torch.randn(3, 3, 84, 84)
         with torch.inference_mode():
             plain = model._tower(pixels)
-            with model.scores.recording():
+            with model.scores[0].recording():
                 recorded = model._tower(pixels)
         for hook in hooks:
             hook.remove()
@@ -257,7 +257,7 @@ def test_scores_are_the_attention_that_transformers_reports(start_engine):
         import torch
 
         pixels = torch.randn(5, 3, 84, 84, generator=torch.Generator().manual_seed(4))
-        with torch.inference_mode(), model.scores.recording() as recorded:
+        with torch.inference_mode(), model.scores[0].recording() as recorded:
             model._tower(pixels)
             return pixels, recorded()
 

@@ -16,7 +16,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from aot_vllm.kernels import anchors, attention, transport
+from aot_vllm.core.coverage import OWN
+from aot_vllm.kernels import anchors, attention, calibration, coverage, lengths, transport
 
 triton.knobs.nvidia.dump_ptxas_log = True  # its table of registers and spills, on standard output
 
@@ -25,6 +26,7 @@ POINTERS = {
     "keep_ptr": "*i64",
     "best_ptr": "*i64",
     "arrived_ptr": "*i32",
+    "taken_ptr": "*i32",
     "anchors_ptr": "*i64",
     "nearest_ptr": "*i32",
     "iterations_ptr": "*i64",
@@ -33,6 +35,7 @@ POINTERS = {
 FLOATS = {
     *("row_height", "col_width", "spatial_weight", "epsilon", "shortest", "smallest", "largest"),
     *("tolerance", "mass", "nearest_weight", "scale"),
+    *("extreme", "most", "similar", "least"),
 }
 
 
@@ -67,15 +70,49 @@ def _choices():
     for positions in (196, 300, 729, 4096):
         block = triton.next_power_of_2(positions)
         warps = max(1, min(16, block // 512))
-        yield f"spread_out {positions}", anchors._spread_out, {"BLOCK": block}, warps, "fp32"
+        yield f"spread_out {positions}", anchors._spread_out, _PLAIN | {"BLOCK": block}, warps, "fp32"
+        yield f"spread_out {positions} with all", anchors._spread_out, _FULL | {"BLOCK": block}, warps, "fp32"
+        warps = max(1, min(16, block // 256))
+        for carried in (False, True):
+            yield f"cover {positions} {carried}", coverage._cover, _covering(block, carried), warps, "fp32"
+        for cosine in (False, True):
+            yield f"scales {positions}", lengths._scales, {"COSINE": cosine, "BLOCK": block}, warps, "fp32"
+        yield f"in_medians {positions}", calibration._in_medians, {"BLOCK": block}, warps, "fp32"
     for dtype in ("bf16", "fp16", "fp32"):
         without = _without_table(anchors.COLUMNS)
         yield f"spread_out_without_table {dtype}", anchors._spread_out_without_table, without, 16, dtype
+        full = without | _FULL
+        yield f"spread_out_without_table with all {dtype}", anchors._spread_out_without_table, full, 16, dtype
+        full |= {"ALL": True, "CARRIED": False}
+        yield f"spread_out_without_table of all frames {dtype}", anchors._spread_out_without_table, full, 16, dtype
+        for kernel in (lengths._changes, lengths._totals):
+            yield f"{kernel.__name__} {dtype}", kernel, _RUNS, 4, dtype
+        for on in (False, True):
+            flags = {"RELEVANCE": True, "ATTENTION": on, "SINKS": on}
+            yield f"weigh {dtype} {on}", calibration._weigh, _RUNS | flags, 4, dtype
+
+
+_PLAIN = {"WEIGHTED": False, "CARRIED": False}
+_FULL = {"WEIGHTED": True, "CARRIED": True}
+_RUNS = {"TOKENS": lengths.TOKENS, "COLUMNS": lengths.COLUMNS}
+
+
+def _covering(block, carried):
+    return {"CARRIED": carried, "BEHIND_ALL": anchors.BEHIND_ALL, "OWN": OWN, "BLOCK": block}
 
 
 def _small():
     """Yield one case of each kernel."""
-    yield "spread_out", anchors._spread_out, {"BLOCK": 1}, 1, "fp32"
+    yield "spread_out", anchors._spread_out, _FULL | {"BLOCK": 1}, 1, "fp32"
+    yield "cover", coverage._cover, _covering(1, True), 1, "fp32"
+    yield "scales", lengths._scales, {"COSINE": False, "BLOCK": 1}, 1, "fp32"
+    yield "changes", lengths._changes, _RUNS, 4, "bf16"
+    yield "totals", lengths._totals, _RUNS, 4, "bf16"
+    yield "in_medians", calibration._in_medians, {"BLOCK": 1}, 1, "fp32"
+    yield "resemblance", calibration._resemblance, {"COLUMNS": lengths.COLUMNS}, 4, "fp32"
+    yield "segments", calibration._segments, {"COLUMNS": lengths.COLUMNS}, 4, "fp32"
+    flags = {"RELEVANCE": True, "ATTENTION": True, "SINKS": True}
+    yield "weigh", calibration._weigh, _RUNS | flags, 4, "bf16"
     yield "spread_out_without_table", anchors._spread_out_without_table, _without_table(1), 16, "bf16"
     shape = {"NEAREST": True, "TOKENS": 4, "ANCHORS": 1}
     yield "scalings", transport._scalings, shape, 8, "fp32"
@@ -88,7 +125,8 @@ def _small():
 
 
 def _without_table(columns):
-    return {"BEHIND_ALL": anchors.BEHIND_ALL, "TOKENS": anchors.TOKENS, "COLUMNS": columns}
+    sizes = {"BEHIND_ALL": anchors.BEHIND_ALL, "TOKENS": anchors.TOKENS, "COLUMNS": columns}
+    return _PLAIN | sizes | {"ALL": False}
 
 
 def type_of(name, dtype):

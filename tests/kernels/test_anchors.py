@@ -104,3 +104,26 @@ def test_tensors_that_do_not_fit_are_refused_as_by_core(kernels):
         kernels.select_diverse_anchors(torch.ones(3, 4), count=1)
     with pytest.raises(SettingError, match="keep must have 1 counts"):
         kernels.select_diverse_anchors(torch.ones(1, 3, 4), count=1, keep=[1, 1])
+
+
+@pytest.mark.parametrize("memory", ["previous", "carried", "all"])
+@pytest.mark.parametrize("distance", ["euclidean", "cosine"])
+def test_weights_distance_and_memory_have_the_meaning_of_core(kernels, device, distance, memory):
+    features, weights = video(9, VideoGrid(5, 5, 6), 16)[0], noise(10, 5, 30).exp()
+    features[:, 4] *= 30
+    arguments = {"count": 4, "keep": [0, 3, 0, 4, 2], "distance": distance, "memory": memory}
+    chosen, expected = both(kernels, device, features, **arguments)
+    assert torch.equal(chosen, expected)
+    expected = anchors.select_diverse_anchors(features, weights=weights, **arguments)
+    chosen = kernels.select_diverse_anchors(features.to(device), weights=weights.to(device), **arguments)
+    assert torch.equal(chosen.cpu(), expected)
+
+
+def test_blocks_of_frames_carry_what_is_remembered(kernels, device, monkeypatch):
+    from aot_vllm.kernels import anchors as kernel
+
+    features = video(7, VideoGrid(5, 4, 4), 8)[0].to(device)
+    whole = kernels.select_diverse_anchors(features, count=3, keep=2, memory="carried")
+    monkeypatch.setattr(kernel, "MOST_BLOCKS", 5)
+    monkeypatch.setattr(kernel, "BLOCK_BYTES", 8 * 16**2)
+    assert torch.equal(kernels.select_diverse_anchors(features, count=3, keep=2, memory="carried"), whole)

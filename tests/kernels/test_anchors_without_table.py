@@ -1,13 +1,14 @@
 """Without a table of products the anchors are still those of `core`, whether one program chooses or several do."""
 
 import inspect
+import math
 import threading
 
 import pytest
 import torch
 
 from aot_vllm import VideoGrid
-from aot_vllm.core import anchors
+from aot_vllm.core import anchors, distances
 from tests.strategies import noise, video
 
 tl = pytest.importorskip("triton.language")  # the interpreter looks for it beside the functions that it runs
@@ -16,7 +17,7 @@ kernel = pytest.importorskip("aot_vllm.kernels.anchors")
 
 @pytest.fixture(autouse=True)
 def no_table(monkeypatch):
-    monkeypatch.setattr(anchors, "TABLE_BYTES", 1)
+    monkeypatch.setattr(distances, "TABLE_BYTES", 1)
 
 
 def both(kernels, device, features, **arguments):
@@ -109,7 +110,7 @@ def side_by_side(monkeypatch):
 
             def begin(**named):
                 threads.append(threading.Thread(target=run, args=(builder.grid_idx, named), daemon=True))
-                if len(threads) == builder.grid_dim[0]:
+                if len(threads) == math.prod(builder.grid_dim):
                     for thread in threads:
                         thread.start()
                     for thread in threads:
@@ -129,9 +130,19 @@ def side_by_side(monkeypatch):
 def test_programs_that_run_at_once_agree_on_the_choice_of_core(kernels, device, programs, side_by_side, monkeypatch):
     if device.type == "cuda":
         pytest.skip("a GPU runs several programs in every test above")
-    monkeypatch.setattr(kernel, "_programs_at_once", lambda device: programs)
+    monkeypatch.setattr(kernel, "programs_at_once", lambda device: programs)
     monkeypatch.setattr(kernel, "TOKENS", 8)
     features = video(4, VideoGrid(3, 7, 7), 12)[0]
     features[2, 11] = features[2, 30]
     chosen, expected = both(kernels, device, features, count=6, keep=[4, 0, 6])
     assert torch.equal(chosen, expected)
+
+
+@pytest.mark.parametrize("memory", ["previous", "carried", "all"])
+def test_weights_distance_and_memory_have_the_meaning_of_core(kernels, device, memory, monkeypatch):
+    monkeypatch.setattr(kernel, "TOKENS", 32)
+    features, weights = video(9, VideoGrid(4, 5, 6), 16)[0], noise(10, 4, 30).exp()
+    arguments = {"count": 4, "keep": [0, 3, 4, 2], "distance": "cosine", "memory": memory}
+    expected = anchors.select_diverse_anchors(features, weights=weights, **arguments)
+    chosen = kernels.select_diverse_anchors(features.to(device), weights=weights.to(device), **arguments)
+    assert torch.equal(chosen.cpu(), expected)

@@ -1,5 +1,7 @@
 """A reduction is few launches, nothing waits for the device, and memory grows with the positions of a frame."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -12,7 +14,9 @@ from tests.kernels.counting import Operations, Waits
 pytest.importorskip("triton")
 
 TRITON = algorithms_for(torch.device("meta"), kernels="triton")
-ATTENTION = AOTConfig(anchors="attention")
+MASS = AOTConfig(mass=0.2)
+ATTENTION = AOTConfig(anchors="attention", mass=0.2)
+CALIBRATED, COVERAGE = AOTConfig.preset("calibrated"), AOTConfig.preset("coverage")
 VIDEOS = [
     (VideoGrid(32, 14, 14), 3584),  # LLaVA-OneVision
     (VideoGrid(64, 15, 20), 3584),  # Qwen2.5-VL
@@ -35,20 +39,39 @@ def reduce(grid, width, *, retention, config=None, algorithms=TRITON, dtype=torc
 
 @pytest.mark.parametrize("retention", [0.03, 0.1, 0.25, 0.77])
 @pytest.mark.parametrize(("grid", "width"), VIDEOS)
-def test_a_video_takes_at_most_40_launches_whatever_its_number_of_frames(grid, width, retention):
+@pytest.mark.parametrize("config", [AOTConfig(), MASS])
+def test_a_video_takes_at_most_40_launches_whatever_its_number_of_frames(grid, width, retention, config):
     with own_launches() as launched, Operations() as operations:
-        reduce(grid, width, retention=retention)
+        reduce(grid, width, retention=retention, config=config)
     assert len(operations.names) + len(launched) <= 40, (operations.names, launched)
 
 
-@pytest.mark.parametrize("retention", [0.1, 0.25])
+@pytest.mark.parametrize("memory", ["previous", "carried", "all"])
 @pytest.mark.parametrize(("grid", "width"), VIDEOS)
-def test_with_attention_scores_a_video_takes_at_most_60_launches(grid, width, retention):
+def test_so_it_does_with_any_memory(grid, width, memory):
+    with own_launches() as launched, Operations() as operations:
+        reduce(grid, width, retention=0.1, config=AOTConfig(memory=memory, distance="cosine"))
+    assert len(operations.names) + len(launched) <= 40, (operations.names, launched)
+
+
+@pytest.mark.parametrize("memory", ["previous", "carried"])
+@pytest.mark.parametrize(("grid", "width"), [video for video in VIDEOS if video[0].positions <= 1024])
+def test_anchors_that_cover_take_few_launches_more(grid, width, memory):
+    config = dataclasses.replace(COVERAGE, memory=memory)
+    with own_launches() as launched, Operations() as operations:
+        reduce(grid, width, retention=0.1, config=config)
+    assert len(operations.names) + len(launched) <= 45, (operations.names, launched)
+
+
+@pytest.mark.parametrize("retention", [0.1, 0.25])
+@pytest.mark.parametrize("config", [ATTENTION, CALIBRATED], ids=["attention", "calibrated"])
+@pytest.mark.parametrize(("grid", "width"), VIDEOS)
+def test_with_attention_scores_a_video_takes_at_most_60_launches(grid, width, retention, config):
     query = torch.empty(grid.frames, grid.positions, 16 * 72, device="meta", dtype=torch.bfloat16)
     features = torch.empty(grid.frames, grid.positions, width, device="meta", dtype=torch.bfloat16)
     with own_launches() as launched, Operations() as operations:
         scores = [TRITON.attention_received(query, query, num_heads=16, scale=0.1) / 16 for _ in range(2)]
-        reduce_video(features, *scores, grid=grid, retention=retention, config=ATTENTION, algorithms=TRITON)
+        reduce_video(features, *scores, grid=grid, retention=retention, config=config, algorithms=TRITON)
     assert len(operations.names) + len(launched) <= 60, (operations.names, launched)
 
 
@@ -57,12 +80,12 @@ def test_a_choice_without_a_table_is_one_launch_of_our_own():
         features = torch.empty(frames, 4097, 8, device="meta", dtype=torch.bfloat16)
         with own_launches() as launched, Operations() as operations:
             TRITON.select_diverse_anchors(features, count=41, keep=40)
-        assert launched == ["_spread_out_without_table"]
+        assert launched == ["_scales", "_totals", "_spread_out_without_table"]
         assert len(operations.names) <= 12, operations.names
 
 
 @pytest.mark.parametrize("algorithms", [TRITON, TORCH])
-@pytest.mark.parametrize("config", [AOTConfig(), ATTENTION, AOTConfig(mass=0), AOTConfig(nearest_weight=0.1)])
+@pytest.mark.parametrize("config", [MASS, ATTENTION, CALIBRATED, COVERAGE, AOTConfig(mass=0.2, nearest_weight=0.1)])
 @pytest.mark.parametrize("retention", [0.1, 0.25, 0.333])
 def test_nothing_waits_on_the_first_video_of_a_size(retention, config, algorithms):
     for grid, width in (VideoGrid(32, 14, 14), 64), (VideoGrid(7, 5, 3), 8), (VideoGrid(1, 9, 9), 8):

@@ -9,7 +9,7 @@ from aot_vllm import AOTConfig, VideoGrid, reduce_video
 from aot_vllm.core import transport
 from tests.strategies import noise, video
 
-PAPER = AOTConfig.paper()
+PAPER, MASS = AOTConfig.paper(), AOTConfig(mass=0.2)
 
 
 def draw_anchors(seed, grid, count):
@@ -32,7 +32,7 @@ def check(kernels, device, features, anchors, grid, config, *, compared=None, **
     ("frames", "rows", "cols", "count"),
     [(1, 1, 2, 1), (1, 1, 1, 1), (3, 7, 9, 5), (2, 14, 14, 20), (33, 3, 3, 2), (1, 27, 27, 40), (1, 40, 50, 7)],
 )
-@pytest.mark.parametrize("config", [AOTConfig(), PAPER, AOTConfig(tolerance=0.0, iterations=3)])
+@pytest.mark.parametrize("config", [MASS, PAPER, AOTConfig(mass=0.2, tolerance=0.0, iterations=3)])
 def test_the_merged_tokens_are_those_of_core(kernels, device, frames, rows, cols, count, config):
     grid = VideoGrid(frames, rows, cols)
     check(kernels, device, video(2, grid, 24)[0], draw_anchors(2, grid, count), grid, config)
@@ -58,7 +58,7 @@ def test_several_blocks_of_tokens_columns_and_anchors(kernels, device, monkeypat
 def test_the_plan_is_made_from_the_compared_columns(kernels, device):
     grid = VideoGrid(2, 5, 5)
     features = video(5, grid, 20)[0].transpose(0, 1).contiguous().transpose(0, 1)
-    check(kernels, device, features, draw_anchors(5, grid, 6), grid, AOTConfig(), compared=8)
+    check(kernels, device, features, draw_anchors(5, grid, 6), grid, MASS, compared=8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -72,7 +72,7 @@ def test_half_precision_is_rounded_once_at_the_end(kernels, device, dtype):
 @pytest.mark.parametrize("epsilon", [1e-3, 1e3])
 def test_extreme_epsilons_give_finite_tokens(kernels, device, epsilon):
     grid = VideoGrid(2, 5, 6)
-    arguments = {"rows": 5, "cols": 6, "config": AOTConfig(epsilon=epsilon)}
+    arguments = {"rows": 5, "cols": 6, "config": AOTConfig(mass=0.2, epsilon=epsilon)}
     anchors = draw_anchors(7, grid, 9).to(device)
     assert kernels.absorb_frames(noise(7, 2, 30, 8).to(device), anchors, **arguments).tokens.isfinite().all()
 
@@ -82,7 +82,7 @@ def test_zero_vectors_and_repeated_tokens(kernels, device):
     features = video(8, grid, 16)[0]
     features[:, ::3] = 0
     features[1] = features[1, :1]
-    check(kernels, device, features, draw_anchors(8, grid, 6), grid, AOTConfig())
+    check(kernels, device, features, draw_anchors(8, grid, 6), grid, MASS)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -90,9 +90,7 @@ def test_a_nan_stays_in_its_frame(kernels, device):
     grid = VideoGrid(3, 5, 5)
     features = video(9, grid, 16)[0]
     features[1, 4] = torch.nan
-    made = kernels.absorb_frames(
-        features.to(device), draw_anchors(9, grid, 6).to(device), rows=5, cols=5, config=AOTConfig()
-    )
+    made = kernels.absorb_frames(features.to(device), draw_anchors(9, grid, 6).to(device), rows=5, cols=5, config=MASS)
     assert made.tokens[[0, 2]].isfinite().all()
 
 
@@ -103,7 +101,10 @@ def test_equal_inputs_give_equal_bits(kernels, device):
     assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("config", [AOTConfig(), AOTConfig(anchors="attention"), PAPER, AOTConfig(emit="both")])
+@pytest.mark.parametrize(
+    "config",
+    [AOTConfig(), MASS, AOTConfig(anchors="attention"), PAPER, AOTConfig(emit="both"), AOTConfig.preset("transport")],
+)
 def test_a_whole_reduction_is_that_of_core(kernels, device, config):
     grid = VideoGrid(9, 6, 7)
     inputs = video(11, grid, 20)

@@ -38,6 +38,12 @@ def clip(
     return buffer.getvalue()
 
 
+def longer_than_an_argument() -> bytes:
+    """The small video, longer than Linux lets an argument of a command be, by an MP4 box that means nothing."""
+    size = 200_000
+    return clip() + size.to_bytes(4, "big") + b"free" + bytes(size - 8)
+
+
 @functools.cache
 def growing(container: str, codec: str, *sizes: tuple[int, int], pix_fmt: str = "yuv420p", each: int = 4) -> bytes:
     """A grey video whose frame size changes within the stream. The container's header knows only the first size."""

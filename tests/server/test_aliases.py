@@ -46,6 +46,14 @@ def test_a_bound_on_tokens_decides_within_the_bounds_of_the_alias():
     assert (target.retention, target.max_tokens, target.min_retention, target.max_retention) == (None, 2000, 0.05, 0.5)
 
 
+def test_an_engine_is_told_what_the_alias_or_the_request_names_and_nothing_else():
+    assert Alias("a", "m").target().processor_kwargs == {}
+    assert Alias("a", "m", 0.1).target().processor_kwargs == {"aot_retention": 0.1}
+    assert Alias("a", "m", preset="paper").target().processor_kwargs == {"aot_preset": "paper"}
+    both = Alias("a", "m", 0.1, preset="paper").target(Asked(0.3)).processor_kwargs
+    assert both == {"aot_retention": 0.3, "aot_preset": "paper"}
+
+
 def test_frames_are_bounded_by_the_alias():
     alias = Alias("a", "m", max_frames=64)
     assert alias.target(Asked(sampling=Sampling(frames=64))).sampling == Sampling(frames=64, max_frames=64)

@@ -53,6 +53,8 @@ def test_a_file_gives_its_aliases(tmp_path):
         ("models: {a: {engine_model: m, retention: .nan}}", "models.a.retention: "),
         ("models: {a: {engine_model: m, retention: true}}", "models.a.retention: "),
         ("models: {a: {engine_model: m, retention: '0.1'}}", "models.a.retention: "),
+        ("models: {a: {engine_model: m, preset: 'AOT whole'}}", "models.a.preset: string should match pattern"),
+        ("models: {a: {engine_model: m, preset: [paper]}}", "models.a.preset: "),
         ("models: {a: {engine_model: m, retention: 0.123}}", "models.a.retention: must have at most two decimals"),
         (
             "models: {a: {engine_model: m, min_retention: 0.5, max_retention: 0.2}}",

@@ -31,7 +31,7 @@ from server.requests.parameters import (
 from server.requests.text import MOST_PROMPTS
 from server.settings import PREFIX, Settings
 from tests.programs import needs
-from tests.server.clips import clip
+from tests.server.clips import longer_than_an_argument
 from tests.server.harness import served
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,12 +112,13 @@ def test_the_example_configuration_is_one(tmp_path):
 @pytest.fixture
 async def run_example(engine, tmp_path):
     """Runs a command against a gateway with the example configuration, next to a clip; returns its output."""
-    key = new_key()
-    (tmp_path / "clip.mp4").write_bytes(clip())
+    key, metrics_key = new_key(), new_key()
+    (tmp_path / "clip.mp4").write_bytes(longer_than_an_argument())
     (tmp_path / "files").mkdir()
     engine.models = ["llava-hf/llava-onevision-qwen2-7b-ov-hf"]
     config = tmp_path / "gateway.yaml"
-    config.write_text(re.sub(r"[0-9a-f]{64}", digest_of(key.encode()), "".join(blocks("yaml")), count=1))
+    written = re.sub(r"[0-9a-f]{64}", digest_of(key.encode()), "".join(blocks("yaml")), count=1)
+    config.write_text(re.sub(r'(?<=metrics_keys: \[\{sha256: ")\w+', digest_of(metrics_key.encode()), written))
     settings = Settings(engines=(engine.url,), config=config, files_dir=tmp_path / "files")
     async with served(settings) as url:
 
@@ -126,7 +127,7 @@ async def run_example(engine, tmp_path):
                 subprocess.run,
                 [part.replace("http://127.0.0.1:8080", url) for part in command],
                 cwd=tmp_path,
-                env={"PATH": os.environ["PATH"], "AOT_API_KEY": key},
+                env={"PATH": os.environ["PATH"], "AOT_API_KEY": key, "AOT_METRICS_KEY": metrics_key},
                 capture_output=True,
                 text=True,
                 timeout=120,
@@ -145,19 +146,39 @@ async def test_the_examples_with_the_sdk_run(run_example):
     assert "'after': 627" in answer
     assert tokens == "400000 of 400000 tokens left"
     assert re.fullmatch(r"file-[0-9a-f]{32} 2\.0 seconds \['clip\.mp4'\]", file)
-    assert (run_example.directory / "copy.mp4").read_bytes() == clip()
+    assert (run_example.directory / "copy.mp4").read_bytes() == longer_than_an_argument()
+
+
+def example_usage() -> dict:
+    return next(shown for shown in map(json.loads, blocks("json")) if shown["object"] == "usage")
+
+
+def test_the_example_of_usage_adds_up():
+    shown = example_usage()
+    assert {**shown["total"], **{name: shown["data"][0][name] for name in ("date", "model")}} == shown["data"][0]
+    tokens = shown["total"]["video_tokens"]
+    assert tokens["saved"] == tokens["before"] - tokens["after"]
 
 
 @needs("curl")
 async def test_the_examples_with_curl_run(run_example):
-    commands = [block.removeprefix("$ ") for block in blocks("console") if block.startswith("$ curl")]
+    commands = [
+        block.removeprefix("$ ") for block in blocks("console") if re.search(r"^\s*(\$ )?curl ", block, re.MULTILINE)
+    ]
     assert len(commands) >= 2
     printed = [
-        await run_example("bash", "-ec", command.replace("curl", "curl -sS --fail-with-body", 1))
+        await run_example("bash", "-euo", "pipefail", "-c", command.replace("curl", "curl -sS --fail-with-body", 1))
         for command in commands
     ]
     assert json.loads(printed[0])["usage"]["video_tokens"]["after"] == 627
-    assert json.loads(printed[1])["filename"] == "clip.mp4"
+    usage = json.loads(printed[1])
+    assert usage["total"]["video_tokens"] == {"before": 6272, "after": 627, "saved": 5645}
+    assert usage.keys() == example_usage().keys()
+    assert usage["data"][0].keys() == example_usage()["data"][0].keys()
+    table = (run_example.directory / "usage.csv").read_text().splitlines()
+    assert all(f"`{column}`" in TEXT for column in table[0].split(","))
+    assert len(table) == 2
+    assert json.loads(printed[3])["filename"] == "clip.mp4"
 
 
 def test_the_table_of_fields_names_every_rule_and_its_bound():

@@ -35,7 +35,7 @@ async def test_aliases_replace_the_engines_models(engine, tmp_path):
         listing = (await client.get("/v1/models")).json()["data"]
         assert [card["id"] for card in listing] == ["llava-fast"]
         bounds = {"retention": 0.1, "min_retention": 0.05, "max_retention": 0.5}
-        assert listing[0]["aot"] == {**bounds, "engine_retention": None}
+        assert listing[0]["aot"] == {**bounds, "engine_retention": None, "preset": None}
         assert (await client.post(CHAT, json=ask())).status_code == 404
         assert (await client.post(CHAT, json=ask(model="llava-fast"))).status_code == 200
         refused = await client.post(CHAT, json=ask(model="llava-fast", aot={"retention": 0.6}))

@@ -28,6 +28,7 @@ GOOD = {
         "https://App.Example.com, http://localhost:3000",
         ("https://app.example.com", "http://localhost:3000"),
     ),
+    "USAGE_DAYS": ("7", 7),
     "MAX_BODY_BYTES": ("4096", 4096),
     "BODY_SECONDS": ("3", 3.0),
     "MAX_BUFFERED_BYTES": ("200000000", 200_000_000),

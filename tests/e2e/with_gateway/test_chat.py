@@ -67,6 +67,28 @@ def test_a_stream_that_did_not_ask_for_usage_gets_none_but_is_counted(client, ga
     assert metric(gateway, "aot_gateway_video_tokens_total", model="fast", stage="after") - counted == after(0.15)
 
 
+def test_usage_grows_by_what_the_engine_counted_and_measured(client, gateway, clip_url):
+    def used():
+        report = httpx.get(f"{gateway}/v1/usage", params={"days": 2}).json()
+        rows = [row for row in report["data"] if row["model"] == "fast"]
+        counted = {name: sum(row["video_tokens"][name] for row in rows) for name in ("before", "after", "saved")}
+        return {"requests": sum(row["requests"] for row in rows), **counted}
+
+    def prefill(stage):
+        return metric(gateway, "aot_gateway_prefill_seconds_total", model="fast", stage=stage)
+
+    begin, spent = used(), {stage: prefill(stage) for stage in ("before", "after")}
+    client.chat.completions.create(model="fast", **chat(clip_url), extra_body={"aot": {"retention": 0.33}})
+    end = used()
+    assert {name: end[name] - begin[name] for name in end} == {
+        "requests": 1,
+        "before": BEFORE,
+        "after": after(0.33),
+        "saved": BEFORE - after(0.33),
+    }
+    assert all(prefill(stage) > seconds for stage, seconds in spent.items())
+
+
 def test_text_alone_goes_through_without_savings(client):
     answer = client.chat.completions.create(model="fast", **chat())
     assert answer.choices[0].message.content

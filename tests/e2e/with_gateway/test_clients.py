@@ -24,17 +24,26 @@ def python_2():
     return environment.python()
 
 
+def python_with_openai_3():
+    return environment.python_with_openai_3()
+
+
 def python_3():
     return Path(sys.executable)
 
 
-def node():
-    folder = environment.node_modules()
+def node(packages=""):
+    folder = environment.node_modules(packages)
     for script in CLIENTS.glob("*.mjs"):  # modules are looked for beside the script
         shutil.copy(script, folder)
     return folder
 
 
+def node_with_ai_sdk_6():
+    return node("ai_sdk_6")
+
+
+@pytest.mark.timeout(900)  # the first test of a client installs it
 @pytest.mark.parametrize(
     ("runtime", "script"),
     [
@@ -43,14 +52,22 @@ def node():
         pytest.param(python_2, "litellm_sdk.py", id="LiteLLM's SDK"),
         pytest.param(python_2, "langchain_chat.py", id="LangChain's ChatOpenAI"),
         pytest.param(node, "openai_node.mjs", id="openai-node", marks=needs("node", "npm")),
-        pytest.param(node, "vercel_ai.mjs", id="Vercel's AI SDK", marks=needs("node", "npm")),
+        pytest.param(node, "vercel_ai.mjs", id="Vercel's AI SDK 7", marks=needs("node", "npm")),
+        pytest.param(
+            node_with_ai_sdk_6,
+            "vercel_ai_6.mjs",
+            id="Vercel's AI SDK 6",
+            marks=[pytest.mark.slow, needs("node", "npm")],
+        ),
+        pytest.param(python_2, "llama_index_like.py", id="LlamaIndex's OpenAILike", marks=pytest.mark.slow),
+        pytest.param(python_with_openai_3, "pydantic_ai_agent.py", id="pydantic-ai's agent", marks=pytest.mark.slow),
     ],
 )
 def test_a_published_client_gets_answers_streams_usage_and_errors_and_may_leave(
     gateway, engine, clip_url, runtime, script
 ):
     where = runtime()
-    command = ["node", str(where / script)] if runtime is node else [str(where), str(CLIENTS / script)]
+    command = ["node", str(where / script)] if script.endswith(".mjs") else [str(where), str(CLIENTS / script)]
     environ = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
     finished = metric(engine, "vllm:request_success_total", finished_reason="length")
     with subprocess.Popen(

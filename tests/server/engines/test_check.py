@@ -18,6 +18,7 @@ UNTRUSTED = (
     b'"type":"BadRequestError","param":"mm_processor_kwargs","code":400}}'
 )
 VIDEO = data_url(clip())
+ALLOWING = {"reduction": {"active": True, "retention": 0.1, "preset": "diverse", "presets": ["diverse", "paper"]}}
 GOOD = dict.fromkeys(REMEDIES, True)
 
 
@@ -33,6 +34,11 @@ def examined(wanted, *, takes_key=True, models=("llava",), **told):
         ({}, Wanted(models=frozenset({"other"})), "models"),
         ({"frames_format": 2}, Wanted(), "frames"),
         ({"reduction": {"active": False}}, Wanted(), "reduction"),
+        ({"reduction": {"active": False}}, Wanted(presets=frozenset({("llava", "paper")})), "reduction"),
+        (ALLOWING, Wanted(presets=frozenset({("llava", "paper"), ("llava", "diverse")})), None),
+        (ALLOWING, Wanted(presets=frozenset({("llava", "paper"), ("llava", "other")})), "presets"),
+        (ALLOWING, Wanted(presets=frozenset({("another", "other")})), None),
+        ({}, Wanted(presets=frozenset({("llava", "paper")})), "presets"),
         ({"request_kwargs_trusted": False}, Wanted(), "request_kwargs"),
         ({"prompt_tokens_details": False}, Wanted(), "prompt_details"),
         ({"limits": {"media_decode_bytes": 999}}, Wanted(decoded_bytes=1000), "limits"),
@@ -169,6 +175,60 @@ async def test_models_tell_what_engines_keep_by_default(engine):
     async with gateway(engine) as client:
         (card,) = (await client.get("/v1/models")).json()["data"]
         assert card["aot"]["engine_retention"] == 0.1
+
+
+async def test_models_tell_the_preset_of_their_alias_or_else_of_the_engine(engine, tmp_path):
+    engine.profile = {**ONEVISION, **ALLOWING}
+    path = tmp_path / "gateway.yaml"
+    path.write_text("models: {own: {engine_model: llava}, published: {engine_model: llava, preset: paper}}")
+    async with gateway(engine, config=path) as client:
+        cards = (await client.get("/v1/models")).json()["data"]
+        assert {card["id"]: card["aot"]["preset"] for card in cards} == {"own": "diverse", "published": "paper"}
+
+
+async def test_an_alias_sends_its_preset_with_videos_and_only_with_them(engine, tmp_path):
+    engine.profile = {**ONEVISION, **ALLOWING}
+    path = tmp_path / "gateway.yaml"
+    path.write_text(
+        "models: {own: {engine_model: llava}, published: {engine_model: llava, preset: paper}, "
+        "both: {engine_model: llava, preset: paper, retention: 0.25}}"
+    )
+    asked = [
+        (ask_about(VIDEO, model="own"), None),
+        (ask_about(VIDEO, model="own", aot={"retention": 0.5}), {"aot_retention": 0.5}),
+        (ask_about(VIDEO, model="published"), {"aot_preset": "paper"}),
+        (ask_about(VIDEO, model="published", aot={"retention": 0.5}), {"aot_retention": 0.5, "aot_preset": "paper"}),
+        (ask_about(VIDEO, model="both"), {"aot_retention": 0.25, "aot_preset": "paper"}),
+        (ask(model="both"), None),
+    ]
+    async with gateway(engine, config=path) as client:
+        for body, _ in asked:
+            assert (await client.post(CHAT, json=body)).status_code == 200
+        refused = await client.post(CHAT, json=ask_about(VIDEO, model="own", aot={"preset": "paper"}))
+        assert (refused.status_code, error_of(refused)["param"]) == (400, "aot.preset")
+        forbidden = await client.post(CHAT, json=ask_about(VIDEO, model="own", mm_processor_kwargs={"aot_preset": "x"}))
+        assert (forbidden.status_code, error_of(forbidden)["code"]) == (400, "forbidden_field")
+    assert [request.get("mm_processor_kwargs") for request in engine.requests] == [sent for _, sent in asked]
+
+
+REFUSED_PRESET = (
+    b'{"error":{"message":"aot_preset must be one of the presets that this engine allows, diverse, got \'paper\'; '
+    b'its operator lists them under allowed_presets in the aot settings","type":"BadRequestError","code":400}}'
+)
+
+
+async def test_an_engine_that_refuses_an_aliass_preset_is_the_operators_fault(engine, tmp_path, caplog):
+    engine.profile = {**ONEVISION, "reduction": {"active": True, "preset": "diverse", "presets": ["diverse"]}}
+    engine.error = (400, REFUSED_PRESET, "application/json")
+    path = tmp_path / "gateway.yaml"
+    path.write_text("models: {published: {engine_model: llava, preset: paper}}")
+    async with gateway(engine, config=path) as client:
+        assert state_of(await client.get("/health/ready"))["engine-0"] == (True, ["presets"])
+        answer = await client.post(CHAT, json=ask_about(VIDEO, model="published"))
+        assert (answer.status_code, error_of(answer)["code"]) == (500, "engine_misconfigured")
+        assert "preset" not in answer.text
+    (line,) = [record for record in caplog.records if record.getMessage() == "engine is not set up for the gateway"]
+    assert "diverse, got 'paper'" in line.engine_message
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -4,10 +4,15 @@ from contextlib import AsyncExitStack
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry
 
+from server.engines.pool import EnginePool
+from server.engines.session import EngineSession
 from server.keys import digest_of, new_key
+from server.observe.metrics import Metrics
 from server.settings import Settings
 from tests.server.engine_double import EngineDouble
+from tests.server.engines.profiles import ONEVISION
 from tests.server.harness import CHAT, ask, error_of, gateway, served, until, until_true, value
 
 
@@ -248,3 +253,23 @@ async def test_a_silent_engine_does_not_delay_what_is_known_of_the_others(engine
         async with asyncio.timeout(1):  # a check may hang for three
             await until(lambda: not value(client, "engine_up", engine="engine-1"))
         silent.health_hold.set()
+
+
+async def test_what_one_api_server_of_an_engine_has_measured_counts_until_the_engine_has_been_down(engine):
+    measured = {"tokens": [64, 128], "seconds": [0.5, 1.5]}
+    metrics = Metrics(CollectorRegistry())
+    async with EngineSession(connect_seconds=1, read_seconds=5) as session:
+        pool = EnginePool([engine.url], session=session, metrics=metrics, health_seconds=60)
+        found = []
+        for told in ({"prefill": measured}, {}, {"prefill": None}, None, {}):
+            engine.profile = None if told is None else {**ONEVISION, **told}
+            await pool.check()
+            found.append(pool.engines[0].profile and pool.engines[0].profile.prefill)
+        engine.profile = {**ONEVISION, "prefill": measured}
+        await pool.check()
+        engine.healthy = False
+        await pool.check()
+        engine.healthy, engine.profile = True, ONEVISION
+        await pool.check()
+        found.append(pool.engines[0].profile.prefill)
+    assert [one and one.seconds for one in found] == [(0.5, 1.5)] * 3 + [None] * 3

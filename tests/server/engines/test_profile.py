@@ -51,9 +51,10 @@ def test_what_makes_no_sense_is_no_profile(content):
 
 @contextlib.asynccontextmanager
 async def pool_of(*engines):
-    async with EngineSession(connect_seconds=1, read_seconds=5) as session:
+    async with EngineSession(connect_seconds=1) as session:
         metrics = Metrics(CollectorRegistry())
-        yield EnginePool([engine.url for engine in engines], session=session, metrics=metrics, health_seconds=60)
+        urls = [engine.url for engine in engines]
+        yield EnginePool(urls, session=session, metrics=metrics, health_seconds=60, read_seconds=5)
 
 
 async def test_the_pool_reads_profiles_at_health_checks_and_has_rules_where_its_engines_agree():

@@ -105,7 +105,7 @@ async def test_a_port_refuses_that_nobody_listens_on_and_no_other():
 async def test_connections_whose_other_end_vanishes_break_in_time(engine):
     engine.hold = asyncio.Event()
     async with (
-        EngineSession(connect_seconds=1, read_seconds=1) as session,
+        EngineSession(connect_seconds=1) as session,
         session.http.post(f"{engine.url}{CHAT}", json={"stream": True}) as answer,
     ):
         kernel = answer.connection.transport.get_extra_info("socket")

@@ -7,8 +7,10 @@ from server import __version__
 from server.engines.check import REMEDIES
 from server.errors import REASONS
 from server.keys import digest_of, new_key
+from server.observe.metrics import TENANT_UNITS
 from tests.server.clips import clip, data_url
-from tests.server.engine_double import TEXT, EngineDouble
+from tests.server.engine_double import COMPLETION, TEXT, EngineDouble
+from tests.server.engines.profiles import ONEVISION
 from tests.server.harness import CHAT, ask, ask_about, free_port, gateway, until, value
 from tests.server.media.hosts import MediaHost
 
@@ -44,6 +46,7 @@ LABELS = {
     "inter_token_latency_seconds": {"model"},
     "overhead_seconds": {"phase"},
     "video_tokens_total": {"model", "stage"},
+    "prefill_seconds_total": {"model", "stage"},
     "video_retention_ratio": {"model"},
     "video_retention_limit_ratio": {"model"},
     "video_bytes": set(),
@@ -52,6 +55,7 @@ LABELS = {
     "rejections_total": {"reason"},
     "tenant_usage_total": {"tenant", "unit"},
     "limits_backend_up": set(),
+    "usage_unsaved_requests": set(),
     "upstream_retries_total": {"reason"},
     "affinity_total": {"outcome"},
     "engine_up": {"engine"},
@@ -70,7 +74,7 @@ CLOSED = {
     "phase": {"parse", "fetch", "probe", "queue", "connect"},
     "reason": {*REASONS, "connect", "refused", "misconfigured", "cache_miss"},
     "outcome": {"hit", "spilled", "none"},
-    "unit": {"requests", "tokens", "video_seconds", "rate_limited"},
+    "unit": set(TENANT_UNITS),
     "status_class": {"2xx", "4xx", "5xx"},
     "stream": {"true", "false"},
     "engine": {"engine-0", "engine-1"},
@@ -108,8 +112,9 @@ class Watched:
 
 
 @pytest.fixture
-async def watched(engine, tmp_path):
-    """A gateway with two engines and two tenants, whose limits are in a Redis that does not run."""
+async def watched(engine, tmp_path, monkeypatch):
+    """A gateway with two engines and two tenants, whose limits and usage are in a Redis that does not run."""
+    monkeypatch.setattr("server.observe.usage.SAVE_SECONDS", 0.02)
     keys = {name: new_key() for name in ("acme", "globex")}
     tenants = {name: {"keys": [{"sha256": digest_of(key.encode())}]} for name, key in keys.items()}
     models = {"fast": {"engine_model": "llava", "max_retention": 0.5}}
@@ -156,7 +161,7 @@ async def test_each_metric_has_its_labels_and_moves_with_its_request(watched):
     assert (await client.post(CHAT, json=ask_about(client.video, model="fast", stream=True))).status_code == 200
     names, moved = watch.moved()
     route = {"route": CHAT, "stream": "true"}
-    assert moved == {
+    assert moved - {told("usage_unsaved_requests")} == {
         told("requests_total", **route, model="fast", status_class="2xx"),
         told("request_duration_seconds", **route),
         told("time_to_first_token_seconds", model="fast"),
@@ -167,7 +172,7 @@ async def test_each_metric_has_its_labels_and_moves_with_its_request(watched):
         told("video_bytes"),
         told("video_duration_seconds"),
         told("probes_total"),
-        *(told("tenant_usage_total", tenant="acme", unit=unit) for unit in ("requests", "tokens", "video_seconds")),
+        *(told("tenant_usage_total", tenant="acme", unit=unit) for unit in set(TENANT_UNITS) - {"rate_limited"}),
         told("affinity_total", outcome="hit"),
         told("limits_backend_up"),
     }
@@ -201,10 +206,12 @@ async def test_each_metric_has_its_labels_and_moves_with_its_request(watched):
         assert (await client.post(CHAT, json=ask(model="fast"))).status_code in (502, 503)
     other.healthy = False
     await until(lambda: value(client, "engine_up", engine="engine-1") == 0)
+    await until(lambda: value(client, "usage_unsaved_requests"))
     names, moved = watch.moved()
     assert {told("engine_up", engine="engine-1"), told("engine_breaker_open", engine="engine-1")} <= moved
     still = {"build_info", "video_retention_limit_ratio", "engine_check", *configuration}
-    assert seen | names == set(LABELS) - still
+    unmeasured = {"prefill_seconds_total"}  # by these engines
+    assert seen | names == set(LABELS) - still - unmeasured
 
     for name, labels in watch.begin:
         assert {label for label, _ in labels} == LABELS[name]
@@ -285,3 +292,61 @@ async def test_the_retention_that_aliases_allow_is_a_metric(engine, tmp_path):
     async with gateway(engine, config=config) as client:
         assert value(client, "video_retention_limit_ratio", model="whole") == 1.0
         assert value(client, "video_retention_limit_ratio", model="fast") == 0.5
+
+
+async def test_a_tenants_counters_start_at_zero_and_grow_by_its_own_requests(engine, tmp_path):
+    keys = {name: new_key() for name in ("acme", "globex")}
+    tenants = {name: {"keys": [{"sha256": digest_of(key.encode())}]} for name, key in keys.items()}
+    config = tmp_path / "gateway.yaml"
+    config.write_text(json.dumps({"tenants": tenants}))
+
+    def used(client, tenant):
+        return {unit: value(client, "tenant_usage_total", tenant=tenant, unit=unit) for unit in TENANT_UNITS}
+
+    async with gateway(engine, config=config) as client:
+        assert set(used(client, "acme").values()) == set(used(client, "globex").values()) == {0}
+        for stream in (True, False):
+            headers = {"authorization": f"Bearer {keys['acme']}"}
+            answer = await client.post(CHAT, json=ask_about(VIDEO, stream=stream), headers=headers)
+            assert answer.status_code == 200
+        assert used(client, "acme") == {
+            "requests": 2,
+            "tokens": 2 * 652,
+            "video_seconds": 2 * 2,
+            "rate_limited": 0,
+            "video_tokens_before": 2 * 6272,
+            "video_tokens_after": 2 * 627,
+            "video_tokens_saved": 2 * 5645,
+        }
+        assert set(used(client, "globex").values()) == {0}
+
+
+WHOLE_SECONDS = 0.5 * ((640 - 627 + 6272) / 640) ** 2
+"""For the prompt with all its video tokens, where ten times as many take a hundred times as long."""
+
+
+@pytest.mark.parametrize(
+    ("profile", "before", "after"),
+    [
+        ({"prefill": {"tokens": [640, 6400], "seconds": [0.5, 50.0]}}, WHOLE_SECONDS, 0.5),
+        (
+            {"prefill": {"tokens": [640, 6400], "seconds": [0.5, 50.0], "reduction_seconds_per_token": 1e-3}},
+            *(WHOLE_SECONDS, 0.5 + 6.272),
+        ),
+        ({"prefill": {"tokens": [640, 6400], "seconds": [0.5, 50.0]}, "prompt_tokens_details": False}, None, None),
+        ({"prefill": {"tokens": [6400, 640], "seconds": [0.5, 50.0]}}, None, None),
+        ({"prefill": {"tokens": [], "seconds": []}}, None, None),
+        ({"prefill": None}, None, None),
+        ({}, None, None),
+    ],
+)
+async def test_the_time_of_prefill_is_what_the_engine_measured(engine, profile, before, after):
+    engine.profile = {**ONEVISION, **profile}
+    engine.completion = json.dumps({**COMPLETION, "usage": {"prompt_tokens": 640, "total_tokens": 652}}).encode()
+    async with gateway(engine) as client:
+        assert (await client.post(CHAT, json=ask_about(VIDEO))).status_code == 200
+        assert (await client.post("/v1/completions", json={"model": "llava", "prompt": "a"})).status_code == 200
+        counted = [value(client, "prefill_seconds_total", model="llava", stage=stage) for stage in ("before", "after")]
+        saved = (await client.get("/v1/usage")).json()["total"]["prefill_seconds_saved"]
+    assert counted == [before and pytest.approx(before), after and pytest.approx(after)]
+    assert saved == pytest.approx((before or 0) - (after or 0), abs=1e-6)

@@ -14,7 +14,7 @@ from server.keys import digest_of, new_key
 from server.settings import Settings
 from tests.server.clips import clip, data_url
 from tests.server.engine_double import EngineDouble
-from tests.server.harness import CHAT, ask, ask_about, client_of, gateway, served, until, value
+from tests.server.harness import CHAT, ask, ask_about, client_of, free_port, gateway, served, until, value
 from tests.server.media.hosts import MediaHost
 
 KEY = new_key()
@@ -112,6 +112,10 @@ async def no_engine(scene, client):
     return await scene.post(client)
 
 
+async def usage_unavailable(scene, client):
+    return await client.get("/v1/usage")
+
+
 async def misconfigured(scene, client):
     return await scene.post(client, model="gone")
 
@@ -142,6 +146,7 @@ CASES = {
     queue_full: {"max_concurrency": 1, "max_queue": 0},
     no_engine: {"engine_health_seconds": 0.05},
     engine_timeout: {"engine_read_seconds": 0.2},
+    usage_unavailable: {"limits_backend": f"redis://127.0.0.1:{free_port()}/0"},
 }
 STATUS = {
     **dict.fromkeys((invalid_request, forbidden_field, retention, sampling, media, media_fetch, engine_refused), 400),
@@ -153,6 +158,7 @@ STATUS = {
     queue_full: 429,
     engine_failed: 502,
     no_engine: 503,
+    usage_unavailable: 503,
     misconfigured: 503,
     engine_timeout: 504,
 }

@@ -233,9 +233,23 @@ def test_what_is_no_json_object_is_refused(body):
 
 
 def test_a_number_too_large_for_json_is_refused():
-    chat = parse_chat_request(b'{"model":"m","messages":[],"temperature":1e999}')
-    with pytest.raises(InvalidRequest):
-        b"".join(chat.serialise())
+    with pytest.raises(InvalidRequest, match="JSON can't represent"):
+        parse_chat_request(b'{"model":"m","messages":[],"temperature":1e999}')
+
+
+@pytest.mark.parametrize(
+    "text", ["18446744073709551616", "-9223372036854775809", "1" * 60, "1e22", "5e-324", "0.1", "-0.0", '"\\u0000 é"']
+)
+def test_values_reach_the_engine_as_they_were_sent(text):
+    body = b'{"model":"m","messages":[],"value":%s}' % text.encode()
+    sent = b"".join(parse_chat_request(body).serialise())
+    assert json.dumps(json.loads(sent)["value"]) == json.dumps(json.loads(text))
+
+
+def test_half_a_surrogate_pair_is_refused_when_it_is_passed_on():
+    chat = parse_chat_request(b'{"model":"m","messages":[],"stop":"\\ud800"}')
+    with pytest.raises(InvalidRequest, match="JSON can't represent"):
+        chat.serialise()
 
 
 def test_of_a_key_given_twice_the_engine_sees_the_one_that_was_checked():

@@ -160,3 +160,15 @@ async def test_a_prompt_too_long_by_its_videos_is_told_what_would_fit(engine):
     async with gateway(engine) as client:
         answer = await client.post(RESPONSES, json=about({"type": "input_video", "video_url": VIDEO}))
     assert "it would fit with aot.retention 0.08 at most, or with aot.tokens 199 at most" in error_of(answer)["message"]
+
+
+async def test_the_preset_of_an_alias_goes_with_its_videos(engine, tmp_path):
+    path = tmp_path / "gateway.yaml"
+    path.write_text("models: {published: {engine_model: llava, preset: paper}}")
+    async with gateway(engine, config=path) as client:
+        answer = await client.post(
+            RESPONSES,
+            json=about({"type": "input_video", "video_url": VIDEO}, model="published", aot={"retention": 0.2}),
+        )
+    assert answer.status_code == 200
+    assert engine.requests[0]["mm_processor_kwargs"] == {"aot_retention": 0.2, "aot_preset": "paper"}

@@ -1,7 +1,9 @@
 """Make the clients' own environments, once: a virtual environment and Node packages. Standard library only.
 
-The environment of the tests has OpenAI's SDK in version 3; the one made here has version 2, LiteLLM's SDK and
-LangChain, as `requirements.txt` pins them, and `package-lock.json` pins those for Node.
+The environment of the tests has OpenAI's SDK in version 3. Two are made here for clients that ask for one version of
+it: version 2 with LiteLLM's SDK, LangChain, LlamaIndex and instructor (`requirements.txt`), version 3 with pydantic-ai
+(`requirements_openai_3.txt`). `package-lock.json` pins the packages for Node; `ai_sdk_6/` has Vercel's AI SDK in its
+earlier version.
 """
 
 from __future__ import annotations
@@ -40,10 +42,16 @@ def made(name: str, sources: tuple[str, ...], commands: list[list[str]], tag: st
     return directory
 
 
-def python() -> Path:
-    """Return the interpreter of the Python clients."""
-    commands = [[sys.executable, "-m", "venv", "."], [*INSTALL, "-r", "requirements.txt"]]
-    return made("python", ("requirements.txt",), commands, sys.version) / "bin" / "python"
+def python(requirements: str = "requirements.txt") -> Path:
+    """Return the interpreter of the Python clients that a file pins."""
+    commands = [[sys.executable, "-m", "venv", "."], [*INSTALL, "-r", requirements]]
+    name = requirements.removesuffix(".txt").replace("requirements", "python")
+    return made(name, (requirements,), commands, sys.version) / "bin" / "python"
+
+
+def python_with_openai_3() -> Path:
+    """Return the interpreter of the Python clients that need OpenAI's SDK in version 3."""
+    return python("requirements_openai_3.txt")
 
 
 def lmms_eval() -> Path:
@@ -61,7 +69,9 @@ def lmms_eval() -> Path:
     return made("lmms", ("lmms_requirements.txt",), commands, sys.version + shared) / "bin" / "python"
 
 
-def node_modules() -> Path:
-    """Return the directory above the Node clients' `node_modules`."""
+def node_modules(folder: str = "") -> Path:
+    """Return the directory above the `node_modules` that the lock file in a folder here pins."""
     version = subprocess.run(["node", "--version"], capture_output=True, text=True, check=True).stdout
-    return made("node", NODE_FILES, [["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"]], version)
+    files = tuple(str(Path(folder, file)) for file in NODE_FILES)
+    command = ["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"]
+    return made(folder or "node", files, [command], version)
