@@ -66,6 +66,7 @@ class PluginSettings:
         checks: dict[str, Callable[[Any], Any]] = {
             "enabled": partial(_flag, "enabled"),
             "allow_untested_vllm": partial(_flag, "allow_untested_vllm"),
+            "measure_prefill": partial(_flag, "measure_prefill"),
             "kernels": check_kernels,
             "allowed_presets": _names_of_presets,
         }

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from aot_vllm import AOTConfig
-from aot_vllm.adapters.scores import AttentionScores, scoring_layers
+from aot_vllm.adapters.scores import AttentionScores, scoring_layers, scoring_modules
 from aot_vllm.core import attention
 from aot_vllm.core.attention import attention_received
 from aot_vllm.errors import SettingError
@@ -162,3 +162,23 @@ def test_named_layers_count_from_either_end_and_must_exist():
         scoring_layers(config, num_layers=11)
     with pytest.raises(SettingError, match="local_layer must be in"):
         scoring_layers(AOTConfig.paper(), num_layers=2)
+
+
+def test_calibrated_anchors_are_scored_by_the_global_layer_alone_and_only_if_they_need_scores():
+    layers = [Attention() for _ in range(8)]
+    calibrated = AOTConfig.preset("calibrated")
+    assert scoring_modules(calibrated, layers) == (layers[-2],)
+    assert scoring_modules(AOTConfig.paper(), layers) == (layers[5], layers[-2])
+    for config in (AOTConfig.preset("coverage"), AOTConfig(anchors="calibrated", by_attention=False)):
+        assert scoring_modules(config, layers) == ()
+
+
+def test_one_layer_gives_both_scores():
+    layer = Attention()
+    scores = AttentionScores([layer], total_heads=HEADS, sum_over_ranks=torch.Tensor.clone)
+    query, key = queries_and_keys()
+    with scores.recording() as recorded:
+        layer(query, key, key)
+    local, global_ = recorded()
+    assert torch.equal(local, global_)
+    torch.testing.assert_close(local.double() * HEADS, received_in_loops(query, key, HEADS), rtol=1e-5, atol=1e-6)

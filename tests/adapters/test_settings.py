@@ -1,7 +1,7 @@
 """Settings, on their way from the operator's command line to every process."""
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +20,14 @@ def test_without_aot_settings_all_settings_are_defaults(additional):
 def test_switches_of_the_plugin_and_settings_of_the_method_are_given_side_by_side():
     settings = PluginSettings.from_additional_config({"aot": {"enabled": False, "kappa": 0.5, "clips": 2}})
     assert settings == PluginSettings(enabled=False, method={"kappa": 0.5, "clips": 2})
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(PluginSettings) if field.name != "method"])
+def test_every_setting_of_the_plugin_can_be_given(name):
+    default = getattr(PluginSettings(), name)
+    given = {"kernels": "torch", "allowed_presets": ("paper",)}.get(name, not default)
+    assert given != default
+    assert PluginSettings.from_additional_config({"aot": {name: given}}) == PluginSettings(**{name: given})
 
 
 def test_who_computes_is_a_setting_of_the_plugin_and_not_of_the_method():

@@ -184,7 +184,7 @@ async def lavish(rig, folder):
 async def outdated(rig, folder):
     """A gateway whose file has been made wrong since it was read."""
     engine = await rig.engine()
-    config = configured(folder, "outdated", {"models": {"fast": {"engine_model": "llava"}}})
+    config = configured(folder, "outdated", {"models": {"slow": {"engine_model": "llava"}}})
     gateway = await rig.gateway(engine.url, config=config)
     config.write_text("models: {fast: {}}")
     return [gateway], []

@@ -10,7 +10,10 @@ from tests.e2e.qwen import made, qwen_request
 RATE = 0.75
 EMBEDDED, QWEN = str(ROOT / "demo" / "model"), "qwen3-vl"
 """A trained model, whose tower is deep enough for the layers of the paper, and one with text between its frames."""
-ALLOWED = {EMBEDDED: ["paper", "diverse", "transport"], QWEN: ["transport"]}
+ALLOWED = {
+    EMBEDDED: ["paper", "diverse", "transport", "calibrated", "coverage"],
+    QWEN: ["transport", "calibrated", "coverage"],
+}
 ARGUMENTS = {EMBEDDED: {"limit_mm_per_prompt": {"image": 0, "video": 2}, "max_model_len": 2048}, QWEN: {}}
 
 pytestmark = pytest.mark.any_runner
@@ -73,7 +76,9 @@ def test_a_preset_of_a_request_is_that_of_an_engine_started_with_it(start_engine
 def test_a_preset_that_an_engine_does_not_allow_is_refused_and_others_go_on(start_engine):
     engine = start(start_engine, EMBEDDED, allowed_presets=ALLOWED[EMBEDDED])
     (before,) = engine.ask(asked(EMBEDDED, "paper"))
-    with pytest.raises(ValueError, match=r"aot_preset must be one of .* allows, paper, diverse, transport, got 'none'"):
+    with pytest.raises(
+        ValueError, match=r"must be one of .* allows, paper, diverse, transport, calibrated, coverage, got 'none'"
+    ):
         engine.ask(asked(EMBEDDED, "none"))
     (after,) = engine.ask(asked(EMBEDDED, "paper"))
     assert agree(after, before, within=rounding(EMBEDDED))
