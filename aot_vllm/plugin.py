@@ -16,9 +16,10 @@ def register() -> None:
         UnsupportedError: vLLM lacks a function that the plugin needs.
     """
     from aot_vllm.adapters.activation import activate
-    from aot_vllm.adapters.compat import after_engine_config, load_frames_files
+    from aot_vllm.adapters.compat import after_engine_config, let_engine_report_statistics, load_frames_files
     from aot_vllm.adapters.registry import register_models
 
     register_models()
     load_frames_files()
+    let_engine_report_statistics()
     after_engine_config(activate)

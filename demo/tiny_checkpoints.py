@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,27 +103,28 @@ def _qwen2_5_vl(directory):
     maker.save(model, processor, tokenizer, directory, dtype=torch.float32)
 
 
-def _qwen3_vl(directory):
-    """Three layers, the first two of which feed deepstack."""
+def _qwen3_vl(directory, **text):
+    """Three layers in the tower, the first two of which feed deepstack."""
     _framed(
         directory,
         transformers.Qwen3VLConfig,
         transformers.Qwen3VLForConditionalGeneration,
         tower={"deepstack_visual_indexes": [0, 1]},
+        text=text,
     )
 
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
 
 
-def _qwen3_vl_moe(directory):
+def _qwen3_vl_moe(directory, **text):
     """The same with experts instead of an MLP in each layer, laid out as in the published checkpoints."""
     _framed(
         directory,
         transformers.Qwen3VLMoeConfig,
         transformers.Qwen3VLMoeForConditionalGeneration,
         tower={"deepstack_visual_indexes": [0, 1]},
-        text={**EXPERTS, "norm_topk_prob": True},
+        text={**EXPERTS, "norm_topk_prob": True, **text},
     )
     file = directory / "model.safetensors"
     weights = {
@@ -147,25 +149,25 @@ HYBRID = {
 128, and nothing but bfloat16."""
 
 
-def _qwen3_5(directory):
+def _qwen3_5(directory, **text):
     """No deepstack, said as the published checkpoints say it: by an empty list."""
     _framed(
         directory,
         transformers.Qwen3_5Config,
         transformers.Qwen3_5ForConditionalGeneration,
         tower={"deepstack_visual_indexes": []},
-        text=HYBRID,
+        text={**HYBRID, **text},
         dtype=torch.bfloat16,
     )
 
 
-def _qwen3_5_moe(directory):
+def _qwen3_5_moe(directory, **text):
     """The same with experts, one of them shared, and deepstack not mentioned."""
     _framed(
         directory,
         transformers.Qwen3_5MoeConfig,
         transformers.Qwen3_5MoeForConditionalGeneration,
-        text={**HYBRID, **EXPERTS, "shared_expert_intermediate_size": 64},
+        text={**HYBRID, **EXPERTS, "shared_expert_intermediate_size": 64, **text},
         dtype=torch.bfloat16,
     )
 
@@ -218,6 +220,10 @@ def _qwen2(directory):
     maker.save(model, tokenizer, tokenizer, directory, dtype=torch.float32)
 
 
+FOUR_LAYERS = {"num_hidden_layers": 4}
+FOUR_HYBRID_LAYERS = {**FOUR_LAYERS, "layer_types": 2 * HYBRID["layer_types"]}
+"""For two stages of a pipeline: deepstack must end in the first one, and each needs attention of both kinds."""
+
 MAKERS = {
     "tiny": _tiny,
     "tiny-384": _tiny_384,
@@ -227,6 +233,10 @@ MAKERS = {
     "qwen3-vl-moe": _qwen3_vl_moe,
     "qwen3.5": _qwen3_5,
     "qwen3.5-moe": _qwen3_5_moe,
+    "qwen3-vl-4": partial(_qwen3_vl, **FOUR_LAYERS),
+    "qwen3-vl-moe-4": partial(_qwen3_vl_moe, **FOUR_LAYERS),
+    "qwen3.5-4": partial(_qwen3_5, **FOUR_HYBRID_LAYERS),
+    "qwen3.5-moe-4": partial(_qwen3_5_moe, **FOUR_HYBRID_LAYERS),
     "qwen2": _qwen2,
 }
 

@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 
 from aot_vllm.adapters import compat
 from aot_vllm.adapters.decoded import missing_frames
+from aot_vllm.adapters.guards import refuse_unsupported_modes, takes_videos
 from aot_vllm.adapters.registry import ARCHITECTURES, TESTED_VLLM_RELEASES, reduced_architecture
 from aot_vllm.adapters.settings import PPM, PluginSettings, Reduction
 from aot_vllm.errors import UnsupportedError
@@ -30,7 +31,8 @@ def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
 
     Raises:
         SettingError: a setting under `"aot"` is unknown or out of range.
-        UnsupportedError: the rate or the `"aot"` settings would be ignored, or this vLLM was not tested.
+        UnsupportedError: the rate or the `"aot"` settings would be ignored, this vLLM was not tested, or AOT does not
+            work in a mode that the configuration asks for.
     """
     settings = PluginSettings.from_additional_config(vllm_config.additional_config)
     additional = vllm_config.additional_config
@@ -48,14 +50,13 @@ def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
         return
 
     _require_tested_version(settings)
-    reduction = Reduction.chosen(
-        settings,
-        retention=round((1 - video_pruning_rate) * PPM) / PPM,
-        architecture=supported[0],
-        hf_config=model_config.hf_config,
-    )
-    reduction.attach(model_config.hf_config)
-    model_config.hf_config.architectures = [reduced_architecture(supported[0])]
+    retention = round((1 - video_pruning_rate) * PPM) / PPM
+    hf_config = model_config.hf_config
+    reduction = Reduction.chosen(settings, retention=retention, architecture=supported[0], hf_config=hf_config)
+    refuse_unsupported_modes(vllm_config, reduction.methods)
+    reduction.attach(model_config.multimodal_config)
+    _take_settings(vllm_config)
+    hf_config.architectures = [reduced_architecture(supported[0])]
     _extend_workers(vllm_config.parallel_config)
     compat.refuse_missing_frames(missing_frames)
     logger.info(
@@ -65,7 +66,19 @@ def activate(vllm_config: VllmConfig, video_pruning_rate: float | None) -> None:
         reduction.description,
         json.dumps(reduction.method.in_effect()),
     )
+    if not takes_videos(vllm_config):
+        logger.warning("AOT: this engine takes no videos, so there is nothing to reduce; its limit for them is 0.")
     _warn_without_endpoint()
+
+
+def _take_settings(vllm_config: VllmConfig) -> None:
+    """Remove the settings that travel with the reduction from what vLLM's hash of compiled code covers."""
+    additional = vllm_config.additional_config
+    if not isinstance(additional, dict):
+        return
+    others = {name: value for name, value in additional.items() if name != "aot"}
+    kept = {name: value for name, value in (additional.get("aot") or {}).items() if name == "measure_prefill"}
+    vllm_config.additional_config = {**others, "aot": kept} if kept else others
 
 
 def _extend_workers(parallel_config: ParallelConfig) -> None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 _MARK = "_aot_wrapped"
+STATISTICS_METHOD = "aot_reduction_statistics"
+"""Name of a method of the worker extension, and of the engine core's method that asks all workers for it."""
 
 
 def vllm_version() -> str:
@@ -224,6 +226,55 @@ def is_first_api_server(vllm_config: VllmConfig) -> bool:
             f"vLLM {vllm_version()} does not say which API server this is (ParallelConfig._api_process_rank); "
             "install vllm 0.32.*, or drop aot from VLLM_PLUGINS to serve without it"
         ) from exc
+
+
+def let_engine_report_statistics() -> None:
+    """Give the engine core a method `aot_reduction_statistics`, which returns what each of its workers reports.
+
+    Without this function, each scrape would hold up the engine. `EngineCore.collective_rpc` waits for an answer, and
+    `MultiprocExecutor` gives answers in order, so the engine would wait for every step in flight before it schedules
+    the next one. While steps are in flight, this method returns a future, which `EngineCoreProc` passes on to the API
+    server when it is done. Needed for 0.32. Delete it once `collective_rpc` of the core doesn't wait.
+
+    Raises:
+        UnsupportedError: vLLM has no `EngineCore.collective_rpc`.
+    """
+    module = sys.modules.get("vllm.v1.engine.core")
+    if module is None:  # in a process without an engine core
+        return
+    engine_core = getattr(module, "EngineCore", None)
+    if getattr(engine_core, "collective_rpc", None) is None:
+        raise UnsupportedError(
+            f"vLLM {vllm_version()} has no EngineCore.collective_rpc, through which aot-vllm asks workers for "
+            "statistics; install vllm 0.32.*, or uninstall aot-vllm to serve without it"
+        )
+
+    def aot_reduction_statistics(self: Any) -> Any:
+        executor = self.model_executor
+        # other executors answer at once (one worker), or never tell when a future is done (Ray)
+        steps_in_flight = bool(getattr(self, "batch_queue", None)) and hasattr(executor, "futures_queue")
+        arguments = {"non_block": True} if steps_in_flight else {}
+        return executor.collective_rpc(STATISTICS_METHOD, **arguments)
+
+    setattr(engine_core, STATISTICS_METHOD, aot_reduction_statistics)
+
+
+async def statistics_of_engines(engine_client: Any) -> list[Any]:
+    """Return what the first worker of each data-parallel engine reports. All workers of an engine count the same.
+
+    Without this function, only the first engine would be asked: `collective_rpc` of the client returns the answer of
+    one. Needed for 0.32. Delete it once the client returns all answers.
+
+    Raises:
+        UnsupportedError: vLLM has no `AsyncLLM.engine_core.call_utility_all_async`.
+    """
+    call = getattr(getattr(engine_client, "engine_core", None), "call_utility_all_async", None)
+    if call is None:
+        raise UnsupportedError(
+            f"vLLM {vllm_version()} has no AsyncLLM.engine_core.call_utility_all_async, through which aot-vllm asks "
+            "engines for statistics; install vllm 0.32.*"
+        )
+    return [workers[0] for workers in await call(STATISTICS_METHOD)]
 
 
 def let_cpu_runner_recompute_positions() -> None:

@@ -76,7 +76,7 @@ def active_reduction(vllm_config: VllmConfig) -> Reduction | None:
     """Return the reduction that an engine of this configuration was started with, None if AOT is not active."""
     model_config = vllm_config.model_config
     name = _architecture(model_config)
-    return None if original_architecture(name) == name else Reduction.of(model_config.hf_config)
+    return None if original_architecture(name) == name else Reduction.of(model_config.multimodal_config)
 
 
 def _reduction(vllm_config: VllmConfig) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from fastapi import HTTPException
 from vllm.logger import init_logger
 
 from aot_vllm.adapters.activation import WORKER_EXTENSION
-from aot_vllm.adapters.compat import is_first_api_server, observe_rendered_chats
+from aot_vllm.adapters.compat import is_first_api_server, observe_rendered_chats, statistics_of_engines
 from aot_vllm.adapters.description import active_reduction, describe_engine
 from aot_vllm.adapters.prefill import measure_prefill
 from aot_vllm.adapters.settings import PluginSettings
@@ -167,8 +167,8 @@ class AOTEndpoint:
             self._refreshed = time.monotonic()
             try:
                 async with asyncio.timeout(STATISTICS_TIMEOUT_SECONDS):
-                    statistics = await self._engine.collective_rpc("aot_reduction_statistics")
+                    statistics = await statistics_of_engines(self._engine)
             except Exception as exc:  # a scrape must be answered even if the engine is dead
                 logger.warning_once("AOT: the engine did not report its reductions: %s", type(exc).__name__)
                 return
-            self._worker_totals.count(statistics[0])  # all tensor-parallel ranks count the same reductions
+            self._worker_totals.count(statistics)

@@ -19,15 +19,16 @@ from vllm.model_executor.models.llava_onevision import (
     LlavaOnevisionVideoPixelInputs,
 )
 from vllm.model_executor.models.siglip import SiglipVisionModel
+from vllm.model_executor.models.utils import StageMissingLayer
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.multimodal.parse import ModalityDataItems, VideoProcessorItems
 from vllm.utils.tensor_schema import TensorShape
 
 from aot_vllm.adapters.blocks import frames_at_once, in_blocks
-from aot_vllm.adapters.processing import PRESET, RETENTION, ReducedVideoProcessor, WithoutRetention
+from aot_vllm.adapters.processing import PRESET, ReducedVideoProcessor, WithoutRetention, carried_retentions
 from aot_vllm.adapters.scores import scores_of_methods
-from aot_vllm.adapters.settings import PluginSettings, Reduction, from_ppm
+from aot_vllm.adapters.settings import Reduction, from_ppm
 from aot_vllm.adapters.telemetry import METER
 from aot_vllm.core.budget import Budget
 from aot_vllm.core.grid import VideoGrid
@@ -105,17 +106,19 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
             SettingError: the tower does not have a scoring layer that the settings name.
         """
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        if not isinstance(self.vision_tower, SiglipVisionModel):
+        tower = self.vision_tower
+        if isinstance(tower, StageMissingLayer):  # an engine or a stage that runs no tower has it without weights
+            tower = tower.module
+        if not isinstance(tower, SiglipVisionModel):
             raise UnsupportedError(
-                f"the vision tower must be a SiglipVisionModel, got {type(self.vision_tower).__name__}; "
+                f"the vision tower must be a SiglipVisionModel, got {type(tower).__name__}; "
                 "serve this checkpoint without --video-pruning-rate"
             )
-        self.methods = Reduction.of(self.config).methods
-        self.kernels = PluginSettings.from_additional_config(vllm_config.additional_config).kernels
-        layers = self.vision_tower.vision_model.encoder.layers
+        reduction = Reduction.of(self.multimodal_config)
+        self.methods, self.kernels = reduction.methods, reduction.kernels
         self.scores = scores_of_methods(
             self.methods,
-            [layer.self_attn.attn for layer in layers],
+            [layer.self_attn.attn for layer in tower.vision_model.encoder.layers],
             total_heads=self.config.vision_config.num_attention_heads,
             sum_over_ranks=tensor_model_parallel_all_reduce,
             kernels=self.kernels,
@@ -128,7 +131,7 @@ class AOTLlavaOnevision(LlavaOnevisionForConditionalGeneration):
         return ReducedVideoPixels(
             type=inputs["type"],
             pixel_values_videos=inputs["pixel_values_videos"],
-            retention=kwargs[RETENTION],
+            retention=carried_retentions(kwargs),
             preset=kwargs[PRESET],
             resolve_bindings=inputs._resolve_bindings,
         )

@@ -24,6 +24,7 @@ from aot_vllm.adapters.telemetry import LEDGER, VideoSavings
 from aot_vllm.config import quantise_retention
 from aot_vllm.core.budget import Budget, budget
 from aot_vllm.core.grid import VideoGrid
+from aot_vllm.errors import UnsupportedError
 
 RETENTION = "aot_retention"
 """Name of the retention in a request's `mm_processor_kwargs`, and of the field that carries it to the worker."""
@@ -40,8 +41,31 @@ def without_ours(kwargs: Mapping[str, object]) -> dict[str, object]:
 
 
 def carried_retention(item: MultiModalKwargsItem) -> float:
-    """Return the retention that travels with a processed video."""
-    return from_ppm(int(item[RETENTION].data))
+    """Return the retention that travels with a processed video.
+
+    Raises:
+        UnsupportedError: the video came without one.
+    """
+    return from_ppm(int(_carried(item).data))
+
+
+def carried_retentions(kwargs: Mapping[str, Any]) -> torch.Tensor:
+    """Return the retentions in millionths, (videos,), among the keyword arguments of `embed_multimodal`.
+
+    Raises:
+        UnsupportedError: the videos came without them.
+    """
+    retentions: torch.Tensor = _carried(kwargs)
+    return retentions
+
+
+def _carried(fields: Mapping[str, Any]) -> Any:
+    if RETENTION not in fields:
+        raise UnsupportedError(
+            "a video came without its retention; AOT must be active in the API server too, with the same "
+            "--video-pruning-rate and --additional-config as in this engine"
+        )
+    return fields[RETENTION]
 
 
 def carried_preset(item: MultiModalKwargsItem) -> int:
@@ -81,7 +105,7 @@ class ReducedVideoProcessor(BaseMultiModalProcessor[Any]):
 
     def reduction(self) -> Reduction:
         """Return the retention and the settings that this engine was started with."""
-        return Reduction.of(self.info.get_hf_config())
+        return Reduction.of(self.info.ctx.get_mm_config())
 
     def retention_of(self, kwargs: Mapping[str, object]) -> float:
         """Return the retention that a request names, rounded to hundredths, or the engine's if it names none.

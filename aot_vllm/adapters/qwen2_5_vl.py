@@ -52,7 +52,7 @@ class AOTQwen2_5_VL(ReducedQwenVL, Qwen2_5_VLForConditionalGeneration):  # noqa:
             SettingError: the tower does not have a scoring layer that the settings name.
         """
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self.set_up_reduction(vllm_config, whole_frame=self.visual.fullatt_block_indexes)
+        self.set_up_reduction(whole_frame=self.visual.fullatt_block_indexes)
 
     def row_major(self, scores: Tensor, grid: VideoGrid) -> Tensor:
         """Return the scores by row and column. The tower works window by window, in the same order in every frame."""

@@ -54,7 +54,7 @@ class ReducedFramedQwenVL(ReducedQwenVL):
             SettingError: the tower does not have a scoring layer that the settings name.
         """
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
-        self.set_up_reduction(vllm_config)
+        self.set_up_reduction()
 
     def frame_times(self, frames: int, seconds_per_frame: float) -> Sequence[int]:
         """Return 0 for every frame. Each frame is its own run, and the timestamps between the runs tell the time."""

@@ -14,6 +14,7 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from aot_vllm.adapters.compat import let_rope_state_keep_known_deltas
+from aot_vllm.adapters.pipeline import PositionsThroughPipeline
 from aot_vllm.adapters.positions import (
     VisionRun,
     coordinates_of,
@@ -31,7 +32,7 @@ from aot_vllm.core.grid import VideoGrid
 from aot_vllm.core.reduce import ReducedVideo
 
 
-class PositionedQwenVL:
+class PositionedQwenVL(PositionsThroughPipeline):
     """A mix-in before a Qwen model: it gives every token of a reduced prompt the position of the unreduced prompt.
 
     vLLM calls its hook for pruning models, `recompute_mrope_positions`, before every prefill step. Model Runner V1
@@ -39,12 +40,13 @@ class PositionedQwenVL:
     """
 
     config: Any
+    multimodal_config: Any
     visual: Any
 
     @cached_property
     def methods(self) -> tuple[AOTConfig, ...]:
         """The settings of the reduction that requests may get, by the number of their preset."""
-        return Reduction.of(self.config).methods
+        return Reduction.of(self.multimodal_config).methods
 
     @cached_property
     def _width(self) -> int:

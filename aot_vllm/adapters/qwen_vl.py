@@ -7,21 +7,22 @@ that can score.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.config import VllmConfig
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.v1.worker.encoder_cudagraph_defs import EncoderCudaGraphConfig
 
 from aot_vllm.adapters.blocks import frames_at_once, in_blocks
 from aot_vllm.adapters.compat import let_cpu_runner_recompute_positions, let_proposer_know_reduced_models
-from aot_vllm.adapters.processing import PRESET, RETENTION
+from aot_vllm.adapters.processing import PRESET, carried_retentions
 from aot_vllm.adapters.qwen_positions import PositionedQwenVL
 from aot_vllm.adapters.scores import AttentionScores, scores_of_methods
-from aot_vllm.adapters.settings import PluginSettings, from_ppm
+from aot_vllm.adapters.settings import Reduction, from_ppm
 from aot_vllm.adapters.telemetry import METER
 from aot_vllm.core.attention import attention_received
 from aot_vllm.core.grid import VideoGrid
@@ -36,7 +37,7 @@ class ReducedQwenVL(PositionedQwenVL):
     """One recorder for each of `methods`."""
     kernels: Kernels
 
-    def set_up_reduction(self, vllm_config: VllmConfig, *, whole_frame: Sequence[int] | None = None) -> None:
+    def set_up_reduction(self, *, whole_frame: Sequence[int] | None = None) -> None:
         """Prepare the model runner. If a request may get anchors by attention, hook the two scoring layers.
 
         `whole_frame`: the layers of the tower that attend to a whole frame, by default all.
@@ -44,9 +45,10 @@ class ReducedQwenVL(PositionedQwenVL):
         Raises:
             SettingError: the tower does not have a scoring layer that the settings name.
         """
-        self.kernels = PluginSettings.from_additional_config(vllm_config.additional_config).kernels
+        self.kernels = Reduction.of(self.multimodal_config).kernels
         let_cpu_runner_recompute_positions()
         let_proposer_know_reduced_models()
+        self.receive_positions()
         blocks = self.visual.blocks
         self.scores = scores_of_methods(
             self.methods,
@@ -56,6 +58,15 @@ class ReducedQwenVL(PositionedQwenVL):
             sum_over_ranks=tensor_model_parallel_all_reduce,
             kernels=self.kernels,
         )
+
+    def get_encoder_cudagraph_config(self) -> EncoderCudaGraphConfig:
+        """Return vLLM's own configuration, with graphs for images alone.
+
+        A graph returns what the tower computes. Of an image this is all that enters the language model. vLLM's own
+        pruning adds coordinates to images too, so with a rate vLLM would capture graphs and use them for nothing.
+        """
+        config: EncoderCudaGraphConfig = super().get_encoder_cudagraph_config()  # type: ignore[misc]
+        return replace(config, modalities=["image"])
 
     def row_major(self, scores: Tensor, grid: VideoGrid) -> Tensor:
         """Return scores (frames, tokens) in the order of the tower's output, given the order in which it works."""
@@ -69,7 +80,8 @@ class ReducedQwenVL(PositionedQwenVL):
             if modality == "image":
                 embeddings.extend(self._process_image_input(inputs))  # type: ignore[attr-defined]
             else:
-                embeddings.extend(self._embed_videos(inputs, kwargs[RETENTION].tolist(), kwargs[PRESET].tolist()))
+                retentions, presets = carried_retentions(kwargs).tolist(), kwargs[PRESET].tolist()
+                embeddings.extend(self._embed_videos(inputs, retentions, presets))
         return tuple(embeddings)
 
     def _embed_videos(self, inputs: Any, retentions: Sequence[int], presets: Sequence[int]) -> Iterator[Tensor]:

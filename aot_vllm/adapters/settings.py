@@ -15,7 +15,7 @@ from aot_vllm.presets import DEFAULTS, PRESETS, STANDARD
 PPM = 1_000_000
 """A retention travels as whole millionths: an integer survives every cast between the processor and the worker."""
 
-_HF_CONFIG_KEY = "aot_video_reduction"
+_CARRIER = "aot_video_reduction"
 
 CHECKPOINT_KEY = "aot"
 """The key under which a checkpoint's `config.json` names a preset, with single settings if it wants."""
@@ -90,6 +90,8 @@ class Reduction:
     preset: str = STANDARD
     """The preset that `method` is, up to `changes`."""
     allowed_presets: tuple[str, ...] = ()
+    kernels: Kernels = "auto"
+    """Who computes the expensive parts."""
 
     @classmethod
     def chosen(cls, settings: PluginSettings, *, retention: float, architecture: str, hf_config: Any) -> Reduction:
@@ -105,20 +107,30 @@ class Reduction:
         else:
             preset, method = _preset_of_checkpoint(hf_config, otherwise=DEFAULTS[architecture].preset)
             method = method.changed(settings.method, preset=preset)
-        return cls(retention=retention, method=method, preset=preset, allowed_presets=settings.allowed_presets)
+        return cls(
+            retention=retention,
+            method=method,
+            preset=preset,
+            allowed_presets=settings.allowed_presets,
+            kernels=settings.kernels,
+        )
 
-    def attach(self, hf_config: Any) -> None:
-        """Write this reduction into the model's configuration, which vLLM passes to every process."""
-        setattr(hf_config, _HF_CONFIG_KEY, asdict(self))
+    def attach(self, multimodal_config: Any) -> None:
+        """Write this reduction into the model's multimodal configuration, which vLLM passes to every process.
+
+        vLLM's hash of compiled code covers the model's own configuration, but not this attribute. A reduction changes
+        nothing that is compiled, so engines with different retentions and settings share what they compile.
+        """
+        setattr(multimodal_config, _CARRIER, asdict(self))
 
     @classmethod
-    def of(cls, hf_config: Any) -> Reduction:
+    def of(cls, multimodal_config: Any) -> Reduction:
         """Return the reduction that `attach` wrote.
 
         Raises:
             SettingError: the engine was not activated for AOT.
         """
-        carried = getattr(hf_config, _HF_CONFIG_KEY, None)
+        carried = getattr(multimodal_config, _CARRIER, None)
         if carried is None:
             raise SettingError("this model configuration carries no AOT settings; start vLLM with --video-pruning-rate")
         return cls(
@@ -126,6 +138,7 @@ class Reduction:
             method=AOTConfig(**carried["method"]),
             preset=carried["preset"],
             allowed_presets=tuple(carried["allowed_presets"]),
+            kernels=check_kernels(carried["kernels"]),
         )
 
     @cached_property

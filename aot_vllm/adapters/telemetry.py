@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -108,9 +108,10 @@ Stage = Literal["tower", "reduction"]
 
 
 class ReductionMeter:
-    """Counts and times reductions in a worker, and times towers. The host never waits for the device meanwhile.
+    """Counts and times reductions in a worker, and times towers. The host never waits for the device.
 
-    On CUDA, the time is taken between two events. Events and the count of unconverged solves are read at a scrape.
+    On CUDA, the time is taken between two events, and the count of unconverged solves is copied to the host after each
+    reduction. A scrape reads what is finished. The next one has the rest.
     """
 
     def __init__(self) -> None:
@@ -120,6 +121,7 @@ class ReductionMeter:
         self._seconds: dict[Stage, float] = {"tower": 0.0, "reduction": 0.0}
         self._events: list[tuple[Stage, torch.cuda.Event, torch.cuda.Event]] = []
         self._unconverged: Tensor | None = None
+        self._unconverged_on_host: Tensor | None = None
 
     @contextmanager
     def timing(self, stage: Stage, device: torch.device) -> Iterator[None]:
@@ -131,7 +133,7 @@ class ReductionMeter:
             ended.record()
             self._events.append((stage, started, ended))
             if len(self._events) >= 1024:
-                self._collect(only_finished=True)
+                self._collect()
         else:
             start = time.perf_counter()
             yield
@@ -145,26 +147,29 @@ class ReductionMeter:
         self._reduced_tokens += tokens
         solves = reduced.unconverged
         self._unconverged = solves if self._unconverged is None else self._unconverged + solves
+        if self._unconverged_on_host is None:
+            self._unconverged_on_host = torch.zeros(solves.shape, dtype=solves.dtype, pin_memory=solves.is_cuda)
+        self._unconverged_on_host.copy_(self._unconverged, non_blocking=True)
 
-    def _collect(self, *, only_finished: bool) -> None:
+    def _collect(self) -> None:
+        """Add the times of finished reductions."""
         waiting = []
         for stage, started, ended in self._events:
-            if only_finished and not ended.query():
+            if ended.query():
+                self._seconds[stage] += started.elapsed_time(ended) / 1000
+            else:
                 waiting.append((stage, started, ended))
-                continue
-            ended.synchronize()
-            self._seconds[stage] += started.elapsed_time(ended) / 1000
         self._events = waiting
 
     def statistics(self) -> dict[str, float]:
-        """Return the totals since the worker started. Waits for what still runs on the device."""
-        self._collect(only_finished=False)
+        """Return the totals since the worker started, without times and solves of what still runs on the device."""
+        self._collect()
         return {
             "reductions": self._reductions,
             "reduced_tokens": self._reduced_tokens,
             "reduction_seconds": self._seconds["reduction"],
             "tower_seconds": self._seconds["tower"],
-            "unconverged_solves": 0 if self._unconverged is None else int(self._unconverged),
+            "unconverged_solves": 0 if self._unconverged_on_host is None else int(self._unconverged_on_host),
         }
 
 
@@ -181,25 +186,27 @@ class WorkerExtension:
 
 
 class WorkerTotals:
-    """Converts the totals that a worker reports into increments of this process's counters."""
+    """Converts the totals that the workers of each engine report into increments of this process's counters."""
 
     def __init__(self) -> None:
         """Nothing counted yet."""
-        self._counted: dict[str, float] = {}
+        self._counted: list[dict[str, float]] = []
 
     @property
     def reduction_seconds_per_token(self) -> float | None:
-        """The time of reductions for each token before them, None before the first."""
-        tokens = self._counted.get("reduced_tokens")
-        return self._counted["reduction_seconds"] / tokens if tokens else None
+        """The time of reductions in all engines for each token before them, None before the first."""
+        tokens = sum(totals["reduced_tokens"] for totals in self._counted)
+        return sum(totals["reduction_seconds"] for totals in self._counted) / tokens if tokens else None
 
-    def count(self, statistics: dict[str, float]) -> None:
-        """Add the growth since the last call to the counters."""
-        for name, counter in (
-            ("reductions", REDUCTIONS),
-            ("reduction_seconds", REDUCTION_SECONDS),
-            ("tower_seconds", TOWER_SECONDS),
-            ("unconverged_solves", UNCONVERGED),
-        ):
-            counter.inc(max(0.0, statistics[name] - self._counted.get(name, 0.0)))
-        self._counted = dict(statistics)
+    def count(self, statistics: Sequence[Mapping[str, float]]) -> None:
+        """Add the growth since the last call to the counters. `statistics`: one for each data-parallel engine."""
+        for engine, totals in enumerate(statistics):
+            counted = self._counted[engine] if engine < len(self._counted) else {}
+            for name, counter in (
+                ("reductions", REDUCTIONS),
+                ("reduction_seconds", REDUCTION_SECONDS),
+                ("tower_seconds", TOWER_SECONDS),
+                ("unconverged_solves", UNCONVERGED),
+            ):
+                counter.inc(max(0.0, totals[name] - counted.get(name, 0.0)))
+        self._counted = [dict(totals) for totals in statistics]

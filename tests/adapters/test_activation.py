@@ -5,10 +5,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
-from vllm.config import ParallelConfig
+from vllm.config import CompilationConfig, LoRAConfig, ParallelConfig
+from vllm.config.multimodal import MultiModalConfig
 
 from aot_vllm import AOTConfig
-from aot_vllm.adapters import activation, compat
+from aot_vllm.adapters import activation, compat, guards
 from aot_vllm.adapters.activation import WORKER_EXTENSION, activate
 from aot_vllm.adapters.registry import ARCHITECTURES, reduced_architecture
 from aot_vllm.adapters.settings import Reduction
@@ -30,9 +31,13 @@ def configuration(architecture=LLAVA, *, stock_pruning=(), extension="", **addit
         model_config=SimpleNamespace(
             model="some/model",
             hf_config=SimpleNamespace(architectures=architecture and [architecture]),
+            model_impl="auto",
+            multimodal_config=MultiModalConfig(),
             _model_info=SimpleNamespace(supported_video_pruning_methods=stock_pruning),
         ),
         parallel_config=ParallelConfig(worker_extension_cls=extension),
+        compilation_config=CompilationConfig(),
+        lora_config=None,
     )
 
 
@@ -40,7 +45,7 @@ def assert_untouched(config, architecture=LLAVA):
     assert config.model_config.hf_config.architectures == [architecture]
     assert config.parallel_config.worker_extension_cls == ""
     with pytest.raises(SettingError, match="carries no AOT settings"):
-        Reduction.of(config.model_config.hf_config)
+        Reduction.of(config.model_config.multimodal_config)
 
 
 @pytest.mark.parametrize("rate", [None, 0, 0.0])
@@ -72,9 +77,10 @@ def test_an_unknown_setting_is_refused_by_name_with_and_without_a_rate(rate):
 def test_with_a_rate_every_supported_architecture_is_replaced_by_its_reduced_class(lines, architecture):
     config = configuration(architecture)
     activate(config, 0.9)
-    hf_config, preset = config.model_config.hf_config, DEFAULTS[architecture].preset
-    assert hf_config.architectures == [reduced_architecture(architecture)]
-    assert Reduction.of(hf_config) == Reduction(retention=0.1, method=AOTConfig.preset(preset), preset=preset)
+    preset = DEFAULTS[architecture].preset
+    assert config.model_config.hf_config.architectures == [reduced_architecture(architecture)]
+    reduction = Reduction.of(config.model_config.multimodal_config)
+    assert reduction == Reduction(retention=0.1, method=AOTConfig.preset(preset), preset=preset)
     assert config.parallel_config.worker_extension_cls == WORKER_EXTENSION
     (line,) = lines
     shown = json.dumps(AOTConfig.preset(preset).in_effect())
@@ -84,7 +90,7 @@ def test_with_a_rate_every_supported_architecture_is_replaced_by_its_reduced_cla
 def test_the_line_names_the_preset_with_what_changes_it(lines):
     config = configuration(aot={"preset": "paper", "clips": 4, "allowed_presets": ["diverse"]})
     activate(config, 0.9)
-    assert Reduction.of(config.model_config.hf_config) == Reduction(
+    assert Reduction.of(config.model_config.multimodal_config) == Reduction(
         retention=0.1, method=replace(AOTConfig.paper(), clips=4), preset="paper", allowed_presets=("diverse",)
     )
     (line,) = lines
@@ -95,7 +101,7 @@ def test_a_checkpoint_names_its_own_preset(lines):
     config = configuration()
     config.model_config.hf_config.aot = {"preset": "diverse", "mass": 0.2}
     activate(config, 0.9)
-    assert Reduction.of(config.model_config.hf_config).method == AOTConfig(mass=0.2)
+    assert Reduction.of(config.model_config.multimodal_config).method == AOTConfig(mass=0.2)
     assert "preset diverse with mass 0.2, settings" in lines[0]
 
 
@@ -210,4 +216,88 @@ def test_without_aot_in_vllm_plugins_a_line_says_what_responses_lack(lines, monk
 def test_the_retention_is_one_minus_the_rate_without_rounding_errors(rate):
     config = configuration()
     activate(config, rate)
-    assert Reduction.of(config.model_config.hf_config).retention == round(1 - rate, 6)
+    assert Reduction.of(config.model_config.multimodal_config).retention == round(1 - rate, 6)
+
+
+def test_settings_are_taken_out_of_what_the_compile_hash_covers_and_those_of_others_stay():
+    given = {"aot": {"preset": "paper", "kernels": "torch"}, "other": 1}
+    config = configuration(**given)
+    activate(config, 0.9)
+    assert config.additional_config == {"other": 1}
+    assert given == {"aot": {"preset": "paper", "kernels": "torch"}, "other": 1}
+    reduction = Reduction.of(config.model_config.multimodal_config)
+    assert reduction == Reduction(retention=0.1, method=AOTConfig.paper(), preset="paper", kernels="torch")
+
+
+def test_what_only_the_api_server_reads_stays():
+    config = configuration(aot={"measure_prefill": False, "kernels": "torch"})
+    activate(config, 0.9)
+    assert config.additional_config == {"aot": {"measure_prefill": False}}
+
+
+def with_tower_lora(config):
+    config.lora_config = LoRAConfig(enable_tower_connector_lora=True)
+
+
+def with_compiled_tower(config):
+    config.compilation_config.compile_mm_encoder = True
+
+
+def with_stock_method(config):
+    config.model_config.multimodal_config.video_pruning_method = "vidcom2"
+
+
+def with_model_of_transformers(config):
+    config.model_config.model_impl = "transformers"
+
+
+BY_ATTENTION = {"aot": {"anchors": "attention"}}
+ON_REQUEST = {"aot": {"preset": "diverse", "allowed_presets": ["paper"]}}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("mode", "settings", "message"),
+    [
+        (with_tower_lora, {}, r"LoRA adapters on the vision tower: .* Drop --enable-tower-connector-lora"),
+        (with_compiled_tower, BY_ATTENTION, r'"anchors": "attention".*compiled encoder, .* Drop compile_mm_encoder'),
+        (with_compiled_tower, ON_REQUEST, r'"anchors": "attention".*compiled encoder'),
+        (with_stock_method, {}, r"^--video-pruning-method vidcom2 .* ignored while AOT is active\. Drop it"),
+        (with_model_of_transformers, {}, r"--model-impl transformers, .* Drop --model-impl"),
+    ],
+)
+def test_a_mode_in_which_a_reduction_would_be_wrong_is_refused(architecture, mode, settings, message):
+    config = configuration(architecture, **settings)
+    mode(config)
+    with pytest.raises(UnsupportedError, match=message):
+        activate(config, 0.9)
+    assert_untouched(config, architecture)
+    activate(config, None)  # without a rate the mode is vLLM's own affair
+
+
+def test_the_rust_frontend_is_refused(monkeypatch):
+    monkeypatch.setattr(guards.envs, "VLLM_USE_RUST_FRONTEND", True, raising=False)
+    config = configuration()
+    with pytest.raises(UnsupportedError, match=r"Rust frontend, .* Unset VLLM_USE_RUST_FRONTEND"):
+        activate(config, 0.9)
+    assert_untouched(config)
+
+
+def test_modes_that_do_no_harm_start(lines):
+    for mode, settings in ((with_compiled_tower, {}), (lambda config: None, BY_ATTENTION)):
+        config = configuration(**settings)
+        mode(config)
+        activate(config, 0.9)
+    language_lora = configuration()
+    language_lora.lora_config = LoRAConfig()
+    activate(language_lora, 0.9)
+    assert len(lines) == 3
+
+
+@pytest.mark.parametrize("limits", [{"language_model_only": True}, {"limit_per_prompt": {"video": 0, "image": 4}}])
+def test_an_engine_that_takes_no_videos_starts_and_a_line_says_that_nothing_is_reduced(lines, limits):
+    config = configuration()
+    config.model_config.multimodal_config = MultiModalConfig(**limits)
+    with_tower_lora(config)  # harmless, for images are never reduced
+    activate(config, 0.9)
+    assert lines[1:] == ["AOT: this engine takes no videos, so there is nothing to reduce; its limit for them is 0."]

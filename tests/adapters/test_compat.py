@@ -1,6 +1,7 @@
 """Every use of a private vLLM symbol: it does its work once, and names the symbol if it is missing."""
 
 import sys
+from collections import deque
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -235,3 +236,64 @@ def test_a_module_that_vllm_has_not_loaded_is_not_loaded(monkeypatch, module, fu
     monkeypatch.delitem(sys.modules, module, raising=False)
     function()
     assert module not in sys.modules
+
+
+class Steps:
+    """An engine core with steps in flight, whose executor answers in order as vLLM's for several workers does."""
+
+    def __init__(self, *, steps):
+        from vllm.v1.executor.multiproc_executor import FutureWrapper
+
+        self.model_executor = self
+        self.futures_queue = deque()
+        self.answered = []
+        self.batch_queue = [FutureWrapper(self.futures_queue, lambda n=n: self.answer(n)) for n in range(steps)]
+
+    def answer(self, what):
+        self.answered.append(what)
+        return what
+
+    def collective_rpc(self, method, non_block=False):
+        from vllm.v1.executor.multiproc_executor import FutureWrapper
+
+        future = FutureWrapper(self.futures_queue, lambda: self.answer(method))
+        return future if non_block else future.result()
+
+
+@pytest.fixture
+def statistics():
+    from vllm.v1.engine.core import EngineCore
+
+    compat.let_engine_report_statistics()
+    return EngineCore.aot_reduction_statistics
+
+
+def test_statistics_wait_for_no_step_in_flight_and_come_after_it(statistics):
+    core = Steps(steps=2)
+    future = statistics(core)
+    assert core.answered == []
+    assert not future.done()
+    assert [step.result() for step in core.batch_queue] == [0, 1]
+    assert not future.done()
+    core.batch_queue.clear()
+    assert statistics(core) == compat.STATISTICS_METHOD  # of an idle engine, which answers whoever asked before too
+    assert future.result() == compat.STATISTICS_METHOD
+
+
+def test_statistics_of_an_executor_that_answers_at_once_are_asked_for_as_such(statistics):
+    executor = SimpleNamespace(collective_rpc=lambda method: [method])
+    core = SimpleNamespace(model_executor=executor, batch_queue=["a step"])
+    assert statistics(core) == [compat.STATISTICS_METHOD]
+
+
+async def test_a_client_without_a_call_to_all_engines_is_refused_by_name():
+    with pytest.raises(UnsupportedError, match=r"has no AsyncLLM\.engine_core\.call_utility_all_async"):
+        await compat.statistics_of_engines(SimpleNamespace(engine_core=object()))
+
+
+def test_a_vllm_without_calls_to_workers_is_refused_by_name(monkeypatch):
+    import vllm.v1.engine.core as module
+
+    monkeypatch.delattr(module.EngineCore, "collective_rpc")
+    with pytest.raises(UnsupportedError, match=r"has no EngineCore\.collective_rpc"):
+        compat.let_engine_report_statistics()

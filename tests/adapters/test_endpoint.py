@@ -61,6 +61,8 @@ class Engine:
     def __init__(self, *, extension=WORKER_EXTENSION, rank=0, additional_config=None):
         parallel = ParallelConfig(worker_extension_cls=extension, _api_process_count=2, _api_process_rank=rank)
         self.vllm_config = SimpleNamespace(parallel_config=parallel, additional_config=additional_config)
+        self.engine_core = self
+        self.others = []
         self.totals = {
             "reductions": 0,
             "reduced_tokens": 0,
@@ -72,9 +74,10 @@ class Engine:
         self.answer = self.report
 
     async def report(self):
-        return [dict(self.totals)] * 2  # one answer for each of two tensor-parallel ranks
+        # of each data-parallel engine one answer for each of two tensor-parallel ranks
+        return [[dict(totals)] * 2 for totals in (self.totals, *self.others)]
 
-    async def collective_rpc(self, method):
+    async def call_utility_all_async(self, method):
         self.asked.append(method)
         return await self.answer()
 
@@ -214,6 +217,17 @@ async def test_a_scrape_adds_the_growth_of_the_workers_totals():
         }
         assert growth(after, await counters(client)) == {}
     assert set(engine.asked) == {"aot_reduction_statistics"}
+
+
+async def test_a_scrape_adds_what_every_data_parallel_engine_has_reduced():
+    engine = Engine()
+    engine.others = [dict(engine.totals), dict(engine.totals)]
+    async with server(engine) as client:
+        before = await counters(client)
+        for reductions in (1, 4):
+            engine.totals["reductions"], engine.others[1]["reductions"] = reductions, 2 * reductions
+            await counters(client)
+        assert growth(before, await counters(client)) == {"reductions_total": 12}
 
 
 @pytest.mark.parametrize("engine", [Engine(extension="theirs.Extension"), Engine(rank=1), None])

@@ -35,7 +35,7 @@ def make_processor(model_config, method, **rest):
 
     from aot_vllm.adapters import llava_onevision as adapter
 
-    Reduction(retention=ENGINE_RETENTION, method=method, **rest).attach(model_config.hf_config)
+    Reduction(retention=ENGINE_RETENTION, method=method, **rest).attach(model_config.multimodal_config)
     context = InputProcessingContext(model_config, cached_tokenizer_from_config(model_config))
     info = adapter.AOTLlavaOnevisionProcessingInfo(context)
     return adapter.AOTLlavaOnevisionProcessor(info, adapter.LlavaOnevisionDummyInputsBuilder(info))

@@ -38,13 +38,17 @@ def test_who_computes_is_a_setting_of_the_plugin_and_not_of_the_method():
 
 
 def test_an_attached_reduction_is_read_back():
-    hf_config = SimpleNamespace()
+    multimodal_config = SimpleNamespace()
     reduction = Reduction(
-        retention=0.125, method=AOTConfig(kappa=0.5, local_layer=3), preset="transport", allowed_presets=("paper",)
+        retention=0.125,
+        method=AOTConfig(kappa=0.5, local_layer=3),
+        preset="transport",
+        allowed_presets=("paper",),
+        kernels="torch",
     )
-    reduction.attach(hf_config)
-    assert Reduction.of(hf_config) == reduction
-    json.dumps(vars(hf_config))
+    reduction.attach(multimodal_config)
+    assert Reduction.of(multimodal_config) == reduction
+    json.dumps(vars(multimodal_config))
 
 
 def test_a_model_configuration_without_a_reduction_says_how_to_get_one():

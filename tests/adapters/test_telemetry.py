@@ -62,6 +62,26 @@ def test_a_stage_is_timed_by_itself(monkeypatch):
     assert meter.statistics() == {**NOTHING, "tower_seconds": 2.0, "reduction_seconds": 0.5}
 
 
+def test_reading_the_meter_waits_for_no_event_and_the_next_reading_has_what_was_running():
+    class Event:
+        def __init__(self, *, finished):
+            self.finished = finished
+
+        def query(self):
+            return self.finished
+
+        def elapsed_time(self, ended):
+            assert ended.finished
+            return 500.0
+
+    meter, running = ReductionMeter(), Event(finished=False)
+    meter._events = [("reduction", Event(finished=True), end) for end in (Event(finished=True), running)]
+    assert meter.statistics()["reduction_seconds"] == 0.5
+    running.finished = True
+    assert meter.statistics()["reduction_seconds"] == 1.0
+    assert meter.statistics()["reduction_seconds"] == 1.0
+
+
 def test_a_failed_reduction_is_not_counted():
     meter = ReductionMeter()
     with pytest.raises(RuntimeError, match="solver"), meter.timing("reduction", torch.device("cpu")):
@@ -77,7 +97,8 @@ def test_totals_become_increments_of_counters_which_never_go_down():
 
     totals, start = WorkerTotals(), read()
     for reductions, seconds in ((2, 0.5), (2, 0.5), (5, 0.75), (0, 0.0), (1, 0.25)):
-        totals.count({**NOTHING, "reductions": reductions, "reduction_seconds": seconds, "tower_seconds": 4 * seconds})
+        reported = {"reductions": reductions, "reduction_seconds": seconds, "tower_seconds": 4 * seconds}
+        totals.count([{**NOTHING, **reported}])
     grown = [end - begin for end, begin in zip(read(), start, strict=True)]
     assert grown == [6, 1.0, 4.0]
 
@@ -85,7 +106,8 @@ def test_totals_become_increments_of_counters_which_never_go_down():
 def test_the_time_of_reductions_for_a_token_is_that_of_all_of_them():
     totals = WorkerTotals()
     assert totals.reduction_seconds_per_token is None
-    totals.count(NOTHING)
+    totals.count([NOTHING, NOTHING])
     assert totals.reduction_seconds_per_token is None
-    totals.count({**NOTHING, "reductions": 2, "reduced_tokens": 400, "reduction_seconds": 0.5})
+    engines = ((2, 300, 0.125), (1, 100, 0.375))
+    totals.count([{**NOTHING, "reductions": n, "reduced_tokens": t, "reduction_seconds": s} for n, t, s in engines])
     assert totals.reduction_seconds_per_token == 0.00125

@@ -44,7 +44,7 @@ def test_without_a_rate_the_configuration_is_untouched_and_nothing_is_said(lines
         assert config.model_config.hf_config.architectures == ["LlavaOnevisionForConditionalGeneration"]
         assert not config.parallel_config.worker_extension_cls
         with pytest.raises(SettingError, match="carries no AOT settings"):
-            Reduction.of(config.model_config.hf_config)
+            Reduction.of(config.model_config.multimodal_config)
         assert lines == []
 
 
@@ -57,7 +57,7 @@ def test_settings_without_a_rate_are_checked_and_said_to_do_nothing(lines):
 
 def test_with_a_rate_one_line_says_what_is_active(lines):
     config = configure(video_pruning_rate=0.9, additional_config={"aot": {"preset": "transport", "clips": 4}})
-    reduction = Reduction.of(config.model_config.hf_config)
+    reduction = Reduction.of(config.model_config.multimodal_config)
     method = AOTConfig.from_mapping({"preset": "transport", "clips": 4})
     assert reduction == Reduction(retention=0.1, method=method, preset="transport")
     (line,) = lines
@@ -108,7 +108,7 @@ def test_a_proposer_takes_a_reduced_model_for_the_one_it_is_made_of(architecture
 @pytest.mark.parametrize("rate", [0.125, 0.3, 0.75, 0.9, 0.95, 0.999])
 def test_retention_is_one_minus_the_rate_without_float_dust(rate):
     config = configure(video_pruning_rate=rate)
-    assert Reduction.of(config.model_config.hf_config).retention == round(1 - rate, 6)
+    assert Reduction.of(config.model_config.multimodal_config).retention == round(1 - rate, 6)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +173,44 @@ def test_an_untested_vllm_does_not_start_unless_told_to(lines, monkeypatch):
     configure(video_pruning_rate=0.9, additional_config={"aot": {"allow_untested_vllm": True}})
     assert "this is 0.33.1; starting because allow_untested_vllm is set" in lines[0]
     configure()  # without a rate any version starts
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"enable_lora": True, "enable_tower_connector_lora": True}, "LoRA adapters on the vision tower"),
+        ({"video_pruning_method": "vidcom2"}, "--video-pruning-method vidcom2 names a method of vLLM's own"),
+        ({"model_impl": "transformers"}, "does not work with --model-impl transformers"),
+        (
+            {
+                "compilation_config": {"compile_mm_encoder": True},
+                "additional_config": {"aot": {"anchors": "attention"}},
+            },
+            "does not work with a compiled encoder",
+        ),
+    ],
+)
+def test_modes_in_which_a_reduction_would_be_wrong_do_not_start(arguments, message):
+    with pytest.raises(UnsupportedError, match=message):
+        configure("qwen3-vl", video_pruning_rate=0.9, **arguments)
+
+
+def test_the_rust_frontend_does_not_start(monkeypatch):
+    from vllm import envs
+
+    envs.disable_envs_cache()
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(UnsupportedError, match="does not work with vLLM's Rust frontend"):
+        configure("qwen2.5-vl", video_pruning_rate=0.9)
+
+
+def test_retentions_and_settings_share_what_vllm_compiles():
+    """But not with an engine without a rate: for it, vLLM makes a smaller table of rotary positions."""
+    settings = [(0.9, {}), (0.75, {}), (0.75, {"aot": {"anchors": "attention"}}), (0.75, {"aot": {"kernels": "torch"}})]
+    for name in ("tiny", "qwen2.5-vl"):
+        configs = [configure(name, video_pruning_rate=rate, additional_config=given) for rate, given in settings]
+        assert len({config.compute_hash() for config in configs}) == 1
+        assert configure(name).compute_hash() != configs[0].compute_hash()
 
 
 def test_registering_twice_changes_nothing():
