@@ -110,7 +110,9 @@ def test_single_settings_of_the_operator_change_whichever_preset_it_is():
 
 
 def test_a_setting_that_the_preset_of_the_model_does_not_use_is_refused():
-    assert chosen(LLAVA, clips=4).method.clips == 4
+    assert chosen(LLAVA, spatial_weight=0.25).method.spatial_weight == 0.25
+    with pytest.raises(SettingError, match=r"^clips takes no effect with preset within, .* paper, transport"):
+        chosen(LLAVA, clips=4)
     with pytest.raises(SettingError, match=r"^clips takes no effect with preset diverse, .* paper, transport"):
         chosen(QWEN, clips=4)
     with pytest.raises(SettingError, match=r"^clips takes no effect with preset diverse, "):

@@ -259,7 +259,7 @@ async def test_what_one_api_server_of_an_engine_has_measured_counts_until_the_en
     measured = {"tokens": [64, 128], "seconds": [0.5, 1.5]}
     metrics = Metrics(CollectorRegistry())
     async with EngineSession(connect_seconds=1) as session:
-        pool = EnginePool([engine.url], session=session, metrics=metrics, health_seconds=60)
+        pool = EnginePool([engine.url], session=session, metrics=metrics, health_seconds=60, read_seconds=5)
         found = []
         for told in ({"prefill": measured}, {}, {"prefill": None}, None, {}):
             engine.profile = None if told is None else {**ONEVISION, **told}
