@@ -11,9 +11,11 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.video import VIDEO_LOADER_REGISTRY
 from vllm.multimodal.video_decoders import VideoSourceMetadata, VideoTargetMetadata
 
+from aot_vllm import AOTConfig
 from aot_vllm.adapters import activation, compat
 from aot_vllm.adapters.description import describe_engine
 from aot_vllm.adapters.telemetry import LEDGER
+from aot_vllm.presets import DEFAULTS
 from demo.tiny_checkpoints import checkpoint
 from tests.frames.rules import handed_over_size, sampled, tokens_of
 
@@ -126,10 +128,19 @@ def test_without_a_rate_everything_is_told_all_the_same(name):
     config = configuration(name)
     engine, process = told(config), Processor(config)
     reduced = told(configuration(name, video_pruning_rate=0.8))
-    assert engine["reduction"] == {"active": False, "retention": 1.0, "settings": None}
+    assert engine["reduction"] == {
+        "active": False,
+        "retention": 1.0,
+        "preset": None,
+        "settings": None,
+        "presets": [],
+    }
     assert reduced["reduction"]["active"] is True
     assert reduced["reduction"]["retention"] == 0.2
-    assert reduced["reduction"]["settings"]["mass"] == 0.2
+    preset = DEFAULTS[MODELS[name]].preset
+    assert reduced["reduction"]["preset"] == preset
+    assert reduced["reduction"]["settings"] == AOTConfig.preset(preset).in_effect()
+    assert reduced["reduction"]["presets"] == [preset]
     assert {**engine, "reduction": 0} == {**reduced, "reduction": 0}
     for frames, (height, width) in [(2, (61, 97)), (5, (384, 384)), (33, (84, 84))]:
         before, after = tokens_of(engine, frames=frames, height=height, width=width)

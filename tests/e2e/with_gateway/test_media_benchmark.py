@@ -21,10 +21,13 @@ async def test_all_ways_to_the_engine_are_measured(engine, store, tmp_path, monk
     assert all(20 < results.peaks[kind] < 2048 for kind in results.peaks)
     assert list(results.rates) == [h264]
     assert {number: set(rates) for number, rates in results.rates[h264].items()} == {1: set(names), 2: set(names)}
-    first, second, third, line = media.table(results, "a machine").split("\n\n")
+    assert list(results.decoding) == [h264, av1]
+    assert all(0 < needed < 60 and 0 < whole < 60 for whole, needed in results.decoding.values())
+    first, second, third, fourth, line = media.table(results, "a machine").split("\n\n")
     assert [len(row.split("|")) for row in first.splitlines()] == [8] * 4
     assert [len(row.split("|")) for row in second.splitlines()] == [7] * 4
     assert [len(row.split("|")) for row in third.splitlines()] == [8] * 4
+    assert [len(row.split("|")) for row in fourth.splitlines()] == [6] * 4
     assert "| av1 240p 2 s |" in first
     assert first.count("not read") == 1
     assert line == "a machine\n"
