@@ -14,7 +14,7 @@ SIDE_BY_SIDE = -n 2 --dist loadgroup --no-loadscope-reorder
 export PATH := $(CURDIR)/.cache/tools:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install install-test demo train loadtest test test-fast test-slow test-runner-v1 test-gateway check lint ci format
+.PHONY: help install install-test demo train loadtest test test-fast test-slow test-runner-v1 test-next-vllm test-gateway check lint ci format
 
 help:  ## what can be made
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,10 @@ test-slow: install-test  ## the tests that take long: load test, compiled kernel
 test-runner-v1: install-test  ## the tests with real engines again, on vLLM's other model runner
 	@$(PYTEST) tests/e2e --runner v1 $(SIDE_BY_SIDE)
 
+test-next-vllm: install-test  ## the tests with real engines on the Python of vLLM's next release, where there is no GPU
+	@$(PYTHON) demo/next_vllm.py
+	@.venv-next/bin/python -m pytest $(NO_SKIPS) tests/e2e tests/deploy/test_engine_flags.py -m "not slow" $(SIDE_BY_SIDE)
+
 test-gateway:  ## the gateway's tests, in an environment of their own without vLLM
 	@$(PYTHON) demo/environment.py --gateway-tests
 	@.venv-gateway/bin/python -m pytest $(NO_SKIPS) tests/server -n 2 -m "not slow"
@@ -65,6 +69,7 @@ ci:  ## what continuous integration runs: all checks and tests, none skipped; in
 	@$(MAKE) --no-print-directory test NO_SKIPS=--no-skips
 	@$(MAKE) --no-print-directory test-slow NO_SKIPS=--no-skips
 	@$(MAKE) --no-print-directory test-runner-v1 NO_SKIPS=--no-skips
+	@$(MAKE) --no-print-directory test-next-vllm NO_SKIPS=--no-skips
 
 format: install-test  ## bring the code into shape
 	$(VENV)/ruff format

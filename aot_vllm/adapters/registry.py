@@ -1,6 +1,6 @@
 """The architectures that AOT serves, and the vLLM releases it was tested with. Strings only: nothing is imported."""
 
-TESTED_VLLM_RELEASES = ("0.32",)
+TESTED_VLLM_RELEASES = ("0.32", "0.33")
 """Releases of vLLM that the adapters were tested with, as `major.minor`."""
 
 ARCHITECTURES = {

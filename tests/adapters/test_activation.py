@@ -156,14 +156,14 @@ def test_aot_switched_off_leaves_the_rate_to_stock_pruning(lines):
     assert lines == ["This is not AOT: it is switched off, so vLLM's own video pruning takes the rate 0.5."]
 
 
-@pytest.mark.parametrize("version", ["0.31.9", "0.33.0", "0.320.0", "1.0"])
+@pytest.mark.parametrize("version", ["0.31.9", "0.34.0", "0.320.0", "1.0"])
 def test_an_untested_vllm_is_refused_unless_the_settings_allow_it(lines, monkeypatch, version):
     monkeypatch.setattr(compat, "vllm_version", lambda: version)
     config = configuration()
     with pytest.raises(UnsupportedError) as error:
         activate(config, 0.9)
     assert str(error.value) == (
-        f"AOT was tested with vLLM 0.32.*, this is {version}. Install a tested release, or start anyway with "
+        f"AOT was tested with vLLM 0.32.*, 0.33.*, this is {version}. Install a tested release, or start anyway with "
         '--additional-config \'{"aot": {"allow_untested_vllm": true}}\'.'
     )
     assert_untouched(config)
@@ -173,11 +173,11 @@ def test_an_untested_vllm_is_refused_unless_the_settings_allow_it(lines, monkeyp
     assert allowed.model_config.hf_config.architectures == [reduced_architecture(LLAVA)]
     warning, _ = lines
     assert warning == (
-        f"AOT was tested with vLLM 0.32.*, this is {version}; starting because allow_untested_vllm is set."
+        f"AOT was tested with vLLM 0.32.*, 0.33.*, this is {version}; starting because allow_untested_vllm is set."
     )
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.7", "0.32.1rc1"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.7", "0.32.1rc1", "0.33.0"])
 def test_every_patch_of_a_tested_release_starts(monkeypatch, version):
     monkeypatch.setattr(compat, "vllm_version", lambda: version)
     activate(configuration(), 0.9)

@@ -15,7 +15,10 @@ from tests.deploy.files import ROOT, composed
 KUBERNETES = ROOT / "deploy" / "kubernetes"
 CODE = """
 import json, sys
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
+try:
+    from vllm.entrypoints.common.cli_args import make_arg_parser  # from 0.33 on
+except ImportError:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 parser = make_arg_parser(FlexibleArgumentParser())

@@ -167,11 +167,13 @@ def test_a_model_that_would_ignore_the_rate_in_silence_does_not_start(name, addi
 
 
 def test_an_untested_vllm_does_not_start_unless_told_to(lines, monkeypatch):
-    monkeypatch.setattr(compat, "vllm_version", lambda: "0.33.1")
-    with pytest.raises(UnsupportedError, match=r"tested with vLLM 0.32.\*, this is 0.33.1.*allow_untested_vllm"):
+    monkeypatch.setattr(compat, "vllm_version", lambda: "0.34.1")
+    with pytest.raises(
+        UnsupportedError, match=r"tested with vLLM 0.32.\*, 0.33.\*, this is 0.34.1.*allow_untested_vllm"
+    ):
         configure(video_pruning_rate=0.9)
     configure(video_pruning_rate=0.9, additional_config={"aot": {"allow_untested_vllm": True}})
-    assert "this is 0.33.1; starting because allow_untested_vllm is set" in lines[0]
+    assert "this is 0.34.1; starting because allow_untested_vllm is set" in lines[0]
     configure()  # without a rate any version starts
 
 
