@@ -11,6 +11,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from aot_vllm.adapters.registry import TESTED_VLLM_RELEASES
 from aot_vllm.errors import UnsupportedError
 from aot_vllm.frames import MAGIC, HandedOverVideo, is_frames_file, map_frames, read_frames
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
 
 _MARK = "_aot_wrapped"
+INSTALL = "install vllm " + " or ".join(f"{release}.*" for release in TESTED_VLLM_RELEASES)
 STATISTICS_METHOD = "aot_reduction_statistics"
 """Name of a method of the worker extension, and of the engine core's method that asks all workers for it."""
 
@@ -36,7 +38,7 @@ def after_engine_config(activate: Callable[[VllmConfig, float | None], None]) ->
 
     Without this function, a model that does not support pruning would silently ignore `--video-pruning-rate`. vLLM
     checks the pruning method only for models that list some (`config/model.py`, after `MultiModalConfig(...)`), and
-    plugins have no hook between the arguments and the engine. Needed for 0.32. Delete it once plugins have such a hook.
+    plugins have no hook between the arguments and the engine. Needed up to 0.33. Delete it once plugins have one.
 
     Raises:
         UnsupportedError: vLLM has no `EngineArgs.create_engine_config`.
@@ -47,7 +49,7 @@ def after_engine_config(activate: Callable[[VllmConfig, float | None], None]) ->
     if original is None:
         raise UnsupportedError(
             f"vLLM {vllm_version()} has no EngineArgs.create_engine_config, which aot-vllm needs; "
-            "install vllm 0.32.*, or uninstall aot-vllm to serve without it"
+            f"{INSTALL}, or uninstall aot-vllm to serve without it"
         )
     if getattr(original, _MARK, False):
         return
@@ -68,8 +70,8 @@ def load_frames_files() -> None:
     Without this function, a frames file would go to the decoder that vLLM chose for the model's processor, and that
     refuses it. vLLM has a registry of loaders, but one loader serves all videos of a server, and
     `VideoMediaIO.load_file` reads a whole file before any loader sees it. What vLLM keeps as a video's original bytes
-    serves only its hash. For a frames file these are 40 bytes, which stand for its content and metadata. Needed for
-    0.32. Delete it once a loader can be chosen by content and receives the path of a file.
+    serves only its hash. For a frames file these are 40 bytes, which stand for its content and metadata. Needed up to
+    0.33. Delete it once a loader can be chosen by content and receives the path of a file.
 
     Raises:
         UnsupportedError: vLLM has no `VideoMediaIO.load_bytes` or `VideoMediaIO.load_file`.
@@ -83,7 +85,7 @@ def load_frames_files() -> None:
     if load_bytes is None or load_file is None:
         raise UnsupportedError(
             f"vLLM {vllm_version()} has no VideoMediaIO.load_bytes and load_file, through which aot-vllm reads the "
-            "frames that a gateway hands over; install vllm 0.32.*, or uninstall aot-vllm to serve without it"
+            f"frames that a gateway hands over; {INSTALL}, or uninstall aot-vllm to serve without it"
         )
     if getattr(load_file, _MARK, False):
         return
@@ -111,7 +113,7 @@ def refuse_missing_frames(missing: Callable[..., str | None]) -> None:
     """Make vLLM refuse a video of which fewer frames were read than should have been.
 
     Without this function, vLLM logs a warning, or nothing at all, and answers about the frames that it has. `missing`
-    returns what is wrong, see `aot_vllm.adapters.decoded.missing_frames`. Needed for 0.32. Delete it once vLLM refuses
+    returns what is wrong, see `aot_vllm.adapters.decoded.missing_frames`. Needed up to 0.33. Delete it once it refuses
     such videos.
 
     Raises:
@@ -124,7 +126,7 @@ def refuse_missing_frames(missing: Callable[..., str | None]) -> None:
     if original is None:
         raise UnsupportedError(
             f"vLLM {vllm_version()} has no vllm.multimodal.video.decode_video, behind which aot-vllm counts the frames "
-            "that were read; install vllm 0.32.*, or uninstall aot-vllm to serve without it"
+            f"that were read; {INSTALL}, or uninstall aot-vllm to serve without it"
         )
     if getattr(original, _MARK, False):
         return
@@ -149,7 +151,7 @@ def stock_pruning_methods(model_config: ModelConfig) -> tuple[str, ...]:
     """Return the names of vLLM's own pruning methods for a model, empty if vLLM would ignore the rate.
 
     Without this function, AOT could not tell a model with stock pruning from a model that silently ignores the rate.
-    Needed for 0.32, which holds the names in the private `ModelConfig._model_info`. Delete it once there is a public
+    Needed up to 0.33, which holds the names in the private `ModelConfig._model_info`. Delete it once there is a public
     property.
 
     Raises:
@@ -160,7 +162,7 @@ def stock_pruning_methods(model_config: ModelConfig) -> tuple[str, ...]:
     except AttributeError as exc:
         raise UnsupportedError(
             f"vLLM {vllm_version()} does not say which video pruning methods a model supports "
-            "(ModelConfig._model_info.supported_video_pruning_methods); install vllm 0.32.*"
+            f"(ModelConfig._model_info.supported_video_pruning_methods); {INSTALL}"
         ) from exc
 
 
@@ -168,7 +170,7 @@ def observe_rendered_chats(state: Any, observe: Callable[[Sequence[Any]], None])
     """Call `observe(engine_inputs)` each time the server has rendered a chat or a response into engine inputs.
 
     Without this function, the savings of a request would be unknown. They are recorded by item hash, and only
-    `OnlineRenderer.render_chat` and `render_responses` know the hashes of a request. Needed for 0.32. Delete it once
+    `OnlineRenderer.render_chat` and `render_responses` know the hashes of a request. Needed up to 0.33. Delete it once
     endpoint plugins receive the rendered prompt.
 
     Raises:
@@ -178,7 +180,7 @@ def observe_rendered_chats(state: Any, observe: Callable[[Sequence[Any]], None])
     if renderer is None or getattr(renderer, "render_chat", None) is None:
         raise UnsupportedError(
             f"vLLM {vllm_version()} has no state.online_renderer.render_chat, from which aot-vllm reads the savings "
-            "of a request; install vllm 0.32.*, or drop aot from VLLM_PLUGINS to serve without it"
+            f"of a request; {INSTALL}, or drop aot from VLLM_PLUGINS to serve without it"
         )
     _observe(renderer, "render_chat", lambda rendered: rendered[1] if isinstance(rendered, tuple) else (), observe)
     if getattr(renderer, "render_responses", None) is not None:
@@ -213,7 +215,7 @@ def is_first_api_server(vllm_config: VllmConfig) -> bool:
     """Return whether this process is the only API server of its engine, or the first of several.
 
     Without this function, each of several API servers (`--api-server-count`) would count the same reductions of the
-    workers, and the sum over servers would be too high. Needed for 0.32, which holds the rank in the private
+    workers, and the sum over servers would be too high. Needed up to 0.33, which holds the rank in the private
     `ParallelConfig._api_process_rank`. Delete it once the rank is public.
 
     Raises:
@@ -224,7 +226,7 @@ def is_first_api_server(vllm_config: VllmConfig) -> bool:
     except AttributeError as exc:
         raise UnsupportedError(
             f"vLLM {vllm_version()} does not say which API server this is (ParallelConfig._api_process_rank); "
-            "install vllm 0.32.*, or drop aot from VLLM_PLUGINS to serve without it"
+            f"{INSTALL}, or drop aot from VLLM_PLUGINS to serve without it"
         ) from exc
 
 
@@ -234,7 +236,7 @@ def let_engine_report_statistics() -> None:
     Without this function, each scrape would hold up the engine. `EngineCore.collective_rpc` waits for an answer, and
     `MultiprocExecutor` gives answers in order, so the engine would wait for every step in flight before it schedules
     the next one. While steps are in flight, this method returns a future, which `EngineCoreProc` passes on to the API
-    server when it is done. Needed for 0.32. Delete it once `collective_rpc` of the core doesn't wait.
+    server when it is done. Needed up to 0.33. Delete it once `collective_rpc` of the core doesn't wait.
 
     Raises:
         UnsupportedError: vLLM has no `EngineCore.collective_rpc`.
@@ -246,7 +248,7 @@ def let_engine_report_statistics() -> None:
     if getattr(engine_core, "collective_rpc", None) is None:
         raise UnsupportedError(
             f"vLLM {vllm_version()} has no EngineCore.collective_rpc, through which aot-vllm asks workers for "
-            "statistics; install vllm 0.32.*, or uninstall aot-vllm to serve without it"
+            f"statistics; {INSTALL}, or uninstall aot-vllm to serve without it"
         )
 
     def aot_reduction_statistics(self: Any) -> Any:
@@ -263,7 +265,7 @@ async def statistics_of_engines(engine_client: Any) -> list[Any]:
     """Return what the first worker of each data-parallel engine reports. All workers of an engine count the same.
 
     Without this function, only the first engine would be asked: `collective_rpc` of the client returns the answer of
-    one. Needed for 0.32. Delete it once the client returns all answers.
+    one. Needed up to 0.33. Delete it once the client returns all answers.
 
     Raises:
         UnsupportedError: vLLM has no `AsyncLLM.engine_core.call_utility_all_async`.
@@ -272,7 +274,7 @@ async def statistics_of_engines(engine_client: Any) -> list[Any]:
     if call is None:
         raise UnsupportedError(
             f"vLLM {vllm_version()} has no AsyncLLM.engine_core.call_utility_all_async, through which aot-vllm asks "
-            "engines for statistics; install vllm 0.32.*"
+            f"engines for statistics; {INSTALL}"
         )
     return [workers[0] for workers in await call(STATISTICS_METHOD)]
 
@@ -282,7 +284,7 @@ def let_cpu_runner_recompute_positions() -> None:
 
     Without this function, nothing removes the coordinates behind a video's embeddings, and the first video ends the
     engine. `GPUModelRunner.load_model` sets `is_multimodal_pruning_enabled`; `CPUModelRunner.load_model` does not.
-    Needed for 0.32. Delete it once the CPU runner sets the flag. Only reduced models call it, so no other model is
+    Needed up to 0.33. Delete it once the CPU runner sets the flag. Only reduced models call it, so no other model is
     affected.
 
     Raises:
@@ -295,8 +297,7 @@ def let_cpu_runner_recompute_positions() -> None:
         cpu_runner = runner.CPUModelRunner
     except AttributeError as exc:
         raise UnsupportedError(
-            f"vLLM {vllm_version()} has no CPUModelRunner, whose hook for pruning models aot-vllm needs; "
-            "install vllm 0.32.*"
+            f"vLLM {vllm_version()} has no CPUModelRunner, whose hook for pruning models aot-vllm needs; {INSTALL}"
         ) from exc
     flag = "is_multimodal_pruning_enabled"
     if not isinstance(vars(cpu_runner).get(flag), property):
@@ -309,8 +310,8 @@ def let_proposer_know_reduced_models() -> None:
     """Make speculative decoding in Model Runner V1 treat a reduced model as the in-tree model it derives from.
 
     Without this function, an engine with speculative decoding fails at start. `SpecDecodeBaseProposer.load_model` looks
-    up the field of the configuration that holds the image token, by the name of the target model's class. Needed for
-    0.32. Delete it once the proposer asks the model. Model Runner V2 does not need it.
+    up the field of the configuration that holds the image token, by the name of the target model's class. Needed up to
+    0.33. Delete it once the proposer asks the model. Model Runner V2 does not need it.
 
     Raises:
         UnsupportedError: vLLM has no `SpecDecodeBaseProposer.get_model_name`.
@@ -322,7 +323,7 @@ def let_proposer_know_reduced_models() -> None:
     if original is None:
         raise UnsupportedError(
             f"vLLM {vllm_version()} has no SpecDecodeBaseProposer.get_model_name, which aot-vllm needs for "
-            "speculative decoding with a reduced model; install vllm 0.32.*"
+            f"speculative decoding with a reduced model; {INSTALL}"
         )
     if getattr(original, _MARK, False):
         return
@@ -343,7 +344,7 @@ def let_rope_state_keep_known_deltas() -> None:
 
     Without this function, a step with videos would wait for the vision tower and the reduction, to read back a number
     that is known since the prompt arrived. `MultiModalPruner` passes the delta from `recompute_mrope_positions` on to
-    `RopeState.update_prefill_positions`, which stores it in host memory. Needed for 0.32. Delete it once the hook may
+    `RopeState.update_prefill_positions`, which stores it in host memory. Needed up to 0.33. Delete it once the hook may
     leave the delta out. Model Runner V1 does not use `RopeState`.
 
     Raises:
@@ -356,7 +357,7 @@ def let_rope_state_keep_known_deltas() -> None:
     if original is None:
         raise UnsupportedError(
             f"vLLM {vllm_version()} has no RopeState.update_prefill_positions, to which aot-vllm passes the positions "
-            "of reduced videos; install vllm 0.32.*"
+            f"of reduced videos; {INSTALL}"
         )
     if getattr(original, _MARK, False):
         return
