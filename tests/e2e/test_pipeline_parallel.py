@@ -30,7 +30,7 @@ def slow(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["tiny", "qwen2.5-vl", slow("qwen3-vl-4"), slow("qwen3-vl-moe-4"), slow("qwen3.5-4"), slow("qwen3.5-moe-4")],
+    [slow("tiny"), "qwen2.5-vl", slow("qwen3-vl-4"), slow("qwen3-vl-moe-4"), slow("qwen3.5-4"), slow("qwen3.5-moe-4")],
 )
 def test_two_stages_answer_as_one(start_engine, name):
     """In chunks, with prefixes found in the cache, about two videos, about a video and an image, side by side.
