@@ -53,7 +53,8 @@ def make(venv: Path, base: Path) -> None:
     (named / "entry_points.txt").write_text("[console_scripts]\nvllm = vllm.entrypoints.cli.main:main\n")
     script = venv / "bin" / "vllm"
     script.write_text(
-        f"#!{python_of(venv)}\nimport sys\nfrom vllm.entrypoints.cli.main import main\nsys.exit(main())\n"
+        f"#!{python_of(venv)}\nimport sys\nfrom vllm.entrypoints.cli.main import main\n"
+        'if __name__ == "__main__":  # processes that are spawned import this file\n    sys.exit(main())\n'
     )
     script.chmod(0o755)
     pip(venv, "what else it needs", *CONSTRAINTS, "--no-deps", *ALSO)
