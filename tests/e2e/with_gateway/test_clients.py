@@ -49,8 +49,8 @@ def node_with_ai_sdk_6():
     [
         pytest.param(python_2, "openai_sdk.py", id="openai-python 2", marks=pytest.mark.slow),
         pytest.param(python_3, "openai_sdk.py", id="openai-python 3"),
-        pytest.param(python_2, "litellm_sdk.py", id="LiteLLM's SDK"),
-        pytest.param(python_2, "langchain_chat.py", id="LangChain's ChatOpenAI"),
+        pytest.param(python_2, "litellm_sdk.py", id="LiteLLM's SDK", marks=pytest.mark.slow),
+        pytest.param(python_2, "langchain_chat.py", id="LangChain's ChatOpenAI", marks=pytest.mark.slow),
         pytest.param(node, "openai_node.mjs", id="openai-node", marks=needs("node", "npm")),
         pytest.param(node, "vercel_ai.mjs", id="Vercel's AI SDK 7", marks=needs("node", "npm")),
         pytest.param(
